@@ -1,0 +1,213 @@
+"""The seam between a model and its users: turns in, answer text out, for console, evaluation and service alike."""
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from common import model as models
+from common import pieces, run
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn. Greedy unless `do_sample`."""
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+
+    @classmethod
+    def of(cls, cfg, **changes):
+        """The sampling a config asks for."""
+        return cls(**{name: getattr(cfg, name) for name in cls.__dataclass_fields__} | changes)
+
+
+class Answer(NamedTuple):
+    """One generated answer. `stop` is "stop" (it ended itself) or "length" (it was cut off)."""
+
+    text: str
+    stop: str
+    tokens: int
+
+
+class Answerer:
+    """Answers conversations with one model; safe to call from several threads, one generation at a time."""
+
+    def __init__(self, net, tokenizer, prompt, style, max_length_q):
+        self.net, self.tokenizer, self.prompt, self.style = net, tokenizer, prompt, style
+        self.max_length_q, self.stop_ids = max_length_q, prompt.stop_ids(tokenizer, style)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
+        self.lock = threading.Lock()
+        causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+        causal.generation_config = GenerationConfig()  # what the checkpoint's own asks for would mix with ours
+
+    def prompt_ids(self, turns):
+        """The ids the model is asked with; UserError where even the headers do not fit."""
+        try:
+            return pieces.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)[0]
+        except pieces.TooLong as problem:
+            raise UserError(str(problem)) from None
+
+    def __call__(self, conversations, sampling, base=False):
+        """Answers (in order) to conversations, each a list of Turns that ends with a question, in one batch.
+
+        base: without the adapter. Sampling draws from torch's global generator.
+        """
+        prompts = [self.prompt_ids(turns) for turns in conversations]
+        rows = self._generate(prompts, sampling, base)
+        return [self._answer(row) for row in rows]
+
+    def stream(self, turns, sampling, base=False):
+        """Yield the pieces of text of one answer as they are generated. Closing the generator stops the generation."""
+        if sampling.num_beams > 1:  # beams change their minds: there is nothing to show before the end
+            yield self([turns], sampling, base)[0].text
+            return
+        streamer = _Pieces(self.tokenizer, self.stop_ids)
+        arguments = ([self.prompt_ids(turns)], sampling, base, streamer)
+        worker = threading.Thread(target=streamer.run, args=(self._generate, *arguments), daemon=True)
+        worker.start()
+        try:
+            yield from streamer
+        finally:
+            streamer.cancelled = True
+            worker.join()
+
+    def _generate(self, prompts, sampling, base=False, streamer=None):
+        """New ids of each prompt, pads and all; padded on the left for the batch."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts], device=self.net.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.net.device)
+        without = base and hasattr(self.net, "disable_adapter")
+        with self.lock, torch.inference_mode(), self.net.disable_adapter() if without else contextlib.nullcontext():
+            output = self.net.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=self._config(sampling),
+                streamer=streamer,
+                stopping_criteria=[streamer.stopped] if streamer else None,
+            )
+        return output[:, width:].tolist()
+
+    def _config(self, sampling):
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.do_sample,
+            num_beams=sampling.num_beams,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.pad_id,
+            use_cache=True,
+            **(drawn if sampling.do_sample else {}),
+        )
+
+    def _answer(self, ids):
+        ends = [number for number, id_ in enumerate(ids) if id_ in self.stop_ids]
+        kept = ids[: ends[0]] if ends else ids
+        return Answer(decode(self.tokenizer, kept), "stop" if ends else "length", len(kept))
+
+
+def decode(tokenizer, ids):
+    """Text of generated ids; a character whose last bytes were not generated any more is left out."""
+    return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
+
+
+class _Pieces(BaseStreamer):
+    """Hands generated text from `generate`'s thread to an iterator, whole characters only."""
+
+    def __init__(self, tokenizer, stop_ids):
+        self.tokenizer, self.stop_ids = tokenizer, stop_ids
+        self.ids, self.sent, self.cancelled, self.error, self.prompt_seen = [], "", False, None, False
+        self.ready, self.parts, self.done = threading.Condition(), [], False
+
+    def run(self, generate, *arguments):
+        try:
+            generate(*arguments)
+        except BaseException as error:  # carried over to the reader's thread, which raises it
+            self.error = error
+        finally:
+            with self.ready:
+                self.done = True
+                self.ready.notify()
+
+    def put(self, value):
+        if not self.prompt_seen:  # generate hands over the prompt first
+            self.prompt_seen = True
+            return
+        self.ids += [id_ for id_ in value.flatten().tolist() if id_ not in self.stop_ids]
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        whole = text.rstrip("\ufffd").rstrip()  # blanks at the end wait: an answer's last ones are dropped
+        if len(whole) > len(self.sent):
+            with self.ready:
+                self.parts.append(whole[len(self.sent) :])
+                self.sent = whole
+                self.ready.notify()
+
+    def end(self):
+        pass  # `run` says when it is over, also after an error
+
+    def stopped(self, input_ids, scores, **kwargs):
+        """A stopping criterion: the reader is gone."""
+        return torch.full((input_ids.shape[0],), self.cancelled, device=input_ids.device)
+
+    def __iter__(self):
+        while True:
+            with self.ready:
+                self.ready.wait_for(lambda: self.parts or self.done)
+                parts, self.parts = self.parts, []
+                over = self.done
+            yield from parts
+            if over:
+                break
+        if self.error:
+            raise self.error
+
+
+def load(cfg, prompt, base=False):
+    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone.
+
+    Base model, prompt style and lengths are the run's own; UserError where the user asks for others, or where base,
+    tokenizer or template are no longer the ones trained with.
+    """
+    manifest = run.read_manifest(cfg.model_save_dir)
+    if manifest is None and not base:
+        raise UserError(f"{cfg.model_save_dir}: 还没有训练结果 no trained run here; run train.py first, or give --base")
+    if manifest is not None and manifest["state"] != "finished" and not base:
+        raise UserError(
+            f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; the same train.py command resumes it"
+        )
+    trained = _trained_with(cfg, manifest, base)
+    tokenizer = models.load_tokenizer(trained["base"], prompt)
+    if manifest is not None and trained["base"] == manifest["base"]["path"]:
+        run.check_fits(manifest, tokenizer, prompt)
+    net = models.load_base(trained["base"], cfg.dtype)
+    if not base:
+        net = models.load_tuned(net, cfg.model_save_dir)
+    return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])
+
+
+def _trained_with(cfg, manifest, base):
+    """{base, prompt_style, max_length_q}: the run's, unless the user set others; the first two must then agree."""
+    asked = {"base": cfg.base, "prompt_style": cfg.prompt_style, "max_length_q": cfg.max_length_q}
+    if manifest is None or base and cfg.given & {"path_model_pretrain", "repo_id"}:
+        return asked
+    run_ = {"base": manifest["base"]["path"], **{name: manifest["config"][name] for name in list(asked)[1:]}}
+    knob = {"base": "path_model_pretrain"}
+    given = {name for name in asked if knob.get(name, name) in cfg.given or name == "base" and "repo_id" in cfg.given}
+    for name in sorted(given & {"base", "prompt_style"}):
+        if asked[name] != run_[name]:
+            raise UserError(
+                f"--{knob.get(name, name)} {asked[name]}: 训练时用的是 the run in {cfg.model_save_dir} was trained with "
+                f"{run_[name]}; leave the flag out, or give another --model_save_dir"
+            )
+    return run_ | {name: asked[name] for name in given}

@@ -1,0 +1,243 @@
+"""Files as trainable rows: read, filled, rendered, cut to length, kept memory-mapped, split, and every loss accounted for."""
+
+import hashlib
+import json
+import random
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+from filelock import FileLock
+
+from common import pieces, reading, shapes
+from common.errors import UserError
+
+
+class Rows(NamedTuple):
+    """What there is to train on. `train` and `validation` are datasets of input_ids, labels, length and where."""
+
+    train: object
+    validation: object
+    sources: list  # one dict a file: path, sha256, rows and counts
+    rejected: list  # one dict a row that was left out: where, reason, row
+
+
+def prepare(cfg, tokenizer, prompt):
+    """The Rows of `cfg.data_path`: mixed, sampled where `path#N` asks for it, the validation split taken out.
+
+    Raises UserError where nothing can be trained on, or more than `cfg.max_dropped` of the rows cannot.
+    """
+    from datasets import concatenate_datasets
+
+    sources, rejected, datasets, chosen, offset = [], [], [], [], 0
+    rng, tokenizer_id = random.Random(cfg.seed), tokenizer_hash(tokenizer)
+    for spec in cfg.data_path:
+        path, wanted = split_sample(spec)
+        dataset, source, left_out = _tokenised(path, cfg, tokenizer, tokenizer_id, prompt)
+        picked = _sample(len(dataset), wanted, rng)
+        sources.append(source | {"used": len(picked)})
+        rejected += left_out
+        datasets.append(dataset)
+        chosen += [offset + number for number in picked]
+        offset += len(dataset)
+    _check_counts(cfg, sources, rejected)
+    everything = concatenate_datasets(datasets)
+    held = _validation_numbers(set(chosen), cfg.val_set_size, rng)
+    train = everything.select([number for number in chosen if number not in held])
+    return Rows(train, everything.select(sorted(held)), sources, rejected)
+
+
+def split_sample(spec):
+    """`path#N` as (path, N); N is None where it is not given."""
+    path, mark, count = spec.rpartition("#")
+    if mark and count.isdigit():
+        if int(count) == 0:
+            raise UserError(f"{spec}: 抽样行数应大于 0 the number of rows after # must be above 0")
+        return path, int(count)
+    return spec, None
+
+
+def conversations(path, cfg):
+    """Yield (where, turns, None) for each conversation of a file and (where, row, reason) for each unusable row."""
+    for record in reading.read_records(path):
+        where = f"{path}:{record.line}"
+        if record.problem:
+            yield where, record.value, record.problem
+            continue
+        try:
+            found = [
+                shapes.fill_identity(turns, cfg.model_name, cfg.model_author) for turns in shapes.turns_of(record.value)
+            ]
+        except shapes.ShapeError as problem:
+            yield where, record.value, str(problem)
+            continue
+        for turns in found:
+            yield where, turns, None
+
+
+def held_out(cfg, specs, limit):
+    """(where, turns) of held-out rows, `limit` at most (0: all), and the rows left out as dicts."""
+    kept, left_out = [], []
+    for spec in specs:
+        path, wanted = split_sample(spec)
+        rows = []
+        for where, found, reason in conversations(path, cfg):
+            if reason is None and found[-1].role == "text":
+                reason = "没有提问 there is no question to ask"
+            if reason is None:
+                rows.append((where, found))
+            else:
+                left_out.append({"where": where, "reason": reason, "row": found})
+        kept += [rows[number] for number in _sample(len(rows), wanted, random.Random(cfg.seed))]
+    return kept[: limit or None], left_out
+
+
+def file_hash(path):
+    """sha256 of a file's bytes, hex; UserError where it cannot be opened."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path}: 文件不存在 no such file; check --data_path") from None
+    except (OSError, ImportError, ValueError) as problem:
+        raise UserError(f"{path}: 无法打开 cannot be opened: {problem}") from None
+
+
+def tokenizer_hash(tokenizer):
+    """sha256 of what decides a tokenizer's ids, hex."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state = sorted(tokenizer.get_vocab().items())
+    else:
+        state = json.loads(backend.to_str())
+        state.pop("padding"), state.pop("truncation")
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
+    """(dataset, source, rejected) of one file, from the cache where its content and all that shapes it are the same."""
+    from datasets import Dataset
+
+    content = file_hash(path)
+    key = _cache_key(path, content, cfg, tokenizer_id, prompt)
+    folder = Path(cfg.cache_dir).expanduser() / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # the other processes of a run wait here and find the work done
+        if not folder.exists():
+            _tokenise(path, cfg, tokenizer, prompt, folder)
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    rejected = [json.loads(line) for line in (folder / "rejected.jsonl").open(encoding="utf-8")]
+    if cfg.strict and rejected:
+        raise UserError(f"{rejected[0]['where']}: {rejected[0]['reason']} (--strict)")
+    return Dataset.from_file(str(folder / "rows.arrow")), {"path": path, "sha256": content, **record}, rejected
+
+
+def _cache_key(path, content, cfg, tokenizer_id, prompt):
+    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (reading, shapes, pieces, prompt)]
+    knobs = [cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a, cfg.model_name, cfg.model_author]
+    parts = [path, content, tokenizer_id, code, knobs]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _tokenise(path, cfg, tokenizer, prompt, folder):
+    """Write rows.arrow, rejected.jsonl and record.json into `folder`, which appears only when all three are whole."""
+    from datasets import Features, Value
+    from datasets import List as ListOf
+    from datasets.arrow_writer import ArrowWriter
+    from tqdm import tqdm
+
+    features = Features(
+        input_ids=ListOf(Value("int32")), labels=ListOf(Value("int32")), length=Value("int32"), where=Value("string")
+    )
+    counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
+    with ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer:
+        with (draft / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
+            for where, found, reason in tqdm(conversations(path, cfg), desc="编码 tokenising", unit="row", leave=False):
+                counts["rows"] += 1
+                sample, reason = (None, reason) if reason else _sample_of(found, cfg, tokenizer, prompt)
+                if reason:
+                    row = {"where": where, "reason": reason, "row": found}
+                    rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    continue
+                supervised = sum(label != pieces.IGNORED for label in sample.labels)
+                counts.update(kept=1, cut=sample.cut, tokens=len(sample.input_ids), supervised=supervised)
+                columns = {"input_ids": sample.input_ids, "labels": sample.labels, "length": len(sample.input_ids)}
+                writer.write(columns | {"where": where})
+        writer.finalize()
+    (draft / "record.json").write_text(json.dumps(counts), encoding="utf-8")
+    draft.rename(folder)
+
+
+def _sample_of(turns, cfg, tokenizer, prompt):
+    """(Sample, None), or (None, why the row cannot be trained on)."""
+    try:
+        sample = pieces.training_sample(
+            tokenizer, prompt, turns, cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a
+        )
+    except pieces.TooLong as problem:
+        return None, str(problem)
+    if all(label == pieces.IGNORED for label in sample.labels):
+        return None, "没有可训练的 token no id of the row is supervised"
+    return sample, None
+
+
+def _sample(available, wanted, rng):
+    """Row numbers: all in order, or `wanted` drawn without repetition until the file is used up, then again."""
+    if wanted is None or not available:
+        return list(range(available))
+    rounds, rest = divmod(wanted, available)
+    return list(range(available)) * rounds + rng.sample(range(available), rest)
+
+
+def _validation_numbers(numbers, size, rng):
+    """Which of the distinct row numbers are kept out of training: `size` rows, or that share of them."""
+    count = int(size) if size >= 1 else round(size * len(numbers))
+    if count >= len(numbers) > 0:
+        raise UserError(f"--val_set_size {size:g} 不小于数据行数 leaves no row of {len(numbers)} to train on")
+    return set(rng.sample(sorted(numbers), max(count, 1 if size else 0)))
+
+
+def _check_counts(cfg, sources, rejected):
+    rows = sum(source["rows"] for source in sources)
+    if sum(source["kept"] for source in sources) == 0:
+        first = f"; first: {rejected[0]['where']}: {rejected[0]['reason']}" if rejected else ""
+        raise UserError(f"{', '.join(cfg.data_path)}: 没有可用的数据 no row can be trained on{first}")
+    if len(rejected) > cfg.max_dropped * rows:
+        reasons = Counter(row["reason"] for row in rejected).most_common(2)
+        raise UserError(
+            f"{len(rejected)} / {rows} 行无法使用 rows cannot be used, more than --max_dropped {cfg.max_dropped}; "
+            f"first: {rejected[0]['where']}: {reasons[0][0]}"
+        )
+
+
+def show_counts(rows):
+    """Print what was read of each file and what became of it."""
+    for source in rows.sources:
+        print(
+            f"数据 {source['path']}: 读取 rows {source['rows']}, 可用 kept {source['kept']}, "
+            f"截断 cut {source['cut']}, 剔除 dropped {source['rows'] - source['kept']}, "
+            f"使用 used {source['used']}, token {source['tokens']}, "
+            f"计损失 supervised {source['supervised'] / max(source['tokens'], 1):.0%}"
+        )
+    reasons = Counter(re.sub(r"\d+", "N", row["reason"]) for row in rows.rejected)
+    for reason, count in reasons.most_common(5):
+        print(f"  剔除 dropped {count}: {reason}")
+    print(f"训练 train {len(rows.train)}, 验证 validation {len(rows.validation)}")
+
+
+def show_first(rows, tokenizer):
+    """Print the first training row as text, ids and labels, so that a wrong prompt or mask is seen at once."""
+    row = rows.train[0]
+    supervised = [label for label in row["labels"] if label != pieces.IGNORED]
+    print(f"第一条样本 first sample ({row['where']}):")
+    print("text:", repr(tokenizer.decode(row["input_ids"])))
+    print("input_ids:", row["input_ids"])
+    print("labels:", row["labels"])
+    print("计损失的文字 supervised text:", repr(tokenizer.decode(supervised)))

@@ -1,0 +1,103 @@
+"""Cross entropy over supervised positions only, a chunk of logits at a time: never a [batch, length, vocabulary] tensor."""
+
+from types import MethodType
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+IGNORED = -100
+CHUNK = 128  # rows of logits alive at once; with 256,000 pieces in fp32 that is 128 MiB
+
+
+def use_supervised_loss(model):
+    """Make `model(input_ids, labels=…)` return the chunked loss; without labels its forward stays as it is.
+
+    `model` is a transformers causal LM (peft's wrapper around it included). labels [B, T] are aligned with input_ids,
+    -100 is not counted. The loss is the sum over counted ids divided by `num_items_in_batch`, or by their number where
+    that is not given. In evaluation mode `logits` holds [B, 2] instead: each row's summed loss and counted ids.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain_forward = causal.forward
+
+    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+        if labels is None:
+            return plain_forward(input_ids=input_ids, **kwargs)
+        hidden = self.get_decoder()(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+        targets = labels[:, 1:]
+        counted = targets != IGNORED
+        losses = token_losses(
+            hidden[:, :-1][counted],
+            targets[counted],
+            self.get_output_embeddings(),
+            getattr(self.config, "final_logit_softcapping", None),
+        )
+        loss = losses.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=None if self.training else _row_sums(losses, counted))
+
+    causal.forward = MethodType(forward, causal)
+    causal.accepts_loss_kwargs = True  # the Trainer then counts the supervised ids of the whole batch and hands them in
+
+
+def token_losses(hidden, targets, head, softcap=None):
+    """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], head the output layer.
+
+    softcap: Gemma 2's, logits = softcap * tanh(logits / softcap).
+    """
+    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
+        return _FrozenHeadLoss.apply(hidden, head.weight, targets, softcap)
+    losses = [
+        checkpoint(_chunk_losses, part, target, head, softcap, use_reentrant=False)
+        for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _chunk_losses(hidden, targets, head, softcap):
+    logits = head(hidden).float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return functional.cross_entropy(logits, targets, reduction="none")
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The loss under a head that is not trained: its gradient is known as soon as the logits are.
+
+    So it is computed in the forward pass, chunk by chunk: two matrix products a chunk, and no logits are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap):
+        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = (hidden[part] @ weight.T).float()
+            if softcap:
+                logits.div_(softcap).tanh_()
+                slope = 1 - logits.square() if gradient is not None else None
+                logits.mul_(softcap)
+            norms = logits.logsumexp(dim=-1, keepdim=True)
+            wanted = targets[part, None]
+            losses[part] = (norms - logits.gather(1, wanted)).squeeze(1)
+            if gradient is None:
+                continue
+            error = logits.sub_(norms).exp_()  # softmax, in the logits' own memory
+            error.scatter_add_(1, wanted, torch.full_like(norms, -1.0))
+            if softcap:
+                error.mul_(slope)
+            gradient[part] = error.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+def _row_sums(losses, counted):
+    """[B, 2] fp32 from the losses of the counted positions [N]: each row's sum and count."""
+    sums = losses.new_zeros(counted.shape[0]).index_add_(0, counted.nonzero()[:, 0], losses)
+    return torch.stack([sums, counted.sum(1).to(sums.dtype)], dim=1)

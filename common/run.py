@@ -1,0 +1,218 @@
+"""A run's folder: its manifest, its lock, its whole checkpoints, and what of it may be resumed."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from common import dataset, model, pieces
+from common.config import ROOT
+from common.errors import UserError
+
+MANIFEST, WHOLE = "run_manifest.json", "whole.json"
+# knobs that may change between a stop and a resume without changing what is trained
+FREE = set(
+    "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
+    "save_steps save_total_limit max_new_tokens do_sample temperature top_p top_k repetition_penalty num_beams "
+    "eval_batch_size host port given".split()
+)
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
+
+
+class Run(NamedTuple):
+    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from."""
+
+    folder: Path
+    manifest: dict
+    lock: FileLock
+    checkpoint: Path | None
+
+
+def start(cfg, resume, tokenizer, prompt, rows):
+    """Open the run's folder for this process alone and write its manifest and rejected.jsonl: the Run.
+
+    resume: "auto" goes on from the last whole checkpoint of an unfinished run; "never" starts anew; or a checkpoint's
+    folder. An earlier run's files are moved aside, never overwritten. UserError where the data or options differ from
+    the run to be resumed, or another process trains into the folder.
+    """
+    folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder}: 另一个训练正在写入 another run is writing here; give another --model_save_dir"
+        ) from None
+    if resume in ("auto", "never"):
+        checkpoint = _checkpoint_in(folder, manifest, resume)
+    else:
+        checkpoint = _chosen_checkpoint(Path(resume), manifest)
+    write_json(folder / MANIFEST, manifest)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rejected]
+    (folder / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+    return Run(folder, manifest, lock, checkpoint)
+
+
+def describe(cfg, tokenizer, prompt, rows):
+    """The manifest of a run about to start: all that decides what it learns, and what its users must match."""
+    template = pieces.template_text(tokenizer, prompt, cfg.prompt_style)
+    knobs = {name: value for name, value in asdict(cfg).items() if name != "given"}
+    return {
+        "state": "training",
+        "config": knobs,
+        "base": {"path": cfg.base, "sha256": model.base_hash(cfg.base)},
+        "tokenizer_sha256": dataset.tokenizer_hash(tokenizer),
+        "template": {
+            "style": cfg.prompt_style,
+            "text": template,
+            "sha256": hashlib.sha256(template.encode()).hexdigest(),
+        },
+        "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
+        "data": rows.sources,
+        "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def read_manifest(folder):
+    """The manifest in `folder`, or None where there is none; UserError where it is damaged."""
+    try:
+        return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{Path(folder) / MANIFEST}: 文件损坏 is damaged; train again or restore it") from None
+
+
+def write_json(path, value):
+    """Write `value` as JSON so that `path` is either the old file or the whole new one."""
+    draft = Path(f"{path}.part")
+    draft.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def mark_whole(checkpoint):
+    """Record a checkpoint's files and sizes: one without this record was cut off while being written."""
+    sizes = {file.name: file.stat().st_size for file in Path(checkpoint).iterdir() if file.name != WHOLE}
+    write_json(Path(checkpoint) / WHOLE, sizes)
+
+
+def last_whole_checkpoint(folder):
+    """The newest checkpoint whose files are all there, or None; those cut off while being written are removed."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in [path for path in found if not _is_whole(path)]:
+        print(f"删除不完整的检查点 removing a checkpoint that was cut off: {checkpoint}")
+        shutil.rmtree(checkpoint)
+        found.remove(checkpoint)
+    return found[-1] if found else None
+
+
+def save_adapter(net, tokenizer, folder):
+    """Save adapter and tokenizer into `folder` and check them there; each file appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=folder) as draft:
+        net.save_pretrained(draft)
+        model.verify_adapter(net, draft)
+        tokenizer.save_pretrained(draft)
+        for file in Path(draft).iterdir():
+            os.replace(file, Path(folder) / file.name)
+
+
+def check_fits(manifest, tokenizer, prompt):
+    """UserError where base weights, tokenizer or template are not what the run in `manifest` was trained with."""
+    style = manifest["template"]["style"]
+    template = pieces.template_text(tokenizer, prompt, style)
+    base = manifest["base"]
+    pairs = [
+        ("基座模型 base model", base["sha256"], model.base_hash(base["path"])),
+        ("分词器 tokenizer", manifest["tokenizer_sha256"], dataset.tokenizer_hash(tokenizer)),
+        ("提示模板 prompt template", manifest["template"]["text"], template),
+    ]
+    for what, trained, now in pairs:
+        if trained != now:
+            raise UserError(f"{what} 与训练时不同 is not the one trained with: {trained!r}, now {now!r}; train again")
+
+
+def finish(work, results):
+    """Mark the run as finished: from now on predict, evaluation and service take its adapter."""
+    write_json(work.folder / MANIFEST, work.manifest | {"results": results, "state": "finished"})
+
+
+def _checkpoint_in(folder, manifest, resume):
+    """The checkpoint an unfinished run in `folder` goes on from; None for a fresh start, earlier files moved aside."""
+    earlier = read_manifest(folder)
+    checkpoint = last_whole_checkpoint(folder) if earlier and earlier["state"] == "training" else None
+    if resume == "auto" and checkpoint:
+        _check_same(earlier, manifest, checkpoint)
+        print(f"从检查点继续 resuming from {checkpoint}")
+        return checkpoint
+    if earlier:
+        _move_aside(folder)
+    return None
+
+
+def _chosen_checkpoint(checkpoint, manifest):
+    if not _is_whole(checkpoint):
+        raise UserError(f"--resume {checkpoint}: 不是完整的检查点 not a whole checkpoint")
+    earlier = read_manifest(checkpoint.parent)
+    if earlier:
+        _check_same(earlier, manifest, checkpoint)
+    return checkpoint
+
+
+def _is_whole(checkpoint):
+    try:
+        sizes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == sizes[name] for name in sizes)
+
+
+def _check_same(earlier, manifest, checkpoint):
+    """UserError naming what differs between the run that wrote `checkpoint` and the one that would go on from it."""
+    old, new = _flat(earlier), _flat(json.loads(json.dumps(manifest)))
+    changed = [
+        f"{name}: {old.get(name)} → {new.get(name)}" for name in sorted(old | new) if old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint}: 数据或参数变了 data or options differ from that run ({'; '.join(changed[:4])}); "
+            "--resume never 重新开始 starts anew and keeps the old files"
+        )
+
+
+def _flat(manifest):
+    """What must be equal for a resume, as one flat dict."""
+    knobs = {name: value for name, value in manifest["config"].items() if name not in FREE}
+    data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
+    return knobs | data | {"base": manifest["base"], "template": manifest["template"]["sha256"]}
+
+
+def _move_aside(folder):
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for file in folder.iterdir():
+        if file.name != ".lock":
+            file.rename(aside / file.name)
+    print(f"旧的训练结果移到 the earlier run is kept in {aside}")
+
+
+def _git_commit():
+    try:
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

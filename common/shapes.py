@@ -1,0 +1,205 @@
+"""Rows of every common shape, told by their keys, as one thing: a list of turns."""
+
+import difflib
+import re
+from typing import NamedTuple
+
+
+class Turn(NamedTuple):
+    """One utterance. `role` is system, user, assistant, or text (pre-training text without a question)."""
+
+    role: str
+    text: str
+
+
+class ShapeError(ValueError):
+    """A row that cannot be read: what was found and what was expected."""
+
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "observation": "user",  # a tool's result is what the model is told
+    "tool": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",  # and a call is what it says
+}
+PLACEHOLDER = re.compile(r"\{\{(name|author)\}\}|<(name|author)>", re.IGNORECASE)
+
+
+def turns_of(row):
+    """The conversations in one row: a list of turn lists (one, but for HC3's many answers to a question).
+
+    Raises ShapeError naming the keys found, or the field that is empty or of the wrong type.
+    """
+    if not isinstance(row, dict):
+        raise ShapeError(f"应为对象 an object expected, found {type(row).__name__}")
+    conversations = _shape_of(row)(row)
+    for turns in conversations:
+        _check_order(turns)
+    return conversations
+
+
+def fill_identity(turns, name, author):
+    """Put `name` and `author` for {{name}}, {{AUTHOR}}, <NAME>, …; ShapeError where one is needed and empty."""
+    values = {"name": name, "author": author}
+
+    def value(match):
+        key = (match[1] or match[2]).lower()
+        if not values[key]:
+            raise ShapeError(f"{match[0]} 没有填 is not filled: give --model_name and --model_author")
+        return values[key]
+
+    return [Turn(turn.role, PLACEHOLDER.sub(value, turn.text)) for turn in turns]
+
+
+def _shape_of(row):
+    """The one shape whose keys the row has; a shape within another (input+output in alpaca) gives way to it."""
+    keys = {key for key, value in row.items() if value is not None}
+    fitting = [needs for needs in SHAPES if needs <= keys]
+    widest = [needs for needs in fitting if not any(needs < other for other in fitting)]
+    if len(widest) == 1:
+        return SHAPES[widest[0]]
+    if widest:
+        raise ShapeError(
+            f"字段有歧义 ambiguous keys: {' or '.join(_names(needs) for needs in widest)}; remove what is not meant"
+        )
+    null = sorted(key for key in row if key not in keys)
+    found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
+    raise ShapeError(f"无法识别的字段 unknown keys: {found}; nearest known shape: {_names(_nearest_shape(row))}")
+
+
+def _nearest_shape(keys):
+    def likeness(needs):
+        return sum(max((difflib.SequenceMatcher(None, n, str(k)).ratio() for k in keys), default=0) for n in needs)
+
+    return max(SHAPES, key=lambda needs: likeness(needs) / len(needs))
+
+
+def _names(keys):
+    return "+".join(sorted(map(str, keys)))
+
+
+def _text(row, key, required=True):
+    value = row.get(key)
+    if value is None or value == "":
+        if required:
+            raise ShapeError(f"{key} 是空的 is empty")
+        return ""
+    if not isinstance(value, str):
+        raise ShapeError(f"{key} 应为文字 must be text, found {type(value).__name__} {str(value)[:40]!r}")
+    if required and not value.strip():
+        raise ShapeError(f"{key} 只有空白 is only blanks")
+    return value
+
+
+def _list(row, key):
+    value = row.get(key) or []
+    if not isinstance(value, list):
+        raise ShapeError(f"{key} 应为列表 must be a list, found {type(value).__name__}")
+    return value
+
+
+def _opening(row):
+    """System text (and the tools on offer, which are part of it), then the history's pairs."""
+    system = "\n".join(filter(None, (_text(row, "system", required=False), _text(row, "tools", required=False))))
+    turns = [Turn("system", system)] if system else []
+    for pair in _list(row, "history"):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2):
+            raise ShapeError(
+                f"history 应为 [问, 答] 的列表 must be pairs of question and answer, found {str(pair)[:40]!r}"
+            )
+        question, answer = (_text({"history": part}, "history") for part in pair)
+        turns += [Turn("user", question), Turn("assistant", answer)]
+    return turns
+
+
+def _question_answer(question_keys, answer_key):
+    """A reader of rows whose question is the non-empty ones of `question_keys`, a line each."""
+
+    def read(row):
+        parts = [_text(row, key, required=False) for key in question_keys]
+        question = "\n".join(part for part in parts if part.strip())
+        if not question:
+            raise ShapeError(f"{_names(question_keys)} 是空的 is empty")
+        return [[*_opening(row), Turn("user", question), Turn("assistant", _text(row, answer_key))]]
+
+    return read
+
+
+def _messages(key, role_key, text_key):
+    """A reader of rows whose `key` lists utterances {role_key: …, text_key: …}."""
+
+    def read(row):
+        turns = _opening(row)
+        for message in _list(row, key):
+            if not (isinstance(message, dict) and role_key in message):
+                raise ShapeError(f"{key}: 应有 {role_key} 和 {text_key} expected, found {str(message)[:60]!r}")
+            role = ROLES.get(message[role_key] if isinstance(message[role_key], str) else None)
+            if role is None:
+                raise ShapeError(f"{key}: 未知角色 unknown role {message[role_key]!r}; known: {', '.join(ROLES)}")
+            turns.append(Turn(role, _text(message, text_key)))
+        return [turns]
+
+    return read
+
+
+def _rounds(row):
+    turns = _opening(row)
+    for round_ in _list(row, "conversation"):
+        if not isinstance(round_, dict):
+            raise ShapeError(f"conversation: 应有 human 和 assistant expected, found {str(round_)[:60]!r}")
+        turns += [Turn("user", _text(round_, "human")), Turn("assistant", _text(round_, "assistant"))]
+    return [turns]
+
+
+def _many_answers(row):
+    question = Turn("user", _text(row, "question"))
+    answers = _list(row, "human_answers") + _list(row, "chatgpt_answers")
+    if not answers:
+        raise ShapeError("human_answers 和 chatgpt_answers 都是空的 are both empty")
+    return [[question, Turn("assistant", _text({"answers": answer}, "answers"))] for answer in answers]
+
+
+def _plain_text(key):
+    return lambda row: [[Turn("text", _text(row, key))]]
+
+
+SHAPES = {
+    frozenset({"messages"}): _messages("messages", "role", "content"),
+    frozenset({"conversations"}): _messages("conversations", "from", "value"),
+    frozenset({"conversation"}): _rounds,
+    frozenset({"instruction", "output"}): _question_answer(("instruction", "input"), "output"),
+    frozenset({"input", "output"}): _question_answer(("input",), "output"),
+    frozenset({"instruction", "input", "output"}): _question_answer(("instruction", "input"), "output"),
+    frozenset({"content", "summary"}): _question_answer(("content",), "summary"),
+    frozenset({"instruct", "query", "answer"}): _question_answer(("instruct", "query"), "answer"),
+    frozenset({"query", "response"}): _question_answer(("query",), "response"),
+    frozenset({"question", "answer"}): _question_answer(("question",), "answer"),
+    frozenset({"question", "std_answer"}): _question_answer(("question",), "std_answer"),
+    frozenset({"question", "human_answers", "chatgpt_answers"}): _many_answers,
+    frozenset({"input", "target"}): _question_answer(("input",), "target"),
+    frozenset({"response"}): _plain_text("response"),
+    frozenset({"text"}): _plain_text("text"),
+}
+
+
+def _check_order(turns):
+    """Turns that can be trained on: [system], user, assistant, user, assistant …, or one text."""
+    if len(turns) == 1 and turns[0].role == "text":
+        return
+    roles = [turn.role for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken:
+        raise ShapeError("没有问答 there is no question and answer")
+    if spoken[0] != "user":
+        raise ShapeError(f"第一轮应是 user the first turn must be the user's, found {spoken[0]}")
+    if spoken[-1] != "assistant":
+        raise ShapeError(f"最后一轮应是 assistant the last turn must be an answer, found {spoken[-1]}")
+    for number, (role, expected) in enumerate(zip(spoken, ("user", "assistant") * len(spoken), strict=False), 1):
+        if role != expected:
+            raise ShapeError(f"第 {number} 轮应是 {expected} turn {number} must be {expected}, found {role}")

@@ -1,0 +1,63 @@
+"""Gemma's prompt, the only place that knows it: training, chat, evaluation and the service all render through `render`.
+
+    chat        <bos><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n{answer}<end_of_turn>
+    plain, log  <bos>{question}{answer}<eos>          (log: what the logs of the first gemma-sft runs show)
+
+Source of chat: the chat template in google/gemma-2b-it's tokenizer_config.json. That template refuses a system text;
+here it is put before the first question with an empty line between, as Gemma 3's own template does.
+"""
+
+from common.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+
+STYLES = ("chat", "log", "plain")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}{% else %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{{ ns.system + message['content'] | trim + '<end_of_turn>\n' }}{% set ns.system = '' %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def render(tokenizer, turns, style):
+    """The Pieces of a conversation (Turns), in order; after a question comes the header that asks for an answer.
+
+    Exactly one bos, at the start. Each answer's last id is one of `stop_ids`. Typed control tokens stay text.
+    """
+    pieces = [Piece([tokenizer.bos_token_id], FRAME)]
+    if turns[0].role == "text":
+        return [*pieces, Piece([*encode_text(tokenizer, turns[0].text), tokenizer.eos_token_id], ANSWER)]
+    render_turn = _chat_turn if style == "chat" else _plain_turn
+    for turn in _fold_system(turns):
+        pieces += render_turn(tokenizer, turn, last=turn is turns[-1])
+    return pieces
+
+
+def stop_ids(tokenizer, style):
+    """Ids that end an answer, the trained one first."""
+    if style == "chat":
+        return [special_id(tokenizer, "<end_of_turn>"), tokenizer.eos_token_id]
+    return [tokenizer.eos_token_id]
+
+
+def _chat_turn(tokenizer, turn, last):
+    start, end = special_id(tokenizer, "<start_of_turn>"), special_id(tokenizer, "<end_of_turn>")
+    text = encode_text(tokenizer, turn.text.strip())
+    if turn.role == "user":
+        header = [start, *frame_ids(tokenizer, "user\n")]
+        model = [end, *frame_ids(tokenizer, "\n"), start, *frame_ids(tokenizer, "model\n")]
+        return [Piece(header, FRAME), Piece(text, QUESTION), Piece(model, FRAME)]
+    return [Piece([*text, end], ANSWER)] + ([] if last else [Piece([*frame_ids(tokenizer, "\n")], FRAME)])
+
+
+def _plain_turn(tokenizer, turn, last):
+    text = encode_text(tokenizer, turn.text)
+    return [Piece(text, QUESTION) if turn.role == "user" else Piece([*text, tokenizer.eos_token_id], ANSWER)]
+
+
+def _fold_system(turns):
+    """The turns with the system text before the first question: Gemma has no system role."""
+    if turns[0].role != "system":
+        return turns
+    system, first, *rest = turns
+    return [first._replace(text=f"{system.text.strip()}\n\n{first.text}"), *rest]

@@ -1,0 +1,81 @@
+"""What the tests share: real fixtures where they are, small models made on the spot, recipes run as processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT.parent / "shared" / "fixtures"
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def fixtures():
+    """The folder of real tokenizers, golden values and data; its tests are skipped where it is absent."""
+    if not FIXTURES.is_dir():
+        pytest.skip("../shared/fixtures is not here")
+    return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def gemma_tokenizer(fixtures):
+    """Gemma's real tokenizer, 256,000 pieces."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(fixtures / "tokenizers/gemma")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A Gemma tokenizer made here: one piece a character, everything else as bytes."""
+    from gemma_sft.make_embedded import make_tokenizer
+
+    return make_tokenizer([" ", "\n", *"abcdefghijklmnopqrstuvwxyz0123456789的一是不了人我在有他这问答"])
+
+
+@pytest.fixture(scope="session")
+def small_gemma(tmp_path_factory, tokenizer):
+    """A folder with a random GemmaForCausalLM of 30,000 parameters and its tokenizer."""
+    import torch
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    folder = tmp_path_factory.mktemp("small_gemma")
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    GemmaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """The environment recipes run in: no hub, and a home of their own, so that caches start empty."""
+    home = tmp_path_factory.mktemp("home")
+    return os.environ | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def recipe(environment, tmp_path):
+    """recipe("train.py", *flags) runs gemma_sft/ft_gemma/train.py in an empty folder: the finished process."""
+
+    def run(script, *flags, cwd=tmp_path, family="gemma_sft/ft_gemma", timeout=600, **kwargs):
+        command = [sys.executable, str(ROOT / family / script), *map(str, flags)]
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **kwargs
+        )
+
+    return run
