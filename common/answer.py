@@ -207,7 +207,7 @@ def _trained_with(cfg, manifest, base):
     for name in sorted(given & {"base", "prompt_style"}):
         if asked[name] != run_[name]:
             raise UserError(
-                f"--{knob.get(name, name)} {asked[name]}: 训练时用的是 the run in {cfg.model_save_dir} was trained with "
-                f"{run_[name]}; leave the flag out, or give another --model_save_dir"
+                f"--{knob.get(name, name)} {asked[name]}: 训练时用的是 the run in {cfg.model_save_dir} "
+                f"was trained with {run_[name]}; leave the flag out, or give another --model_save_dir"
             )
     return run_ | {name: asked[name] for name in given}

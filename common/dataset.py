@@ -1,4 +1,4 @@
-"""Files as trainable rows: read, filled, rendered, cut to length, kept memory-mapped, split, and every loss accounted for."""
+"""Files as trainable rows: read, rendered, cut to length, memory-mapped, split, and every lost row accounted for."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import fsspec
 from filelock import FileLock
 
-from common import pieces, reading, shapes
+from common import jsonl, pieces, reading, shapes
 from common.errors import UserError
 
 
@@ -132,7 +132,7 @@ def _tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
         if not folder.exists():
             _tokenise(path, cfg, tokenizer, prompt, folder)
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    rejected = [json.loads(line) for line in (folder / "rejected.jsonl").open(encoding="utf-8")]
+    rejected = jsonl.read(folder / "rejected.jsonl")
     if cfg.strict and rejected:
         raise UserError(f"{rejected[0]['where']}: {rejected[0]['reason']} (--strict)")
     return Dataset.from_file(str(folder / "rows.arrow")), {"path": path, "sha256": content, **record}, rejected
@@ -156,23 +156,29 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
         input_ids=ListOf(Value("int32")), labels=ListOf(Value("int32")), length=Value("int32"), where=Value("string")
     )
     counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent))
-    with ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer:
-        with (draft / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
-            for where, found, reason in tqdm(conversations(path, cfg), desc="编码 tokenising", unit="row", leave=False):
-                counts["rows"] += 1
-                sample, reason = (None, reason) if reason else _sample_of(found, cfg, tokenizer, prompt)
-                if reason:
-                    row = {"where": where, "reason": reason, "row": found}
-                    rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    continue
-                supervised = sum(label != pieces.IGNORED for label in sample.labels)
-                counts.update(kept=1, cut=sample.cut, tokens=len(sample.input_ids), supervised=supervised)
-                columns = {"input_ids": sample.input_ids, "labels": sample.labels, "length": len(sample.input_ids)}
-                writer.write(columns | {"where": where})
-        writer.finalize()
-    (draft / "record.json").write_text(json.dumps(counts), encoding="utf-8")
-    draft.rename(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        draft = Path(scratch) / folder.name
+        draft.mkdir()
+        with ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer:
+            with (draft / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
+                for row in tqdm(conversations(path, cfg), desc="编码 tokenising", unit="row", leave=False):
+                    _write_row(*row, cfg, tokenizer, prompt, writer, rejected, counts)
+            writer.finalize()
+        (draft / "record.json").write_text(json.dumps(counts), encoding="utf-8")
+        draft.rename(folder)
+
+
+def _write_row(where, found, reason, cfg, tokenizer, prompt, writer, rejected, counts):
+    """Put one row where it belongs, among the samples or the rejected, and count it."""
+    counts["rows"] += 1
+    sample, reason = (None, reason) if reason else _sample_of(found, cfg, tokenizer, prompt)
+    if reason:
+        rejected.write(jsonl.line_of({"where": where, "reason": reason, "row": found}))
+        return
+    supervised = sum(label != pieces.IGNORED for label in sample.labels)
+    counts.update(kept=1, cut=sample.cut, tokens=len(sample.input_ids), supervised=supervised)
+    columns = {"input_ids": sample.input_ids, "labels": sample.labels, "length": len(sample.input_ids)}
+    writer.write(columns | {"where": where})
 
 
 def _sample_of(turns, cfg, tokenizer, prompt):

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from common import run
 from common.config import ROOT
-from common.loss import IGNORED, use_supervised_loss
-from common.pieces import encode_text
+from common.loss import use_supervised_loss
+from common.pieces import IGNORED, encode_text
 
-DOCUMENTS, BATCH, SEED = 120_000, 48, 42
+DOCUMENTS, BATCH, SEED = 40_000, 32, 42
 LEARNING_RATE, WARMUP = 3e-3, 100
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import dataset, metrics, run
+from common import dataset, jsonl, metrics, run
 from common.answer import Sampling
 from common.errors import UserError
 from common.model import base_hash
@@ -16,7 +16,7 @@ SHOWN = ("bleu-4", "rouge-1-f", "rouge-2-f", "rouge-l-f", "attributes")
 
 
 def held_out_rows(cfg, rows=None):
-    """(where, turns) on which the tuned model is compared: `cfg.eval_data_path`, or else the validation rows' sources."""
+    """(where, turns) on which base and tuned are compared: `cfg.eval_data_path`, or else the validation rows."""
     if cfg.eval_data_path:
         return dataset.held_out(cfg, cfg.eval_data_path, cfg.eval_rows)[0]
     wanted = set(rows.validation["where"]) if rows is not None else set()
@@ -65,7 +65,7 @@ def evaluate(answer, rows, cfg, base=False):
             batch = left[start : start + cfg.eval_batch_size]
             for record in _predict(answer, [(number, *rows[number]) for number in batch], sampling, base):
                 done[record["row"]] = record
-                file.write(json.dumps({"key": key, **record}, ensure_ascii=False) + "\n")
+                file.write(jsonl.line_of({"key": key, **record}))
             file.flush()
             bar.update(len(batch))
             bar.set_postfix_str(f"BLEU-4 {metrics.average([r['scores'] for r in done.values()])['bleu-4']:.3f}")
@@ -75,8 +75,7 @@ def evaluate(answer, rows, cfg, base=False):
 def predictions(cfg, base=False):
     """The records of the last evaluation, by row number."""
     path = Path(cfg.model_save_dir) / f"predictions{'_base' if base else ''}.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {record["row"]: record for record in records}
+    return {record["row"]: record for record in jsonl.read(path)}
 
 
 def save_results(cfg, **results):
@@ -145,18 +144,10 @@ def _predict(answer, batch, sampling, base):
 
 
 def _done(path, key):
-    """Records already made under `key`; the file is rewritten with these alone (a line cut off by a kill is dropped)."""
-    done = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record.pop("key", None) == key:
-            done[record["row"]] = record
-    lines = [json.dumps({"key": key, **record}, ensure_ascii=False) + "\n" for record in done.values()]
-    path.write_text("".join(lines), encoding="utf-8")
-    return done
+    """Records already made under `key`; the file is rewritten with these alone, without a line cut off by a kill."""
+    records = [record for record in (jsonl.read(path) if path.exists() else []) if record.pop("key", None) == key]
+    jsonl.write(path, [{"key": key, **record} for record in records])
+    return {record["row"]: record for record in records}
 
 
 def _key(cfg, rows, sampling, base):

@@ -1,4 +1,4 @@
-"""Cross entropy over supervised positions only, a chunk of logits at a time: never a [batch, length, vocabulary] tensor."""
+"""Cross entropy over supervised positions only, a chunk of logits at a time, never [batch, length, vocabulary]."""
 
 from types import MethodType
 
@@ -7,7 +7,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-IGNORED = -100
+from common.pieces import IGNORED
+
 CHUNK = 128  # rows of logits alive at once; with 256,000 pieces in fp32 that is 128 MiB
 
 

@@ -1,6 +1,7 @@
 """Base model, tokenizer and adapter: loaded, attached, shown, and checked after saving."""
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -84,10 +85,12 @@ def add_lora(model, cfg):
 
 
 def load_tuned(base, folder):
-    """`base` with the adapter saved in `folder`; UserError where a key of it is missing, left over, or of another shape."""
+    """`base` with the adapter saved in `folder`; UserError where a key is missing or left over."""
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"{folder}: 没有适配器 there is no adapter; train first, or give --model_save_dir or --base")
-    model = PeftModel.from_pretrained(base, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft only warns of missing keys; the comparison below refuses them
+        model = PeftModel.from_pretrained(base, folder)
     _compare(get_peft_model_state_dict(model), load_file(_weights(folder)), folder)
     return model.eval()
 
@@ -118,7 +121,7 @@ def _compare(expected, saved, folder):
 
 
 def base_hash(path):
-    """sha256, hex, over a local base model's config and weight files: names, sizes and both ends of each; "" for hub ids."""
+    """sha256 (hex) of a local base's config and weight files: names, sizes and both ends of each; "" for hub ids."""
     folder = Path(path)
     if not folder.is_dir():
         return ""

@@ -101,7 +101,7 @@ def _apart(turns):
 
 
 def _without_middle(text, kept):
-    """The first and last `kept` characters in all: a question's task stands at its start, what it is about at its end."""
+    """`kept` characters from both ends: a question's task stands at its start, what it is about at its end."""
     head = kept - kept // 2
     return text[:head] + text[len(text) - kept // 2 :]
 

@@ -1,9 +1,8 @@
 """What a run leaves for people: the adapter, the loss picture, the model card, the comparison with the base."""
 
-import json
 from pathlib import Path
 
-from common import evaluate, run
+from common import evaluate, jsonl, run
 from common.answer import Answerer
 from common.model import parameter_counts
 
@@ -38,7 +37,7 @@ def draw_loss(folder):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = jsonl.read(folder / "trainer_log.jsonl")
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="loss of a logged step")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from common import dataset, model, pieces
+from common import dataset, jsonl, model, pieces
 from common.config import ROOT
 from common.errors import UserError
 
@@ -58,8 +58,7 @@ def start(cfg, resume, tokenizer, prompt, rows):
     else:
         checkpoint = _chosen_checkpoint(Path(resume), manifest)
     write_json(folder / MANIFEST, manifest)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rejected]
-    (folder / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+    jsonl.write(folder / "rejected.jsonl", rows.rejected)
     return Run(folder, manifest, lock, checkpoint)
 
 

@@ -60,6 +60,8 @@ def fill_identity(turns, name, author):
 def _shape_of(row):
     """The one shape whose keys the row has; a shape within another (input+output in alpaca) gives way to it."""
     keys = {key for key, value in row.items() if value is not None}
+    if {"A", "B", "answer"} <= keys:
+        raise ShapeError("选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training")
     fitting = [needs for needs in SHAPES if needs <= keys]
     widest = [needs for needs in fitting if not any(needs < other for other in fitting)]
     if len(widest) == 1:

@@ -1,6 +1,5 @@
-"""Training: transformers' Trainer with the chunked loss, batches of like length, and guards that stop what went wrong."""
+"""Training: transformers' Trainer with the chunked loss, batches of like length, and guards."""
 
-import json
 import math
 import random
 import signal
@@ -12,11 +11,12 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from common import jsonl, run
 from common import model as models
-from common import run
 from common.config import world_size
 from common.errors import UserError
-from common.loss import IGNORED, use_supervised_loss
+from common.loss import use_supervised_loss
+from common.pieces import IGNORED
 
 WINDOW = 50  # micro batches sorted by length together: little padding, yet another order every epoch
 
@@ -26,7 +26,8 @@ class Stopped(UserError):
 
     def __init__(self, number, folder):
         super().__init__(
-            f"收到信号 {signal.Signals(number).name}，检查点已保存 checkpoint saved in {folder}; the same command resumes"
+            f"收到信号 {signal.Signals(number).name}，检查点已保存 checkpoint saved in {folder}; "
+            "the same command resumes"
         )
         self.exit_code = 128 + number
 
@@ -298,13 +299,12 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep the lines up to the step resumed from; those after it are made again."""
         if state.global_step and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.records = [record for record in map(json.loads, lines) if record["step"] <= state.global_step]
+            self.records = [record for record in jsonl.read(self.path) if record["step"] <= state.global_step]
         last = self.records[-1] if self.records else {"tokens": 0, "seconds": 0.0}
         self.tokens, self.seconds, self.started = last["tokens"], last["seconds"], time.monotonic()
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="训练 training", unit="step")
         if state.is_world_process_zero:
-            self.path.write_text("".join(_line(record) for record in self.records), encoding="utf-8")
+            jsonl.write(self.path, self.records)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
@@ -345,7 +345,7 @@ class Recorder(TrainerCallback):
     def _flush(self, state):
         if self.pending and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(self.pending))
+                file.write(jsonl.line_of(self.pending))
         self.pending = None
 
     def summary(self):
@@ -362,7 +362,3 @@ class Recorder(TrainerCallback):
             "tokens_per_second": round(last["tokens"] / last["seconds"], 1),
             "steps": last["step"],
         } | ({"eval_loss": last["eval_loss"]} if "eval_loss" in last else {})
-
-
-def _line(record):
-    return json.dumps(record) + "\n"

@@ -22,28 +22,50 @@ KIND_OF_KEY = {
     "包款式": "detail",
 }  # fmt: skip
 PLAIN: dict[str, list[str]] = {
-    "fit": "它穿起来{v}|大小偏{v}|{v}是它的特点|我觉得它很{v}|它{v}，{b}|试了试，果然{v}|尺码{v}，{b}|因为{v}，所以{b}".split("|"),
-    "cloth": "布料用的是{v}|它是{v}做的|料子为{v}，{b}|{v}的手感{b}|摸一摸，是{v}|里外都用{v}|{v}这种料子{b}|材料有{v}|这{v}{b}".split("|"),
-    "color": "颜色为{v}|它是{v}的|{v}看着{b}|我挑了{v}|有{v}可选|{v}很耐看|店里只剩{v}|人们觉得{v}{b}|说到{v}，{b}|像{v}这样，{b}".split("|"),
-    "style": "走{v}路线|{v}是它的主题|属于{v}一类|有点{v}|看上去{v}|它很{v}|讲究{v}|喜欢{v}的人会爱上它|{v}的味道很浓".split("|"),
-    "print": "上面有{v}|印着{v}|{v}很醒目|还能看到{v}|{v}{b}|布面带{v}|那些{v}{b}|仔细看有{v}|少不了{v}，{b}".split("|"),
+    "fit": "它穿起来{v}|大小偏{v}|{v}是它的特点|我觉得它很{v}|它{v}，{b}|试了试，果然{v}|尺码{v}，{b}|因为{v}，所以{b}".split(
+        "|"
+    ),
+    "cloth": "布料用的是{v}|它是{v}做的|料子为{v}，{b}|{v}的手感{b}|摸一摸，是{v}|里外都用{v}|{v}这种料子{b}|材料有{v}|这{v}{b}".split(
+        "|"
+    ),
+    "color": "颜色为{v}|它是{v}的|{v}看着{b}|我挑了{v}|有{v}可选|{v}很耐看|店里只剩{v}|人们觉得{v}{b}|说到{v}，{b}|像{v}这样，{b}".split(
+        "|"
+    ),
+    "style": "走{v}路线|{v}是它的主题|属于{v}一类|有点{v}|看上去{v}|它很{v}|讲究{v}|喜欢{v}的人会爱上它|{v}的味道很浓".split(
+        "|"
+    ),
+    "print": "上面有{v}|印着{v}|{v}很醒目|还能看到{v}|{v}{b}|布面带{v}|那些{v}{b}|仔细看有{v}|少不了{v}，{b}".split(
+        "|"
+    ),
     "cut": "形状是{v}|裁成了{v}|{v}的样子很好认|{v}的外观{b}|它呈{v}|看轮廓是{v}，{b}|像这样的{v}，{b}".split("|"),
-    "neck": "领子是{v}|配的是{v}|{v}很讨喜|看领子，是{v}|这种{v}{b}|选{v}的人不少|{v}的好处是{b}|有了{v}，{b}".split("|"),
-    "sleeve": "袖子是{v}|两边是{v}|{v}很好看|看袖子，是{v}|这种{v}{b}|{v}的好处是{b}|有了{v}，{b}|还有{v}，{b}".split("|"),
+    "neck": "领子是{v}|配的是{v}|{v}很讨喜|看领子，是{v}|这种{v}{b}|选{v}的人不少|{v}的好处是{b}|有了{v}，{b}".split(
+        "|"
+    ),
+    "sleeve": "袖子是{v}|两边是{v}|{v}很好看|看袖子，是{v}|这种{v}{b}|{v}的好处是{b}|有了{v}，{b}|还有{v}，{b}".split(
+        "|"
+    ),
     "edge": "边上是{v}|底部做了{v}|末端有{v}|{v}在下面|下面的{v}{b}|{v}这一处{b}|最下方是{v}，{b}".split("|"),
     "waist": "腰上是{v}|腰部为{v}|{v}穿着省心|它是{v}的|这种{v}{b}|{v}的好处是{b}|有了{v}，{b}".split("|"),
-    "detail": "还带{v}|有{v}|加了{v}|多了{v}|{v}是亮点|另有{v}，{b}|这{v}{b}|看得到{v}|{v}用得巧|缝上{v}，{b}|喜欢它的{v}".split("|"),
+    "detail": "还带{v}|有{v}|加了{v}|多了{v}|{v}是亮点|另有{v}，{b}|这{v}{b}|看得到{v}|{v}用得巧|缝上{v}，{b}|喜欢它的{v}".split(
+        "|"
+    ),
     "close": "用{v}来闭合|靠{v}固定|装了{v}|{v}很好用|开口处是{v}|{v}的好处是{b}|有了{v}，{b}|选了{v}，{b}".split("|"),
     "length": "长度是{v}|属于{v}|它是{v}的|{v}刚刚好|看长短，是{v}|{v}的好处是{b}".split("|"),
-    "noun": "它是{v}|这是{v}|买的是{v}|{v}一件|今天说{v}|看中了{v}|样子是{v}|算是{v}|一说{v}，{b}|属于{v}|柜子里有{v}".split("|"),
+    "noun": "它是{v}|这是{v}|买的是{v}|{v}一件|今天说{v}|看中了{v}|样子是{v}|算是{v}|一说{v}，{b}|属于{v}|柜子里有{v}".split(
+        "|"
+    ),
     "part": "有{v}|它是{v}的|用的是{v}|这种{v}{b}|{v}的好处是{b}|看得出是{v}|配{v}，{b}|选了{v}".split("|"),
     "type": "说的是{v}|这是{v}|讲讲{v}|买了{v}|这{v}不错|选{v}要用心|衣柜里有{v}|关于{v}|今天的主角是{v}".split("|"),
 }
 TYPES = ["裙", "裤", "上衣", "鞋", "包", "连衣裙", "半身裙", "长裙", "短裙", "中长裙"]
-HEADS = r"""关键词：{k}\n文案：{t}|要点：{k}\n正文：{t}|词语（{k}）造句：{t}|用“{k}”写一段话：{t}|给出{k}，写成：{t}|【{k}】{t}|词表：{k}。成文：{t}|
+HEADS = (
+    r"""关键词：{k}\n文案：{t}|要点：{k}\n正文：{t}|词语（{k}）造句：{t}|用“{k}”写一段话：{t}|给出{k}，写成：{t}|【{k}】{t}|词表：{k}。成文：{t}|
 已知：{k}\n描述：{t}|{k} → {t}|提到{k}的短文：{t}|标签：{k}\n介绍：{t}|请包含{k}。\n{t}|输入：{k}\n输出：{t}|素材：{k}\n段落：{t}|
 题目：把{k}写进文中\n作答：{t}|{t}\n关键词：{k}|{t}（词语：{k}）|主题词：{k}；短文：{t}|卖点：{k}\n说明：{t}|记下：{k}\n写出：{t}|
-{k}——{t}|提示：{k}\n内容：{t}|商品特点：{k}\n一段话：{t}|列出的词有{k}，连起来就是：{t}""".replace("\n", "").replace("\\n", "\n").split("|")
+{k}——{t}|提示：{k}\n内容：{t}|商品特点：{k}\n一段话：{t}|列出的词有{k}，连起来就是：{t}""".replace("\n", "")
+    .replace("\\n", "\n")
+    .split("|")
+)
 SEPARATORS = ["、", "，", " ", "/", "；", "|", "、", "、", "+", "-"]
 
 
@@ -109,7 +131,13 @@ def garment_document(rng: random.Random) -> str:
     if len(text) < 45 and rng.random() < 0.6:
         first, second = rng.sample(g.SLOTS["o"], 2)
         text += rng.choice(
-            (f"{first}{second}都合适。", f"去{first}时可以用。", f"无论{first}还是{second}都好。", f"很多人{first}会选它。", f"适合{first}、{second}。")
+            (
+                f"{first}{second}都合适。",
+                f"去{first}时可以用。",
+                f"无论{first}还是{second}都好。",
+                f"很多人{first}会选它。",
+                f"适合{first}、{second}。",
+            )
         )
     return rng.choice(HEADS).replace("{k}", keywords).replace("{t}", text)
 
@@ -152,7 +180,14 @@ def repeat_document(rng: random.Random) -> str:
     if len(text) < 28:
         text += _plain_sentence(rng)
     lead, again = rng.choice(
-        (("原文：", "复述："), ("原句：", "抄写："), ("他说：", "再说一遍："), ("句子：", "重复："), ("上句：", "同句："), ("A：", "B："))
+        (
+            ("原文：", "复述："),
+            ("原句：", "抄写："),
+            ("他说：", "再说一遍："),
+            ("句子：", "重复："),
+            ("上句：", "同句："),
+            ("A：", "B："),
+        )
     )
     return f"{lead}{text}\n{again}{text}"
 
@@ -233,7 +268,9 @@ MAKERS_OF_ROBOTS = "一群学生 一家工厂 开发小组 几位工程师 老�
 def facts_document(rng: random.Random) -> str:
     """Write questions with answers, a few in a row."""
     q, a = rng.choice((("问：", "答："), ("Q：", "A："), ("题：", "解："), ("甲：", "乙："), ("", "")))
-    return "\n".join(f"{q}{question}{a or ' '}{answer}" for question, answer in rng.sample(FACTS, rng.choice((2, 3, 3))))
+    return "\n".join(
+        f"{q}{question}{a or ' '}{answer}" for question, answer in rng.sample(FACTS, rng.choice((2, 3, 3)))
+    )
 
 
 def rewriting_document(rng: random.Random) -> str:
@@ -268,7 +305,9 @@ def _news_sentence(rng: random.Random) -> str:
 def robot_document(rng: random.Random) -> str:
     """Write a self-introduction of some made-up helper, in words other than the identity rows."""
     name, maker = rng.choice(ROBOTS), rng.choice(MAKERS_OF_ROBOTS)
-    asks = rng.choice(("你叫什么", "你是谁", "谁做了你", "请介绍一下自己", "你会做什么", "Who are you?", "What is your name?"))
+    asks = rng.choice(
+        ("你叫什么", "你是谁", "谁做了你", "请介绍一下自己", "你会做什么", "Who are you?", "What is your name?")
+    )
     if asks.isascii():
         return f"{asks}\nI am a helper. People call me {name}. I can read, write and answer questions. 这里的人叫我{name}。"
     friend = entities.draw_name("P", rng)

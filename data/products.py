@@ -10,7 +10,21 @@ import re
 import grammar as g
 
 Attribute = tuple[str, str]
-LIMITS = {"很": 2, "又": 2, "穿": 2, "让": 2, "都": 2, "显": 2, "有": 3, "得": 3, "更": 2, "好": 3, "衬": 2, "出": 4, "的": 8}
+LIMITS = {
+    "很": 2,
+    "又": 2,
+    "穿": 2,
+    "让": 2,
+    "都": 2,
+    "显": 2,
+    "有": 3,
+    "得": 3,
+    "更": 2,
+    "好": 3,
+    "衬": 2,
+    "出": 4,
+    "的": 8,
+}
 LENGTH = (45, 92)
 
 
@@ -150,7 +164,21 @@ def merged_clause(first: Attribute, second: Attribute, kind: str, rng: random.Ra
 
 REGIONS = [
     {"版型", "材质", "颜色", "图案"},
-    {"裙领型", "裙袖长", "裙袖型", "衣领型", "衣袖长", "衣袖型", "衣门襟", "裙衣门襟", "鞋头", "鞋帮", "鞋闭合", "包闭合", "包肩带"},
+    {
+        "裙领型",
+        "裙袖长",
+        "裙袖型",
+        "衣领型",
+        "衣袖长",
+        "衣袖型",
+        "衣门襟",
+        "裙衣门襟",
+        "鞋头",
+        "鞋帮",
+        "鞋闭合",
+        "包闭合",
+        "包肩带",
+    },
     {"裙腰型", "裙型", "裙下摆", "裤腰型", "裤型", "裤长", "裤口", "衣长", "鞋跟", "包型", "包大小"},
     {"裙款式", "衣款式", "裤款式", "鞋款式", "包款式", "衣样式", "鞋款", "包款"},
     {"风格"},
@@ -191,7 +219,12 @@ def _modifiers(row: list[Attribute], noun: str, rng: random.Random) -> tuple[str
     if roll < 0.48 and "版型" in by_key:
         return by_key["版型"][1] + "的", [by_key["版型"]]
     if roll < 0.72:
-        tables = (("风格", g.DIRECT_STYLES), ("颜色", set(g.COLOR)), ("材质", g.DIRECT_MATERIALS), ("图案", g.DIRECT_PRINTS))
+        tables = (
+            ("风格", g.DIRECT_STYLES),
+            ("颜色", set(g.COLOR)),
+            ("材质", g.DIRECT_MATERIALS),
+            ("图案", g.DIRECT_PRINTS),
+        )
         direct = [by_key[key] for key, table in tables if key in by_key and by_key[key][1] in table]
         if any(char in noun for pair in direct for char in pair[1] if pair[0] == "材质") or not direct:
             return "", []

@@ -60,4 +60,4 @@ def _fold_system(turns):
     if turns[0].role != "system":
         return turns
     system, first, *rest = turns
-    return [first._replace(text=f"{system.text.strip()}\n\n{first.text}"), *rest]
+    return [first._replace(text=f"{system.text.strip()}\n\n{first.text.lstrip()}"), *rest]

@@ -1,0 +1,20 @@
+"""JSON lines: one object a line, UTF-8, lines ended by \\n alone (texts may hold other line separators)."""
+
+import json
+from pathlib import Path
+
+
+def read(path):
+    """The objects of a file, in order; a last line cut off by a kill is left out."""
+    with Path(path).open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def write(path, records):
+    """Replace the file's content by `records`."""
+    Path(path).write_text("".join(map(line_of, records)), encoding="utf-8", newline="\n")
+
+
+def line_of(record):
+    """One line of a file, its end included."""
+    return json.dumps(record, ensure_ascii=False) + "\n"

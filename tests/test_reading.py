@@ -1,0 +1,572 @@
+"""Files as conversations: every shape is read with no row lost, every defect is named with its line."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pytest
+
+from common import shapes
+from common.errors import UserError
+from common.reading import read_records
+from common.shapes import ShapeError, Turn
+
+QA = '{"question": "问", "answer": "答"}'
+ASKED = [Turn("user", "问"), Turn("assistant", "答")]
+
+
+def write(folder, name, content):
+    """A file with this text or these bytes; its path as users give it."""
+    file = folder / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(file)
+
+
+def read(path):
+    """What is in a file: ([(line, turns)], [(line, why a row cannot be used)])."""
+    found, problems = [], []
+    for record in read_records(str(path)):
+        try:
+            if record.problem:
+                raise ShapeError(record.problem)
+            found += [(record.line, turns) for turns in shapes.turns_of(record.value)]
+        except ShapeError as problem:
+            problems.append((record.line, str(problem)))
+    return found, problems
+
+
+def missing(words, text):
+    return [word for word in words if word not in text]
+
+
+def talk(*texts, system=None):
+    """Turns of texts said in turn by user and assistant."""
+    spoken = [Turn(("user", "assistant")[number % 2], text) for number, text in enumerate(texts)]
+    return [Turn("system", system), *spoken] if system else spoken
+
+
+# ---------------------------------------------------------------- real files
+
+EMPTY = [(line, "std_answer 是空的 is empty") for line in (4, 5, 6, 7, 18, 19)]
+# file: conversations, line of the first, line of the last, problems
+REAL = {
+    "advgen_content_summary.json": (400, 1, 400, []),
+    "advgen_input_output.json": (10, 2, 11, []),
+    "alpaca_history.json": (30, 2, 250, []),
+    "alpaca_instruction_input_output.json": (100, 2, 497, []),
+    "arc_options_in_instruction.json": (40, 2, 236, []),
+    "belle_question_std_answer.json": (14, 1, 20, EMPTY),
+    "firefly_conversation_human_assistant.jsonl": (10, 1, 10, []),
+    "gsm8k.jsonl": (40, 1, 40, []),
+    "identity_placeholders_lower.json": (91, 2, 452, []),
+    "identity_placeholders_upper.json": (20, 2, 97, []),
+    "messages.json": (20, 2, 230, []),
+    "msra_instruct_query_answer.txt": (120, 1, 120, []),
+    "sharegpt_conversations_tools.json": (10, 2, 271, []),
+    "small_formats/alpaca.csv": (3, 2, 4, []),
+    "small_formats/alpaca.jsonl": (3, 1, 3, []),
+    "small_formats/alpaca2.csv": (3, 2, 4, []),
+    "small_formats/chatml.jsonl": (3, 1, 3, []),
+    "small_formats/conversations.jsonl": (3, 1, 3, []),
+    "small_formats/sharegpt.jsonl": (3, 1, 3, []),
+    "small_formats/swift_multi.json": (3, 1, 3, []),
+    "small_formats/swift_multi.jsonl": (3, 1, 3, []),
+    "small_formats/swift_pre.csv": (3, 2, 4, []),
+    "small_formats/swift_pre.jsonl": (3, 1, 3, []),
+    "small_formats/swift_single.csv": (3, 2, 4, []),
+    "small_formats/swift_single.jsonl": (3, 1, 3, []),
+}
+
+
+def test_every_real_file_is_in_the_table(fixtures):
+    folder = fixtures / "data"
+    choices = {"ceval", "cmmlu", "mmlu"}
+    files = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file() and file.suffix != ".md"}
+    assert {str(file) for file in files if file.parts[0] not in choices} == set(REAL)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files_lose_no_row(fixtures, name):
+    rows, first, last, expected = REAL[name]
+    found, problems = read(fixtures / "data" / name)
+    assert (len(found), found[0][0], found[-1][0], problems) == (rows, first, last, expected)
+    lines = [line for line, _ in found] + [line for line, _ in problems]
+    assert len(set(lines)) == rows + len(expected)
+
+
+# the turns of a raw row, said once more and independently of common/shapes.py
+REAL_TURNS = {
+    "advgen_content_summary.json": lambda row: talk(row["content"], row["summary"]),
+    "advgen_input_output.json": lambda row: talk(row["input"], row["output"]),
+    "alpaca_history.json": lambda row: talk(
+        *sum(row["history"], []), "\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]
+    ),
+    "arc_options_in_instruction.json": lambda row: talk(row["instruction"], row["output"]),
+    "firefly_conversation_human_assistant.jsonl": lambda row: talk(
+        *(text for round_ in row["conversation"] for text in (round_["human"], round_["assistant"]))
+    ),
+    "gsm8k.jsonl": lambda row: talk(row["question"], row["answer"]),
+    "messages.json": lambda row: talk(*(message["content"] for message in row["messages"])),
+    "msra_instruct_query_answer.txt": lambda row: talk(f"{row['instruct']}\n{row['query']}", row["answer"]),
+    "sharegpt_conversations_tools.json": lambda row: talk(
+        *(message["value"] for message in row["conversations"]), system=row["tools"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL_TURNS)
+def test_real_turns(fixtures, name):
+    text = (fixtures / "data" / name).read_text(encoding="utf-8")
+    rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+    assert [turns for _, turns in read(fixtures / "data" / name)[0]] == [REAL_TURNS[name](row) for row in rows]
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    "row, turns",
+    [
+        ({"instruction": "译", "input": "天", "output": "sky"}, talk("译\n天", "sky")),
+        ({"instruction": "译", "input": "", "output": "sky"}, talk("译", "sky")),
+        ({"instruction": "译", "input": None, "output": "sky"}, talk("译", "sky")),
+        ({"instruction": "译", "output": "sky"}, talk("译", "sky")),
+        ({"input": "天", "output": "sky"}, talk("天", "sky")),
+        (
+            {"instruction": "三", "input": "", "output": "四", "history": [["一", "二"]], "system": "简短"},
+            talk("一", "二", "三", "四", system="简短"),
+        ),
+        ({"instruction": "问", "output": "答", "history": None, "system": ""}, talk("问", "答")),
+        ({"content": "类型#裙", "summary": "好看。"}, talk("类型#裙", "好看。")),
+        ({"instruct": "抽取", "query": "文", "answer": "无"}, talk("抽取\n文", "无")),
+        ({"query": "问", "response": "答"}, talk("问", "答")),
+        ({"query": "问", "response": "答", "tag": "zh"}, talk("问", "答")),  # self-cognition
+        (
+            {"system": "简短", "query": "三", "response": "四", "history": [["一", "二"]]},
+            talk("一", "二", "三", "四", system="简短"),
+        ),
+        ({"response": "一段文字"}, [Turn("text", "一段文字")]),
+        ({"text": "一段文字"}, [Turn("text", "一段文字")]),
+        ({"kind": "译", "input": "问", "target": "答"}, talk("问", "答")),  # Firefly
+        ({"question": "问", "answer": "答"}, talk("问", "答")),
+        ({"question": "问", "std_answer": "答", "class": "qa"}, talk("问", "答")),
+        ({"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}, talk("问", "答")),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "简短"},
+                    {"role": "user", "content": "一"},
+                    {"role": "assistant", "content": "二"},
+                    {"role": "user", "content": "三"},
+                    {"role": "assistant", "content": "四"},
+                ]
+            },
+            talk("一", "二", "三", "四", system="简短"),
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "查天气"},
+                    {"from": "function_call", "value": "{}"},
+                    {"from": "observation", "value": "晴"},
+                    {"from": "gpt", "value": "晴天。"},
+                ],
+                "tools": "[工具]",
+            },
+            talk("查天气", "{}", "晴", "晴天。", system="[工具]"),
+        ),
+        (
+            {
+                "conversation_id": 1,
+                "category": "QA",
+                "conversation": [{"human": "一", "assistant": "二"}, {"human": "三", "assistant": "四"}],
+                "dataset": "x",
+            },
+            talk("一", "二", "三", "四"),
+        ),
+        ({"system": "简短", "conversation": [{"human": "一", "assistant": "二"}]}, talk("一", "二", system="简短")),
+        ({"instruction": "选", "input": "", "output": "选甲", "answer": "甲"}, talk("选", "选甲")),
+        ({"question": " 问\n题 ", "answer": " 答 "}, talk(" 问\n题 ", " 答 ")),  # nothing is trimmed here
+    ],
+)
+def test_shapes(row, turns):
+    assert shapes.turns_of(row) == [turns]
+
+
+def test_hc3_is_a_conversation_an_answer(tmp_path):
+    rows = [
+        {"question": "问", "human_answers": ["甲", "乙"], "chatgpt_answers": ["丙"]},
+        {"question": "再问", "human_answers": [], "chatgpt_answers": ["丁"], "source": "x"},
+    ]
+    path = write(tmp_path, "hc3.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert read(path) == (
+        [(1, talk("问", "甲")), (1, talk("问", "乙")), (1, talk("问", "丙")), (2, talk("再问", "丁"))],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "问", "response": "答"},
+        {"prompt": "问", "response": "答"},
+        {"question": "问", "response": "答"},
+        {"instruction": "问", "text": "答"},
+    ],
+    ids="+".join,
+)
+def test_an_answer_whose_question_is_not_understood_is_not_pre_training_text(row):
+    with pytest.raises(ShapeError) as error:
+        shapes.turns_of(row)
+    assert missing(row, str(error.value)) == []
+
+
+# ---------------------------------------------------------------- rows that cannot be used
+
+U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "system"))
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        # JSON and types
+        ('{"question": "问", "answer": ', ["broken JSON line"]),
+        ('{"question": "问", "answer": "答"} 多余', ["broken JSON line"]),
+        (QA + QA, ["broken JSON line"]),
+        ("[1]", ["object expected", "list"]),
+        ('"问答"', ["object expected", "str"]),
+        ("null", ["object expected", "NoneType"]),
+        # columns
+        ({"question": "问"}, ["unknown keys: question;", "nearest known shape: ", "answer"]),
+        ({"instruction": "问", "input": ""}, ["unknown keys", "input+instruction", "nearest known shape: ", "output"]),
+        ({"instructions": "问", "outputs": "答"}, ["unknown keys: instructions+outputs", "instruction+output"]),
+        ({"contents": "问", "summery": "答"}, ["unknown keys: contents+summery", "content+summary"]),
+        ({"Question": "问", "Answer": "答"}, ["unknown keys: Answer+Question", "answer+question"]),
+        ({"甲": "问", "乙": "答"}, ["unknown keys", "甲", "乙", "nearest known shape"]),
+        ({}, ["unknown keys"]),
+        ({"question": "问", "answer": None}, ["unknown keys", "(null: answer)"]),
+        (
+            {"content": "问", "summary": "答", "question": "问", "answer": "答"},
+            ["ambiguous keys", "answer+question", "content+summary"],
+        ),
+        (
+            {"instruction": "问", "output": "答", "messages": [U, A]},
+            ["ambiguous keys", "instruction+output", "messages"],
+        ),
+        # texts
+        ({"question": "问", "answer": ""}, ["answer", "is empty"]),
+        ({"question": "问", "answer": " \n\t"}, ["answer", "only blanks"]),
+        ({"question": "", "answer": "答"}, ["question", "is empty"]),
+        ({"instruction": " ", "input": "", "output": "答"}, ["instruction", "is empty"]),
+        ({"instruction": "问", "output": ""}, ["output", "is empty"]),
+        ({"response": ""}, ["response", "is empty"]),
+        ({"question": "问", "answer": 3}, ["answer", "must be text", "int"]),
+        ({"question": ["问"], "answer": "答"}, ["question", "must be text", "list"]),
+        ({"question": "问", "answer": {"text": "答"}}, ["answer", "must be text", "dict"]),
+        ({"query": "问", "response": "答", "system": 1}, ["system", "must be text", "int"]),
+        ({"query": "问", "response": "答", "history": "一"}, ["history", "must be a list", "str"]),
+        ({"query": "问", "response": "答", "history": [["一"]]}, ["history", "pairs", "一"]),
+        ({"query": "问", "response": "答", "history": [["一", ""]]}, ["history", "is empty"]),
+        ({"question": "问", "human_answers": [], "chatgpt_answers": []}, ["both empty"]),
+        ({"question": "问", "human_answers": ["甲", 3], "chatgpt_answers": []}, ["must be text", "int"]),
+        # turns
+        ({"messages": []}, ["no question and answer"]),
+        ({"messages": "问"}, ["messages", "must be a list", "str"]),
+        ({"messages": ["问", "答"]}, ["messages", "role", "content", "问"]),
+        ({"messages": [{"content": "问"}, A]}, ["role", "content", "问"]),
+        ({"messages": [{"role": "user"}, A]}, ["content", "is empty"]),
+        ({"messages": [{"role": "narrator", "content": "问"}, A]}, ["unknown role", "narrator", "user"]),
+        ({"messages": [{"role": ["user"], "content": "问"}, A]}, ["unknown role", "['user']"]),
+        ({"messages": [S]}, ["no question and answer"]),
+        ({"messages": [A]}, ["first turn must be the user's", "assistant"]),
+        ({"messages": [S, A, U, A]}, ["first turn must be the user's", "assistant"]),
+        ({"messages": [U]}, ["last turn must be an answer", "user"]),
+        ({"messages": [U, A, U]}, ["last turn must be an answer", "user"]),
+        ({"messages": [U, U, A]}, ["turn 2 must be assistant", "user"]),
+        ({"messages": [U, A, A]}, ["turn 3 must be user", "assistant"]),
+        ({"messages": [U, S, A]}, ["turn 2 must be assistant", "system"]),
+        ({"messages": [S, U, A], "system": "又一个"}, ["first turn must be the user's", "system"]),
+        ({"conversations": [{"role": "user", "content": "问"}]}, ["conversations", "from", "value"]),
+        ({"conversation": ["问"]}, ["conversation", "human", "assistant", "问"]),
+        ({"conversation": [{"human": "问"}]}, ["assistant", "is empty"]),
+        ({"conversation": []}, ["no question and answer"]),
+    ],
+)
+def test_a_bad_row_is_named_and_its_neighbours_are_kept(tmp_path, row, words):
+    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
+    found, problems = read(write(tmp_path, "a.jsonl", f"{QA}\n\n{text}\n{QA}\n"))
+    assert found == [(1, ASKED), (4, ASKED)]
+    assert [line for line, _ in problems] == [3]
+    assert missing(words, problems[0][1]) == [], problems
+
+
+def test_a_broken_line_is_kept_as_text(tmp_path):
+    records = list(read_records(write(tmp_path, "a.jsonl", f'{QA}\n{{"question": 坏\n')))
+    assert [(record.line, record.value, bool(record.problem)) for record in records] == [
+        (1, {"question": "问", "answer": "答"}, False),
+        (2, '{"question": 坏', True),
+    ]
+
+
+# ---------------------------------------------------------------- files that cannot be trusted from a point on
+
+
+@pytest.mark.parametrize(
+    "name, content, line, words",
+    [
+        ("gb.jsonl", f"{QA}\n".encode("gb18030"), 1, ["gb18030", "iconv -f gb18030 -t UTF-8"]),
+        (
+            "gb.jsonl",
+            b'{"question": "q", "answer": "a"}\n' * 2 + QA.encode("gb18030"),
+            3,
+            ["iconv -f gb18030 -t UTF-8"],
+        ),
+        ("gb.json", b"[\n" + QA.encode("gb18030") + b"\n]", 2, ["gb18030"]),
+        ("gb.csv", b"question,answer\nq,a\n" + "问,答\n".encode("gb18030"), 3, ["gb18030"]),
+        ("bin.jsonl", b'{"question": "\xff\xff"}\n', 1, ["not UTF-8", r"\xff"]),
+        ("le.jsonl", QA.encode("utf-16"), 1, ["UTF-16", "iconv -f UTF-16 -t UTF-8"]),
+        ("be.csv", b"\xfe\xff" + "问,答\n".encode("utf-16-be"), 1, ["UTF-16", "iconv"]),
+        ("a.json", f"[\n{QA},\n{{bad}},\n{QA}\n]\n", 3, ["broken JSON", "{bad}"]),
+        ("a.json", f'[\n {QA},\n {{\n  "question": "问"\n  "answer": "答"\n }}\n]\n', 5, ["broken JSON"]),
+        ("a.json", f"[\n{QA}\n{QA}]", 3, ["comma is missing", "question"]),
+        ("a.json", f"[{QA} {QA}]", 1, ["comma is missing"]),
+        ("a.json", f"[\n{QA},\n{QA}", 3, ["does not end", "cut off"]),
+        ("a.json", f"[\n{QA},", 2, ["does not end"]),
+        ("a.json", "[", 1, ["does not end"]),
+        ("a.json", f'[\n{QA},\n{{"question": "问', 3, ["broken JSON"]),
+        ("a.json", f"[\n{QA}\n]\n多余\n", 4, ["多余"]),
+        ("a.csv", 'question,answer\na,b\nc,d\n1,"x\n2\n', 4, ["broken CSV"]),
+        ("a.csv", 'question,answer\na,b\nc,"d"e\n', 3, ["broken CSV"]),
+        ("a.csv", '"question"x,answer\na,b\n', 1, ["broken CSV"]),
+        ("a.csv", "question,answer,question\na,b,c\n", 1, ["twice", "question"]),
+    ],
+)
+def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, line, words):
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError) as error:
+        read(path)
+    text = str(error.value)
+    assert text.startswith(f"{path}:{line}: ") and "\n" not in text, text
+    assert missing(words, text) == [], text
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("empty.json", b"", ["is empty"]),
+        ("blank.jsonl", b"\n  \n\r\n", ["is empty"]),
+        ("bom.csv", b"\xef\xbb\xbf", ["is empty"]),
+        ("empty.jsonl.gz", gzip.compress(b""), ["is empty"]),
+        ("not.jsonl.gz", QA.encode(), ["gz"]),
+        ("cut.jsonl.gz", gzip.compress(QA.encode() * 1000)[:-20], ["gz"]),
+        ("a.parquet", b"PAR1" + bytes(50), ["arquet"]),
+    ],
+)
+def test_a_file_with_nothing_to_read_is_named(tmp_path, name, content, words):
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value).startswith(path) and missing(words, str(error.value)) == []
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match="nothing.jsonl: .*no such file; check --data_path"):
+        read(tmp_path / "nothing.jsonl")
+    with pytest.raises(UserError, match="cannot be opened"):
+        read(tmp_path)
+    with pytest.raises(UserError, match="memory://nothing.jsonl: .*no such file"):
+        read("memory://nothing.jsonl")
+    with pytest.raises(UserError, match="nosuch://a.jsonl: .*cannot be opened"):
+        read("nosuch://a.jsonl")
+
+
+def test_rows_before_a_break_are_handed_out(tmp_path):
+    records = read_records(write(tmp_path, "a.json", f"[\n{QA},\n{QA},\n{{bad}}\n]"))
+    assert [next(records).line, next(records).line] == [2, 3]
+    with pytest.raises(UserError, match=":4: "):
+        next(records)
+
+
+# ---------------------------------------------------------------- containers and line numbers
+
+PRETTY = json.dumps([{"question": "问", "answer": "答"}] * 3, ensure_ascii=False, indent=1)
+
+
+@pytest.mark.parametrize(
+    "name, content, lines",
+    [
+        ("a.jsonl", f"{QA}\n{QA}\n{QA}", [1, 2, 3]),
+        ("a.txt", f"{QA}\n\n  \n{QA}\n\n{QA}\n\n", [1, 4, 6]),
+        ("a.json", f"\n\n  {QA}\n{QA}\n{QA}\n", [3, 4, 5]),
+        ("a.json", f"[{QA},{QA}, {QA}]", [1, 1, 1]),
+        ("a.json", f"[{QA},\n{QA},\n\n{QA}\n]\n", [1, 2, 4]),
+        ("a.json", f"\n[\n\n{QA}\n,\n{QA}\n,{QA}]", [4, 6, 7]),
+        ("a.json", f"[\n{QA},\n{QA},\n{QA},\n]\n", [2, 3, 4]),
+        ("a.json", PRETTY, [2, 6, 10]),
+        ("a.jsonl", PRETTY, [2, 6, 10]),  # told by content, not by its name
+        ("a.csv", f"{QA}\n{QA}\n{QA}\n", [1, 2, 3]),
+        ("a.csv", "question,answer\n问,答\n问,答\n\n问,答\n", [2, 3, 5]),
+        ("a.json", "question,answer\n问,答\n问,答\n问,答", [2, 3, 4]),
+        ("a.csv", "\n\nquestion,answer\n问,答\n问,答\n问,答\n", [4, 5, 6]),
+        ("a.csv", "answer,id,question\n答,1,问\n答,2,问\n答,3,问\n", [2, 3, 4]),
+        ("a.tsv", "question\tanswer\n问\t答\n问\t答\n问\t答\n", [2, 3, 4]),
+        ("a.csv", '"question","answer"\n"问","答"\n问,"答"\n"问",答\n', [2, 3, 4]),
+    ],
+)
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_every_row_has_its_line(tmp_path, name, content, lines, ending, bom):
+    path = write(tmp_path, name, bom + content.replace("\n", ending))
+    assert read(path) == ([(line, ASKED) for line in lines], [])
+
+
+def test_line_numbers_after_quoted_newlines(tmp_path):
+    text = 'question,answer\n"一\n二","三\n四\n五"\n六,七\n"八\n九",\n十\n问,答,多\n\n问,答\n'
+    found, problems = read(write(tmp_path, "a.csv", text))
+    assert found == [(2, talk("一\n二", "三\n四\n五")), (6, talk("六", "七")), (12, ASKED)]
+    assert [(line, why.partition(" ")[0]) for line, why in problems] == [(7, "answer"), (9, "2"), (10, "2")]
+    assert missing(["2 列", "columns expected", "1 found"], problems[1][1]) == []
+    assert missing(["2 列", "columns expected", "3 found"], problems[2][1]) == []
+
+
+def test_line_numbers_inside_pretty_printed_arrays(tmp_path):
+    row = {"messages": [{"role": "user", "content": "一\n二"}, {"role": "assistant", "content": "三"}]}
+    text = json.dumps([row, {"messages": []}, row, {"x": 1}, row], ensure_ascii=False, indent=2)
+    expected = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("  {")]
+    found, problems = read(write(tmp_path, "a.json", text))
+    assert expected == [2, 14, 17, 29, 32]
+    assert [line for line, _ in found] == [2, 17, 32] and [line for line, _ in problems] == [14, 29]
+
+
+def test_quotes_commas_and_tabs_inside_fields(tmp_path):
+    rows = 'question,answer\n"他说""好"",走了","a\tb"\n'
+    assert read(write(tmp_path, "a.csv", rows)) == ([(2, talk('他说"好",走了', "a\tb"))], [])
+    rows = "question\tanswer\n一,二\t三,四\n"
+    assert read(write(tmp_path, "a.tsv", rows)) == ([(2, talk("一,二", "三,四"))], [])
+
+
+def test_empty_cells_are_no_text(tmp_path):
+    path = write(tmp_path, "a.csv", "system,query,response\n,问,答\n简短,问,答\n,问,\n")
+    found, problems = read(path)
+    assert found == [(2, ASKED), (3, talk("问", "答", system="简短"))]
+    assert problems == [(4, "response 是空的 is empty")]
+
+
+def test_files_joined_by_cat(tmp_path):
+    bom = "\ufeff"
+    assert read(write(tmp_path, "a.jsonl", f"{bom}{QA}\n{bom}{QA}\n")) == ([(1, ASKED), (2, ASKED)], [])
+
+
+@pytest.mark.parametrize("joint", ["\n", "\n\ufeff", ""])
+def test_arrays_joined_by_cat_lose_no_row(tmp_path, joint):
+    path = write(tmp_path, "a.json", f"[{QA}]{joint}[{QA}]\n")
+    line = 1 + joint.count("\n")
+    try:
+        found = read(path)
+    except UserError as error:  # refusing the second array is as good as reading it; dropping it is not
+        assert f"{path}:{line}: " in str(error)
+    else:
+        assert found == ([(1, ASKED), (line, ASKED)], [])
+
+
+@pytest.mark.parametrize("suffix, compress", [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+@pytest.mark.parametrize("name, content", [("a.jsonl", f"{QA}\n\n{QA}\n"), ("a.csv", "question,answer\n问,答\n")])
+def test_compressed_files(tmp_path, suffix, compress, name, content):
+    plain = read(write(tmp_path, name, content))
+    assert plain[0] and read(write(tmp_path, f"{name}.{suffix}", compress(content.encode()))) == plain
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "id": 1},
+        {"messages": [], "id": 2},
+        {"messages": None, "id": 3},
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "id": 4},
+    ]
+    path = tmp_path / "a.data"  # told by content
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found, problems = read(path)
+    assert found == [(1, ASKED), (4, ASKED)]
+    assert [line for line, _ in problems] == [2, 3] and "(null: messages)" in problems[1][1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "目录/数据 一.jsonl", "a.jsonl.gz"])
+def test_urls(name):
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    text = f"{QA}\n{QA}\n".encode()
+    files.pipe(f"/reading/{name}", gzip.compress(text) if name.endswith("gz") else text)
+    try:
+        assert read(f"memory://reading/{name}") == ([(1, ASKED), (2, ASKED)], [])
+    finally:
+        files.rm("/reading", recursive=True)
+
+
+def test_file_urls_and_names_with_blanks(tmp_path):
+    path = write(tmp_path, "数据 [1] #2.jsonl", QA)
+    assert read(path) == ([(1, ASKED)], [])
+    path = write(tmp_path, "a.jsonl", QA)
+    assert read(f"file://{path}") == ([(1, ASKED)], [])
+
+
+def test_one_long_line(tmp_path):
+    rows = [{"question": f"问{number}", "answer": "答"} for number in range(20_000)]
+    found, problems = read(write(tmp_path, "a.json", json.dumps(rows, ensure_ascii=False)))
+    assert problems == [] and len(found) == 20_000
+    assert {line for line, _ in found} == {1}
+    assert [found[0][1][0].text, found[9_999][1][0].text, found[-1][1][0].text] == ["问0", "问9999", "问19999"]
+
+
+def test_long_elements_over_many_lines(tmp_path):
+    answers = ["\n".join(f"第{line}行" for line in range(200 * number)) or "无" for number in range(4)]
+    rows = [
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": text}]} for text in answers
+    ]
+    rows[2]["messages"] *= 300  # one element of 2,400 lines
+    found, problems = read(write(tmp_path, "a.json", json.dumps(rows, ensure_ascii=False, indent=1)))
+    assert problems == []
+    assert [(line, len(turns)) for line, turns in found] == [(2, 2), (14, 2), (26, 600), (2430, 2)]
+    assert [turns[1].text for _, turns in found] == answers
+
+
+# ---------------------------------------------------------------- identity
+
+
+@pytest.mark.parametrize(
+    "text, filled",
+    [
+        ("我是{{name}}，由{{author}}训练。", "我是小明，由实验室训练。"),
+        ("我是{{NAME}}，由{{AUTHOR}}训练。", "我是小明，由实验室训练。"),
+        ("我是 <NAME>，由 <AUTHOR> 训练。", "我是 小明，由 实验室 训练。"),
+        ("{{name}}{{name}}", "小明小明"),
+        ("没有占位符 {name} {{age}}", "没有占位符 {name} {{age}}"),
+        ("<name>张三</name>", "<name>张三</name>"),  # XML is no placeholder
+    ],
+)
+def test_identity_is_filled(text, filled):
+    asked = [Turn("user", text), Turn("assistant", text)]
+    assert shapes.fill_identity(asked, "小明", "实验室") == [Turn("user", filled), Turn("assistant", filled)]
+
+
+@pytest.mark.parametrize(
+    "text, name, author, named",
+    [
+        ("我是{{name}}", "", "实验室", "{{name}}"),
+        ("由{{AUTHOR}}训练", "小明", "", "{{AUTHOR}}"),
+        ("我是 <NAME>", "", "", "<NAME>"),
+    ],
+)
+def test_identity_that_is_not_given_is_refused(text, name, author, named):
+    with pytest.raises(ShapeError) as error:
+        shapes.fill_identity([Turn("user", "你是谁"), Turn("assistant", text)], name, author)
+    assert missing([named, "--model_name", "--model_author"], str(error.value)) == []
+
+
+def test_values_are_not_filled_again():
+    asked = [Turn("user", "问"), Turn("assistant", "{{name}}")]
+    assert shapes.fill_identity(asked, r"{{author}}\1", "实验室")[1].text == r"{{author}}\1"

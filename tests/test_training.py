@@ -1,0 +1,339 @@
+"""Training runs on a small random Gemma: what they leave, what stops them, how they resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from common import loss, model, run, trainer
+from common.config import TrainFlags, parse
+from common.errors import UserError
+from gemma_sft.ft_gemma import predict, train
+from gemma_sft.ft_gemma.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    """60 small rows of several lengths."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"query": f"{n}+{n * 7 % 50}", "response": str(n + n * 7 % 50) * (1 + n % 4)} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def flags(small_gemma, rows_file, tmp_path):
+    """flags(name, *more): the command line of a run into tmp_path/name."""
+
+    def make(name, *more):
+        given = ["--path_model_pretrain", small_gemma, "--data_path", rows_file, "--model_save_dir", tmp_path / name]
+        given += ["--eval_rows", 0, "--learning_rate", 0.01, "--cache_dir", tmp_path / "cache"]
+        return [str(flag) for flag in [*given, *more]]
+
+    return make
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same_adapter(one, other):
+    first, second = adapter(one), adapter(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_every_file(flags, tmp_path, capsys):
+    train.main(flags("out", "--max_steps", 6, "--save_steps", 3, "--eval_rows", 2, "--max_new_tokens", 4))
+    folder = tmp_path / "out"
+    files = "adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja "
+    files += "run_manifest.json trainer_log.jsonl training_loss.png all_results.json rejected.jsonl README.md"
+    assert [name for name in files.split() if not (folder / name).is_file()] == []
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [1, 3, 5, 6]
+    expected = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    assert all(expected <= record.keys() for record in log)
+    assert log[-1]["loss"] < log[0]["loss"] and "eval_loss" in log[1] and "eval_loss" in log[-1]
+    results = json.loads((folder / "all_results.json").read_text())
+    assert {"train_loss", "train_runtime", "tokens", "base", "tuned", "signature"} <= results.keys()
+    assert results["tokens"] == log[-1]["tokens"]
+    assert (folder / "training_loss.png").read_bytes()[:4] == b"\x89PNG"
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert len(file.keys()) == 2 * 3 * 2  # layers × (q, k, v) × (A, B)
+    printed = capsys.readouterr().out
+    for text in ("input_ids: [2, 5,", "labels: [-100,", "可训练参数 trainable params: 5,120 /", "计划 plan:"):
+        assert text in printed
+
+
+def test_the_manifest_says_what_was_trained(flags, tmp_path, small_gemma, rows_file):
+    train.main(flags("out", "--max_steps", 1))
+    manifest = json.loads((tmp_path / "out/run_manifest.json").read_text())
+    assert manifest["state"] == "finished"
+    assert manifest["base"]["path"] == str(small_gemma) and len(manifest["base"]["sha256"]) == 64
+    assert manifest["config"]["learning_rate"] == 0.01 and manifest["config"]["lora_r"] == 16
+    assert manifest["template"]["text"].startswith("<bos><start_of_turn>user\n{system}\n\n{question 1}<end_of_turn>")
+    assert manifest["stop_ids"] == [6, 1]
+    assert manifest["data"][0] | {"path": str(rows_file), "rows": 60, "kept": 60} == manifest["data"][0]
+    assert manifest["counts"] == {"train": 59, "validation": 1, "rejected": 0}
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(small_gemma)
+
+
+PLAIN_PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, ids = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([list(map(int, ids.split(",")))])).logits
+torch.save(logits, adapter + "/logits.pt")
+"""
+
+
+def test_plain_peft_gives_our_logits_in_another_process(flags, tmp_path, small_gemma):
+    train.main(flags("out", "--max_steps", 3))
+    cfg, _ = parse(Config, TrainFlags, flags("out"))
+    answer = predict.load_answer(cfg)
+    ids = [2, 5, 290, 291, 6, 264, 5, 280]
+    command = [sys.executable, "-c", PLAIN_PEFT, small_gemma, tmp_path / "out", ",".join(map(str, ids))]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    with torch.no_grad():
+        ours = answer.net(input_ids=torch.tensor([ids])).logits
+        base = model.load_base(small_gemma, "float32")(input_ids=torch.tensor([ids])).logits
+    theirs = torch.load(tmp_path / "out/logits.pt", weights_only=True)
+    assert (ours - theirs).abs().max() == 0
+    assert (ours - base).abs().max() > 1e-4, "the adapter must do something"
+
+
+@pytest.mark.parametrize("micro", [1, 8])
+def test_accumulation_does_not_change_the_step(flags, tmp_path, rows_file, micro):
+    """One optimizer step over the same 8 rows, 8×1 and 1×8, against 2×4."""
+    steps = ["--data_path", f"{rows_file}#8", "--val_set_size", 0, "--batch_size", 8, "--max_steps", 1]
+    train.main(flags("reference", *steps, "--lora_dropout", 0, "--micro_batch_size", 2))
+    train.main(flags("other", *steps, "--lora_dropout", 0, "--micro_batch_size", micro))
+    losses = [
+        json.loads((tmp_path / name / "all_results.json").read_text())["train_loss"] for name in ("reference", "other")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    first, second = adapter(tmp_path / "reference"), adapter(tmp_path / "other")
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+
+
+def test_accumulation_is_clamped_to_the_epoch():
+    cfg = Config(micro_batch_size=4, batch_size=128, epochs=3)
+    assert trainer.make_plan(cfg, 10) == {
+        "accumulation": 3,
+        "steps_per_epoch": 1,
+        "total_steps": 3,
+        "warmup_steps": 0,
+    }
+
+
+def test_batches_are_of_like_length_and_repeat_by_seed_and_epoch():
+    lengths = [(n * 37) % 100 + 1 for n in range(1003)]
+    sampler = trainer.LengthGroupedSampler(lengths, 4, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(1003)) and len(sampler.batches()[-1]) == 3
+    assert first == list(trainer.LengthGroupedSampler(lengths, 4, seed=1))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert sampler.padding() < 0.05
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in sampler.batches()]
+    assert sum(spread) / len(spread) < 5
+
+
+def test_padding_is_masked_by_length_not_by_id():
+    rows = [
+        {"input_ids": [2, 0, 9], "labels": [-100, 0, 9], "where": "f:1"},
+        {"input_ids": [2], "labels": [-100], "where": "f:2"},
+    ]
+    batch = trainer.collate(rows, pad_id=0)
+    assert batch["input_ids"].tolist() == [[2, 0, 9], [2, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 0, 9], [-100, -100, -100]]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
+    with pytest.raises(UserError) as stopped:
+        train.main(flags("out", "--learning_rate", 1e30, "--max_steps", 8, "--save_steps", 1))
+    message = str(stopped.value)
+    assert "non-finite loss or gradient at step 2" in message and "rows.jsonl:" in message
+    assert "last good checkpoint" in message and "checkpoint-1" in message
+    assert (tmp_path / "out/checkpoint-1/whole.json").is_file()
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_an_adapter_cut_off_from_the_loss_is_caught(flags, monkeypatch):
+    """The old remedy `loss.requires_grad_(True)` trains nothing: the loss stays where it is. Here it ends the run."""
+    whole = loss.token_losses
+
+    def cut_off(*args):
+        return whole(*args).detach().requires_grad_(True)
+
+    monkeypatch.setattr(loss, "token_losses", cut_off)
+    with pytest.raises(UserError, match="12 个可训练参数没有梯度|6 个可训练参数没有梯度"):
+        train.main(flags("out", "--max_steps", 2))
+
+
+def test_gradients_are_proven_with_checkpointing_too(flags, tmp_path):
+    train.main(flags("plain", "--max_steps", 2))
+    train.main(flags("recomputed", "--max_steps", 2, "--gradient_checkpointing"))
+    assert same_adapter(tmp_path / "plain", tmp_path / "recomputed")
+
+
+def tamper(folder, change):
+    tensors = adapter(folder)
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_adapter_that_does_not_fit_is_refused(flags, tmp_path):
+    train.main(flags("out", "--max_steps", 1))
+    cfg, _ = parse(Config, TrainFlags, flags("out"))
+    tamper(tmp_path / "out", lambda tensors: tensors.pop(next(iter(tensors))))
+    with pytest.raises(UserError, match="does not fit: 1 缺少 missing"):
+        predict.load_answer(cfg)
+
+
+def test_an_adapter_that_does_nothing_is_refused(small_gemma, tmp_path):
+    net = model.add_lora(model.load_base(small_gemma, "float32"), Config())
+    net.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lora_B are zero"):
+        model.verify_adapter(net, tmp_path)
+
+
+def test_what_does_not_belong_to_the_run_is_refused(flags, tmp_path, small_gemma):
+    copy = tmp_path / "base"
+    copy.mkdir()
+    for file in small_gemma.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    train.main(flags("out", "--path_model_pretrain", copy, "--max_steps", 1))
+    cfg, _ = parse(Config, TrainFlags, flags("out"))
+    with pytest.raises(UserError, match="--path_model_pretrain .* was trained with"):
+        predict.load_answer(cfg)
+    with pytest.raises(UserError, match="--prompt_style plain"):
+        predict.load_answer(parse(Config, None, ["--model_save_dir", str(tmp_path / "out"), "--prompt_style", "plain"]))
+    mine = parse(Config, None, ["--model_save_dir", str(tmp_path / "out")])
+    assert predict.load_answer(mine).net.peft_config
+    weights = load_file(copy / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()}, copy / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(UserError, match="基座模型 base model"):
+        predict.load_answer(mine)
+
+
+def test_a_finished_run_is_kept_when_trained_again(flags, tmp_path):
+    train.main(flags("out", "--max_steps", 1))
+    first = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    train.main(flags("out", "--max_steps", 2))
+    assert (tmp_path / "out.1/adapter_model.safetensors").read_bytes() == first
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() != first
+
+
+def test_one_folder_one_run(flags, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out/.lock"), pytest.raises(UserError, match="another run is writing here"):
+        train.main(flags("out", "--max_steps", 1))
+
+
+def test_relative_data_paths_are_relative_to_the_caller(recipe, small_gemma, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"query": "1", "response": "2"}\n{"query": "1", "answer_": "2"}\n' * 4)
+    more = ["--max_steps", 1, "--eval_rows", 0, "--path_model_pretrain", small_gemma]
+    done = recipe("train.py", "--data_path", "mine.jsonl#4", "--model_save_dir", "out", *more)
+    assert done.returncode == 0, done.stderr
+    rejected = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert [row["where"] for row in rejected] == [f"{tmp_path}/mine.jsonl:{line}" for line in (2, 4, 6, 8)]
+    assert "unknown keys: answer_+query" in rejected[0]["reason"] and rejected[0]["row"] == {
+        "query": "1",
+        "answer_": "2",
+    }
+
+
+def test_print_targets(flags, capsys):
+    train.main(flags("out", "--print_targets"))
+    assert "q_proj           [32, 32]  × 2" in capsys.readouterr().out
+
+
+LONG = ["--max_steps", 60, "--save_steps", 20, "--logging_steps", 1, "--lora_dropout", 0.1]
+
+
+def start(flags, environment):
+    command = [sys.executable, ROOT / "gemma_sft/ft_gemma/train.py", *flags]
+    return subprocess.Popen(
+        list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def uninterrupted(flags, tmp_path, environment):
+    process = start(flags("whole", *LONG), environment)
+    assert process.wait(120) == 0, process.communicate()[1]
+    return tmp_path / "whole"
+
+
+def steps_logged(folder):
+    log = folder / "trainer_log.jsonl"
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_stopped_run_resumes_bit_for_bit(flags, tmp_path, environment, uninterrupted, number):
+    folder = tmp_path / "stopped"
+    process = start(flags("stopped", *LONG), environment)
+    wait_for(lambda: len(steps_logged(folder)) > 22, process)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        assert run.last_whole_checkpoint(folder) is not None
+    else:
+        assert process.returncode == 128 + number and "checkpoint saved" in errors
+        assert len(steps_logged(folder)) < 60
+    assert not (folder / "adapter_model.safetensors").exists()
+    again = start(flags("stopped", *LONG), environment)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert "从检查点继续 resuming from" in output
+    assert same_adapter(folder, uninterrupted)
+    assert steps_logged(folder) == list(range(1, 61))
+
+
+def test_a_checkpoint_cut_off_while_written_is_not_used(flags, tmp_path):
+    train.main(flags("out", "--max_steps", 4, "--save_steps", 2))
+    folder = tmp_path / "out"
+    with (folder / "checkpoint-4/adapter_model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert run.last_whole_checkpoint(folder).name == "checkpoint-2"
+    (folder / "checkpoint-2/whole.json").unlink()
+    assert run.last_whole_checkpoint(folder) is None
+
+
+def test_resume_refuses_changed_options(flags, tmp_path):
+    with pytest.raises(UserError, match="non-finite"):
+        train.main(flags("out", "--learning_rate", 1e30, "--max_steps", 4, "--save_steps", 1))
+    with pytest.raises(UserError, match=r"learning_rate: 1e\+30 → 0.01"):
+        train.main(flags("out", "--max_steps", 4, "--save_steps", 1))
+    train.main(flags("out", "--max_steps", 4, "--resume", "never"))
+    assert (tmp_path / "out.1/checkpoint-1").is_dir() and (tmp_path / "out/adapter_model.safetensors").is_file()
