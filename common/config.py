@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,8 @@ class SFTConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the GPU has it, or float32
     prompt_style: str = "chat"  # how turns become ids: chat is the model's official template
     # data
-    data_path: tuple[str, ...] = (
-        str(ROOT / "data/product_train.jsonl"),
-    )  # files or URLs to train on; path#N samples N
-    eval_data_path: tuple[str, ...] = (str(ROOT / "data/product_heldout.jsonl"),)  # held-out rows scored after training
+    data_path: tuple[str, ...] = (str(DATA / "product_train.jsonl"),)  # files or URLs to train on; path#N samples N
+    eval_data_path: tuple[str, ...] = (str(DATA / "product_heldout.jsonl"),)  # held-out rows scored after training
     eval_rows: int = 50  # held-out rows on which base and tuned are compared after training; 0: none
     val_set_size: float = 0.02  # kept out of training for the validation loss: rows (1 or more) or a share (below 1)
     max_length_q: int = 512  # longest prompt in tokens; older turns, then the question's middle, are cut
@@ -66,9 +65,7 @@ class SFTConfig:
     modules_to_save: tuple[str, ...] = ()  # modules trained in full and saved with the adapter
     # answers
     max_new_tokens: int = 256  # longest answer generated
-    do_sample: bool = (
-        True  # console and service sample; False: greedy. Evaluation is greedy unless --do_sample is given
-    )
+    do_sample: bool = True  # console and service sample; evaluation is greedy unless this is given
     temperature: float = 0.8  # of sampling
     top_p: float = 0.95  # nucleus
     top_k: int = 50  # candidates
@@ -149,9 +146,9 @@ ALIASES = {
 
 # name: (test, what is allowed)
 _AT_LEAST_1 = (lambda v: v >= 1, "1 or more")
-_NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
+_NOT_NEGATIVE = (lambda v: 0 <= v < float("inf"), "0 or more")
 _SHARE = (lambda v: 0 <= v < 1, "at least 0 and below 1")
-_ABOVE_0 = (lambda v: v > 0, "above 0")
+_ABOVE_0 = (lambda v: 0 < v < float("inf"), "above 0")
 RANGES = {
     **dict.fromkeys(
         "max_length_q max_length_a epochs micro_batch_size batch_size logging_steps save_steps lora_r lora_alpha "
@@ -236,11 +233,11 @@ def _fit_batches(config, error):
 def _absolute(name, value):
     """Paths typed by a user are relative to where the command is called; hub ids and URLs stay."""
     if name in ("data_path", "eval_data_path"):
-        return tuple(v if "://" in v else str(Path(v).expanduser().absolute()) for v in value)
-    if name == "path_model_pretrain" and value != "embedded" and Path(value).expanduser().is_dir():
-        return str(Path(value).expanduser().absolute())
+        return tuple(v if "://" in v else os.path.abspath(os.path.expanduser(v)) for v in value)
+    if name == "path_model_pretrain" and value != "embedded" and os.path.isdir(os.path.expanduser(value)):
+        return os.path.abspath(os.path.expanduser(value))
     if name == "model_save_dir":
-        return str(Path(value).expanduser().absolute())
+        return os.path.abspath(os.path.expanduser(value))
     return value
 
 

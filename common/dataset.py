@@ -32,7 +32,7 @@ def prepare(cfg, tokenizer, prompt):
     """
     from datasets import concatenate_datasets
 
-    sources, rejected, datasets, chosen, offset = [], [], [], [], 0
+    sources, rejected, datasets, chosen, offsets, total = [], [], [], [], {}, 0
     rng, tokenizer_id = random.Random(cfg.seed), tokenizer_hash(tokenizer)
     for spec in cfg.data_path:
         path, wanted = split_sample(spec)
@@ -40,9 +40,10 @@ def prepare(cfg, tokenizer, prompt):
         picked = _sample(len(dataset), wanted, rng)
         sources.append(source | {"used": len(picked)})
         rejected += left_out
-        datasets.append(dataset)
-        chosen += [offset + number for number in picked]
-        offset += len(dataset)
+        if path not in offsets:  # a file named twice is the same rows once more
+            offsets[path], total = total, total + len(dataset)
+            datasets.append(dataset)
+        chosen += [offsets[path] + number for number in picked]
     _check_counts(cfg, sources, rejected)
     everything = concatenate_datasets(datasets)
     held = _validation_numbers(set(chosen), cfg.val_set_size, rng)
@@ -204,10 +205,10 @@ def _sample(available, wanted, rng):
 
 def _validation_numbers(numbers, size, rng):
     """Which of the distinct row numbers are kept out of training: `size` rows, or that share of them."""
-    count = int(size) if size >= 1 else round(size * len(numbers))
+    count = int(size) if size >= 1 else max(round(size * len(numbers)), 1 if size else 0)
     if count >= len(numbers) > 0:
         raise UserError(f"--val_set_size {size:g} 不小于数据行数 leaves no row of {len(numbers)} to train on")
-    return set(rng.sample(sorted(numbers), max(count, 1 if size else 0)))
+    return set(rng.sample(sorted(numbers), count))
 
 
 def _check_counts(cfg, sources, rejected):
@@ -216,10 +217,9 @@ def _check_counts(cfg, sources, rejected):
         first = f"; first: {rejected[0]['where']}: {rejected[0]['reason']}" if rejected else ""
         raise UserError(f"{', '.join(cfg.data_path)}: 没有可用的数据 no row can be trained on{first}")
     if len(rejected) > cfg.max_dropped * rows:
-        reasons = Counter(row["reason"] for row in rejected).most_common(2)
         raise UserError(
             f"{len(rejected)} / {rows} 行无法使用 rows cannot be used, more than --max_dropped {cfg.max_dropped}; "
-            f"first: {rejected[0]['where']}: {reasons[0][0]}"
+            f"first: {rejected[0]['where']}: {rejected[0]['reason']}"
         )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from common.config import ROOT
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED, encode_text
 
-DOCUMENTS, BATCH, SEED = 40_000, 32, 42
+DOCUMENTS, BATCH, SEED = 60_000, 24, 42
+COPIES = 0.2  # share of documents that say random characters three times: they teach copying soonest
 LEARNING_RATE, WARMUP = 3e-3, 100
 
 
@@ -25,13 +27,14 @@ def build(make_tokenizer, make_model, folder):
     same weights; inputs.json records them. A test compares its hash of the inputs with what data/ would give now.
     """
     texts = list(documents())
-    tokenizer = make_tokenizer(sorted(set("".join(texts))))
+    characters = sorted(set("".join(texts)))
+    tokenizer, texts = make_tokenizer(characters), with_copies(texts, characters)
     torch.manual_seed(SEED)
     model = make_model(tokenizer)
     loss = pretrain(model, tokenizer, texts)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = {"documents": len(texts), "inputs_sha256": inputs_hash(), "seed": SEED, "final_loss": round(loss, 4)}
+    record = {"documents": DOCUMENTS, "inputs_sha256": inputs_hash(), "seed": SEED, "final_loss": round(loss, 4)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     run.write_json(Path(folder) / "inputs.json", record | {"versions": versions})
 
@@ -42,6 +45,16 @@ def documents():
     from data.make_data import pretrain_documents
 
     return pretrain_documents(DOCUMENTS, SEED)
+
+
+def with_copies(texts, characters):
+    """The texts with a share of documents among them that repeat a random string of 4 to 40 characters."""
+    rng, found = random.Random(SEED), []
+    for text in texts:
+        if rng.random() < COPIES:
+            found.append("\n".join(["".join(rng.choices(characters, k=rng.randint(4, 40)))] * 3))
+        found.append(text)
+    return found
 
 
 def inputs_hash():

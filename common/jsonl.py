@@ -17,4 +17,5 @@ def write(path, records):
 
 def line_of(record):
     """One line of a file, its end included."""
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    text = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()

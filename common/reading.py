@@ -2,11 +2,16 @@
 
 import csv
 import json
+import lzma
+import re
+import zlib
 from typing import NamedTuple
 
 import fsspec
 
 from common.errors import UserError
+
+BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 class Record(NamedTuple):
@@ -28,7 +33,7 @@ def read_records(path):
             yield from _records(file, path)
     except FileNotFoundError:
         raise UserError(f"{path}: 文件不存在 no such file; check --data_path") from None
-    except (IsADirectoryError, PermissionError, ImportError, ValueError) as problem:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, ImportError, ValueError) as problem:
         raise UserError(f"{path}: 无法打开 cannot be opened: {problem}") from None
 
 
@@ -99,7 +104,7 @@ def _json_array(lines, path):
     decoder, text, start, line, more = json.JSONDecoder(), next(lines).lstrip(), 1, lines.number, 1
     after_element = False
     while True:
-        skipped = len(text) - len(text[start:].lstrip())
+        skipped = BLANKS.match(text, start).end()
         line += text.count("\n", start, skipped)
         start = skipped
         if start == len(text):
@@ -107,6 +112,10 @@ def _json_array(lines, path):
             if not text:
                 raise UserError(f"{path}:{line}: JSON 数组没有结束 the JSON array does not end; is the file cut off?")
         elif text[start] == "]":
+            rest = text[start + 1 :].lstrip() or next((more.lstrip() for more in lines if more.strip()), "")
+            if rest:
+                line = line if text[start + 1 :].strip() else lines.number
+                raise UserError(f"{path}:{line}: 数组之后还有内容 something follows the JSON array: {rest[:40]!r}")
             return
         elif after_element:
             if text[start] != ",":
@@ -119,7 +128,9 @@ def _json_array(lines, path):
                 added = _next_lines(lines, more)
                 if not added:
                     found = text[start : start + 40]
-                    raise UserError(f"{path}:{line}: JSON 有误 broken JSON: {problem.args[0]} in {found!r}") from None
+                    where = line + text.count("\n", start, getattr(problem, "pos", start))
+                    why = getattr(problem, "msg", problem)
+                    raise UserError(f"{path}:{where}: JSON 有误 broken JSON: {why} in {found!r}") from None
                 text, start, more = text[start:] + added, 0, more * 2
                 continue
             yield Record(line, value)
@@ -138,14 +149,15 @@ def _table(lines, path):
     if not header_line.strip():
         raise UserError(f"{path}: 文件是空的 the file is empty")
     lines.push_back(header_line)
+    above = line = lines.number  # blank lines before the header
     reader = csv.reader(lines, delimiter="\t" if "\t" in header_line else ",", strict=True)
-    header = next(reader)
-    if len(set(header)) < len(header):
-        raise UserError(f"{path}:1: 列名重复 a column name occurs twice in the header: {header}")
-    line = reader.line_num
     try:
+        header = next(reader)
+        if len(set(header)) < len(header):
+            raise UserError(f"{path}:{line + 1}: 列名重复 a column name occurs twice in the header: {header}")
+        line = above + reader.line_num
         for cells in reader:
-            where, line = line + 1, reader.line_num
+            where, line = line + 1, above + reader.line_num
             if len(cells) == len(header):
                 yield Record(where, dict(zip(header, cells, strict=True)))
             elif cells:

@@ -28,7 +28,7 @@ ROLES = {
     "model": "assistant",
     "function_call": "assistant",  # and a call is what it says
 }
-PLACEHOLDER = re.compile(r"\{\{(name|author)\}\}|<(name|author)>", re.IGNORECASE)
+PLACEHOLDER = re.compile(r"\{\{((?i:name|author))\}\}|<(NAME|AUTHOR)>")
 
 
 def turns_of(row):
@@ -62,10 +62,11 @@ def _shape_of(row):
     keys = {key for key, value in row.items() if value is not None}
     if {"A", "B", "answer"} <= keys:
         raise ShapeError("选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training")
-    fitting = [needs for needs in SHAPES if needs <= keys]
+    shapes = SHAPES if row.keys() & ASKING else SHAPES | TEXT_SHAPES
+    fitting = [needs for needs in shapes if needs <= keys]
     widest = [needs for needs in fitting if not any(needs < other for other in fitting)]
     if len(widest) == 1:
-        return SHAPES[widest[0]]
+        return shapes[widest[0]]
     if widest:
         raise ShapeError(
             f"字段有歧义 ambiguous keys: {' or '.join(_names(needs) for needs in widest)}; remove what is not meant"
@@ -96,6 +97,10 @@ def _text(row, key, required=True):
         raise ShapeError(f"{key} 应为文字 must be text, found {type(value).__name__} {str(value)[:40]!r}")
     if required and not value.strip():
         raise ShapeError(f"{key} 只有空白 is only blanks")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ShapeError(f"{key} 有半个字符 holds half a character (a lone surrogate)") from None
     return value
 
 
@@ -108,7 +113,9 @@ def _list(row, key):
 
 def _opening(row):
     """System text (and the tools on offer, which are part of it), then the history's pairs."""
-    system = "\n".join(filter(None, (_text(row, "system", required=False), _text(row, "tools", required=False))))
+    tools = _text(row, "tools", required=False)
+    parts = [_text(row, "system", required=False), "" if tools.strip() == "[]" else tools]
+    system = "\n".join(part for part in parts if part.strip())
     turns = [Turn("system", system)] if system else []
     for pair in _list(row, "history"):
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
@@ -185,9 +192,9 @@ SHAPES = {
     frozenset({"question", "std_answer"}): _question_answer(("question",), "std_answer"),
     frozenset({"question", "human_answers", "chatgpt_answers"}): _many_answers,
     frozenset({"input", "target"}): _question_answer(("input",), "target"),
-    frozenset({"response"}): _plain_text("response"),
-    frozenset({"text"}): _plain_text("text"),
 }
+TEXT_SHAPES = {frozenset({key}): _plain_text(key) for key in ("response", "text")}  # pre-training text …
+ASKING = {"instruction", "instruct", "input", "query", "question", "prompt", "content", "history"}  # … unless asked for
 
 
 def _check_order(turns):

@@ -28,9 +28,10 @@ def render(tokenizer, turns, style):
     if turns[0].role == "text":
         return [*pieces, Piece([*encode_text(tokenizer, turns[0].text), tokenizer.eos_token_id], ANSWER)]
     render_turn = _chat_turn if style == "chat" else _plain_turn
-    for turn in _fold_system(turns):
-        pieces += render_turn(tokenizer, turn, last=turn is turns[-1])
-    return pieces
+    *earlier, last = _fold_system(turns)
+    for turn in earlier:
+        pieces += render_turn(tokenizer, turn, last=False)
+    return pieces + render_turn(tokenizer, last, last=True)
 
 
 def stop_ids(tokenizer, style):

@@ -209,13 +209,17 @@ def test_booleans(words, value):
         ("max_steps: -1", "max_steps", -1),
         ("strict: yes", "strict", True),
         ("model_name: 小明", "model_name", "小明"),
-        ("\ufeffseed: 5", "seed", 5),
+        ("\ufeffseed: 5", "seed", 5),  # as Windows editors write it
         ("modules_to_save: []", "modules_to_save", ()),
     ],
 )
 def test_values_in_yaml(tmp_path, text, name, value):
     found = getattr(settle("--config", write(tmp_path, "c.yaml", text)), name)
     assert found == value and type(found) is type(value)
+
+
+def test_a_config_file_may_start_with_a_bom(tmp_path):
+    assert settle("--config", write(tmp_path, "c.json", '\ufeff{"seed": 5}')).seed == 5
 
 
 def test_the_recipes_own_flags_come_beside_the_knobs(tmp_path):

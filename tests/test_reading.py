@@ -362,6 +362,7 @@ def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, 
         ("cut.jsonl.gz", gzip.compress(QA.encode() * 1000)[:-20], ["gz"]),
         ("a.parquet", b"PAR1" + bytes(50), ["arquet"]),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_file_with_nothing_to_read_is_named(tmp_path, name, content, words):
     path = write(tmp_path, name, content)
