@@ -187,27 +187,25 @@ def load(cfg, prompt, base=False):
             f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; the same train.py command resumes it"
         )
     trained = _trained_with(cfg, manifest, base)
-    tokenizer = models.load_tokenizer(trained["base"], prompt)
-    if manifest is not None and trained["base"] == manifest["base"]["path"]:
+    tokenizer = models.load_tokenizer(trained["path_model_pretrain"], prompt)
+    if manifest is not None and trained["path_model_pretrain"] == manifest["base"]["path"]:
         run.check_fits(manifest, tokenizer, prompt)
-    net = models.load_base(trained["base"], cfg.dtype)
+    net = models.load_base(trained["path_model_pretrain"], cfg.dtype)
     if not base:
         net = models.load_tuned(net, cfg.model_save_dir)
     return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])
 
 
 def _trained_with(cfg, manifest, base):
-    """{base, prompt_style, max_length_q}: the run's, unless the user set others; the first two must then agree."""
-    asked = {"base": cfg.base, "prompt_style": cfg.prompt_style, "max_length_q": cfg.max_length_q}
-    if manifest is None or base and cfg.given & {"path_model_pretrain", "repo_id"}:
+    """{path_model_pretrain, prompt_style, max_length_q}: the run's own; a user who asks for others is told so."""
+    asked = {name: getattr(cfg, name) for name in ("prompt_style", "max_length_q")} | {"path_model_pretrain": cfg.base}
+    if manifest is None or base and "path_model_pretrain" in cfg.given:
         return asked
-    run_ = {"base": manifest["base"]["path"], **{name: manifest["config"][name] for name in list(asked)[1:]}}
-    knob = {"base": "path_model_pretrain"}
-    given = {name for name in asked if knob.get(name, name) in cfg.given or name == "base" and "repo_id" in cfg.given}
-    for name in sorted(given & {"base", "prompt_style"}):
-        if asked[name] != run_[name]:
+    trained = {name: manifest["config"][name] for name in asked} | {"path_model_pretrain": manifest["base"]["path"]}
+    for name in ("path_model_pretrain", "prompt_style"):
+        if name in cfg.given and asked[name] != trained[name]:
             raise UserError(
-                f"--{knob.get(name, name)} {asked[name]}: 训练时用的是 the run in {cfg.model_save_dir} "
-                f"was trained with {run_[name]}; leave the flag out, or give another --model_save_dir"
+                f"--{name} {asked[name]}: 训练时用的是 the run in {cfg.model_save_dir} was trained "
+                f"with {trained[name]}; leave the flag out, or give another --model_save_dir"
             )
-    return run_ | {name: asked[name] for name in given}
+    return trained | ({"max_length_q": cfg.max_length_q} if "max_length_q" in cfg.given else {})

@@ -201,9 +201,9 @@ def _types(cls):
 
 def _build(cls, values, error):
     values = {k: v for k, v in values.items() if k in _types(cls)}
-    given = frozenset(values)
-    if "repo_id" in given and "path_model_pretrain" not in given:
+    if "repo_id" in values and "path_model_pretrain" not in values:
         values["path_model_pretrain"] = values["repo_id"]
+    given = frozenset(values)
     if "data_path" in given and "eval_data_path" not in given:
         values["eval_data_path"] = ()  # the shipped held-out rows say nothing about other data
     config = cls(**{k: _absolute(k, v) for k, v in values.items()}, given=given)

@@ -35,10 +35,8 @@ def ask_once(answer, sampling, flags):
 def print_prompt(cfg, prompt, question, system=""):
     """Print text and ids of the prompt for `question` as one JSON object; only the tokenizer is loaded."""
     manifest = run.read_manifest(cfg.model_save_dir)
-    base = cfg.base
-    if manifest and not cfg.given & {"path_model_pretrain", "repo_id"}:
-        base = manifest["base"]["path"]
-    tokenizer = model.load_tokenizer(base, prompt)
+    of_run = manifest and "path_model_pretrain" not in cfg.given
+    tokenizer = model.load_tokenizer(manifest["base"]["path"] if of_run else cfg.base, prompt)
     turns = [*_system(system), Turn("user", question)]
     try:
         ids, _ = pieces.prompt_ids(tokenizer, prompt, turns, cfg.prompt_style, cfg.max_length_q)

@@ -110,7 +110,7 @@ REAL_TURNS = {
     "messages.json": lambda row: talk(*(message["content"] for message in row["messages"])),
     "msra_instruct_query_answer.txt": lambda row: talk(f"{row['instruct']}\n{row['query']}", row["answer"]),
     "sharegpt_conversations_tools.json": lambda row: talk(
-        *(message["value"] for message in row["conversations"]), system=row["tools"]
+        *(message["value"] for message in row["conversations"]), system=row["tools"].replace("[]", "")
     ),
 }
 

@@ -1,0 +1,147 @@
+"""Every command of the READMEs, run in order in a copy of the project, and what a user then has."""
+
+import json
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+ROWS = [{"query": f"{n}+1=", "response": str(n + 1)} for n in range(40)]
+FILES = """adapter_config.json adapter_model.safetensors tokenizer.json chat_template.jinja run_manifest.json
+trainer_log.jsonl training_loss.png all_results.json predictions.jsonl rejected.jsonl README.md"""
+
+
+def commands(readme):
+    """The lines of the ```bash blocks, in order."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), flags=re.S)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+DEFAULT_RUN, TESTS = commands("README.md")[0], "pip install -r requirements-dev.txt && python -m pytest"
+SERVER = "post_api.py"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the project as a fresh clone has it, with the two data files README speaks of."""
+    folder = tmp_path_factory.mktemp("readme") / "clone"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "model_sft*", "__pycache__", ".venv"))
+    for name in ("my.jsonl", "held_out.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def command_of(small_gemma, port):
+    """A line of README as the test runs it: a small checkpoint for the real one, a free port, nothing installed."""
+
+    def make(line):
+        line = line.removeprefix("pip install -r requirements.txt && ")  # .ci/run installs
+        line = line.replace("google/gemma-2b-it", str(small_gemma)).replace("8044", str(port))
+        words = shlex.split(line)
+        return [sys.executable if word == "python" else word for word in words]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(clone, command_of, environment):
+    def run(line):
+        done = subprocess.run(command_of(line), cwd=clone, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def default_run(run):
+    return run(DEFAULT_RUN)
+
+
+@pytest.fixture(scope="module")
+def folder(clone, default_run):
+    return clone / "gemma_sft/ft_gemma/model_sft"
+
+
+def test_both_readmes_have_the_same_commands():
+    assert commands("README.md") == commands("README_zh.md")
+    assert DEFAULT_RUN == "pip install -r requirements.txt && python gemma_sft/ft_gemma/train.py"
+    assert TESTS in commands("README.md")
+
+
+def test_the_default_run_leaves_every_file(folder, default_run):
+    assert [name for name in FILES.split() if not (folder / name).is_file()] == []
+    assert list(folder.glob("checkpoint-*/whole.json"))
+    assert "held-out rows: 200" in default_run and default_run.count("微调 tuned:") == 3
+
+
+def test_tuning_helps(folder):
+    results = json.loads((folder / "all_results.json").read_text())
+    base, tuned = results["base"], results["tuned"]
+    assert tuned["bleu-4"] >= 3 * base["bleu-4"] and tuned["bleu-4"] > 0.1
+    assert tuned["rouge-l-f"] >= 1.5 * base["rouge-l-f"]
+    assert tuned["attributes"] >= 0.85
+    assert results["padding"] < 0.05
+
+
+def test_its_answers_end_by_themselves(folder):
+    stops = [json.loads(line)["stop"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(stops) == 200 and stops.count("stop") >= 195
+
+
+def test_the_other_commands_run(clone, run, folder, command_of, environment):
+    """In README's order; the service runs while curl talks to it, and ends when it is told to."""
+    server, outputs = None, {}
+    try:
+        for line in commands("README.md"):
+            if line in (DEFAULT_RUN, TESTS):
+                continue
+            if SERVER in line:
+                server = subprocess.Popen(
+                    command_of(line), cwd=clone, env=environment, stdout=subprocess.PIPE, text=True
+                )
+                assert "listening on http://127.0.0.1:" in server.stdout.readline()
+                continue
+            outputs[line] = run(line)
+    finally:
+        if server:
+            server.terminate()
+            server.wait(30)
+    answers = {line.split()[-1]: output for line, output in outputs.items() if line.startswith("curl")}
+    assert len(answers) == 2 and all(json.loads(answer) for answer in answers.values() if answer)
+    assert (clone / "out/adapter_model.safetensors").is_file()
+    query = next(output for line, output in outputs.items() if "--query" in line and "out" not in line)
+    assert len(query.strip().splitlines()) == 1
+    prompt = next(json.loads(output) for line, output in outputs.items() if "--print_prompt" in line)
+    assert prompt["text"] == "<bos><start_of_turn>user\n你好<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_what_the_readmes_promise_is_in_the_code():
+    """Shapes shown as JSON are read; knobs named as flags exist."""
+    from common.config import ALIASES, EvaluationFlags, PredictFlags, ServeFlags, TrainFlags
+    from common.shapes import turns_of
+    from gemma_sft.ft_gemma.config import Config
+
+    known = {*ALIASES, "config", "help"}
+    for cls in (Config, TrainFlags, PredictFlags, EvaluationFlags, ServeFlags):
+        known |= set(cls.__dataclass_fields__)
+    for name in ("README.md", "README_zh.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        rows = [line for block in re.findall(r"```json\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
+        assert len(rows) == 12 and all(turns_of(json.loads(row)) for row in rows)
+        assert set(re.findall(r"--([a-z_]+)", text)) - known == set()
