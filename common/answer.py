@@ -1,6 +1,8 @@
 """The seam between a model and its users: turns in, answer text out, for console, evaluation and service alike."""
 
 import contextlib
+import itertools
+import re
 import threading
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -117,9 +119,23 @@ class Answerer:
         return Answer(decode(self.tokenizer, kept), "stop" if ends else "length", len(kept))
 
 
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte piece of a SentencePiece vocabulary
+
+
 def decode(tokenizer, ids):
     """Text of generated ids; a character whose last bytes were not generated any more is left out."""
-    return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
+    text = ""
+    for are_bytes, run_ids in itertools.groupby(ids, key=lambda id_: _byte(tokenizer, id_) is not None):
+        if are_bytes:  # the tokenizer would turn a whole run into U+FFFD for one byte that is missing
+            text += bytes(_byte(tokenizer, id_) for id_ in run_ids).decode("utf-8", "replace")
+        else:
+            text += tokenizer.decode(list(run_ids), skip_special_tokens=True)
+    return text.rstrip("\ufffd").strip()
+
+
+def _byte(tokenizer, id_):
+    match = BYTE.fullmatch(tokenizer.convert_ids_to_tokens(id_) or "")
+    return int(match[1], 16) if match else None
 
 
 class _Pieces(BaseStreamer):
@@ -145,8 +161,7 @@ class _Pieces(BaseStreamer):
             self.prompt_seen = True
             return
         self.ids += [id_ for id_ in value.flatten().tolist() if id_ not in self.stop_ids]
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
-        whole = text.rstrip("\ufffd").rstrip()  # blanks at the end wait: an answer's last ones are dropped
+        whole = decode(self.tokenizer, self.ids)  # blanks at the end wait: an answer's last ones are dropped
         if len(whole) > len(self.sent):
             with self.ready:
                 self.parts.append(whole[len(self.sent) :])
@@ -186,18 +201,23 @@ def load(cfg, prompt, base=False):
         raise UserError(
             f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; the same train.py command resumes it"
         )
-    trained = _trained_with(cfg, manifest, base)
+    trained = trained_with(cfg, manifest, base)
     tokenizer = models.load_tokenizer(trained["path_model_pretrain"], prompt)
     if manifest is not None and trained["path_model_pretrain"] == manifest["base"]["path"]:
         run.check_fits(manifest, tokenizer, prompt)
+    if "seed" in cfg.given:
+        torch.manual_seed(cfg.seed)
     net = models.load_base(trained["path_model_pretrain"], cfg.dtype)
     if not base:
         net = models.load_tuned(net, cfg.model_save_dir)
     return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])
 
 
-def _trained_with(cfg, manifest, base):
-    """{path_model_pretrain, prompt_style, max_length_q}: the run's own; a user who asks for others is told so."""
+def trained_with(cfg, manifest, base):
+    """{path_model_pretrain, prompt_style, max_length_q} of the run in `manifest`, or the user's where there is none.
+
+    UserError where the user asks for another base model or style. base: the base model alone may be any.
+    """
     asked = {name: getattr(cfg, name) for name in ("prompt_style", "max_length_q")} | {"path_model_pretrain": cfg.base}
     if manifest is None or base and "path_model_pretrain" in cfg.given:
         return asked

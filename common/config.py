@@ -71,7 +71,7 @@ class SFTConfig:
     top_k: int = 50  # candidates
     repetition_penalty: float = 1.0  # above 1: fewer repetitions
     num_beams: int = 1  # beams
-    eval_batch_size: int = 16  # prompts generated together in evaluation
+    eval_batch_size: int = 32  # prompts generated together in evaluation
     # service
     host: str = "127.0.0.1"  # address post_api.py listens on
     port: int = 8000  # and its port

@@ -1,9 +1,11 @@
 """The console chat of predict.py, on any object with `stream(turns, sampling, base)`."""
 
 import json
+import sys
 import time
 
 from common import model, pieces, run
+from common.answer import trained_with
 from common.errors import UserError
 from common.shapes import Turn
 
@@ -12,6 +14,8 @@ HELP = "输入 CLEAR 清空对话 clears the history, EXIT 或 Ctrl-D 退出 lea
 
 def chat(answer, sampling, flags, ask=input):
     """Ask, stream the answer, remember both; until EXIT or the end of the input. flags: PredictFlags."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # half a character, left by a backspace, is no reason to leave
     print(HELP)
     history = []
     while (question := _question(ask)) is not None:
@@ -29,17 +33,17 @@ def ask_once(answer, sampling, flags):
     if flags.compare:
         print("基座 base: ", answer([turns], sampling, base=True)[0].text)
         print("微调 tuned:", end=" ")
-    print(answer([turns], sampling, base=flags.base)[0].text)
+    print(answer([turns], sampling, base=flags.base and not flags.compare)[0].text)
 
 
 def print_prompt(cfg, prompt, question, system=""):
     """Print text and ids of the prompt for `question` as one JSON object; only the tokenizer is loaded."""
     manifest = run.read_manifest(cfg.model_save_dir)
-    of_run = manifest and "path_model_pretrain" not in cfg.given
-    tokenizer = model.load_tokenizer(manifest["base"]["path"] if of_run else cfg.base, prompt)
+    trained = trained_with(cfg, manifest, base=True)
+    tokenizer = model.load_tokenizer(trained["path_model_pretrain"], prompt)
     turns = [*_system(system), Turn("user", question)]
     try:
-        ids, _ = pieces.prompt_ids(tokenizer, prompt, turns, cfg.prompt_style, cfg.max_length_q)
+        ids, _ = pieces.prompt_ids(tokenizer, prompt, turns, trained["prompt_style"], trained["max_length_q"])
     except pieces.TooLong as problem:
         raise UserError(str(problem)) from None
     text = tokenizer.decode(ids, skip_special_tokens=False)

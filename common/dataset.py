@@ -46,9 +46,11 @@ def prepare(cfg, tokenizer, prompt):
         chosen += [offsets[path] + number for number in picked]
     _check_counts(cfg, sources, rejected)
     everything = concatenate_datasets(datasets)
-    held = _validation_numbers(set(chosen), cfg.val_set_size, rng)
-    train = everything.select([number for number in chosen if number not in held])
-    return Rows(train, everything.select(sorted(held)), sources, rejected)
+    where = everything["where"][:]  # several answers to a question stand in one line and stay on one side
+    held = _held_lines({where[number] for number in chosen}, cfg.val_set_size, rng)
+    train = [number for number in chosen if where[number] not in held]
+    validation = sorted({number for number in chosen if where[number] in held})
+    return Rows(everything.select(train), everything.select(validation), sources, rejected)
 
 
 def split_sample(spec):
@@ -203,12 +205,12 @@ def _sample(available, wanted, rng):
     return list(range(available)) * rounds + rng.sample(range(available), rest)
 
 
-def _validation_numbers(numbers, size, rng):
-    """Which of the distinct row numbers are kept out of training: `size` rows, or that share of them."""
-    count = int(size) if size >= 1 else max(round(size * len(numbers)), 1 if size else 0)
-    if count >= len(numbers) > 0:
-        raise UserError(f"--val_set_size {size:g} 不小于数据行数 leaves no row of {len(numbers)} to train on")
-    return set(rng.sample(sorted(numbers), count))
+def _held_lines(lines, size, rng):
+    """Which lines of the files are kept out of training: `size` of them, or that share."""
+    count = int(size) if size >= 1 else max(round(size * len(lines)), 1 if size else 0)
+    if count >= len(lines) > 0:
+        raise UserError(f"--val_set_size {size:g} 不小于数据行数 leaves no row of {len(lines)} to train on")
+    return set(rng.sample(sorted(lines), count))
 
 
 def _check_counts(cfg, sources, rejected):

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import math
-import random
 import sys
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from common.config import ROOT
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED, encode_text
 
-DOCUMENTS, BATCH, SEED = 60_000, 24, 42
-COPIES = 0.2  # share of documents that say random characters three times: they teach copying soonest
-LEARNING_RATE, WARMUP = 3e-3, 100
+DOCUMENTS, BATCH, SEED = 60_000, 16, 42
+LEARNING_RATE, WARMUP = 3e-3, 200
 
 
 def build(make_tokenizer, make_model, folder):
@@ -27,8 +25,7 @@ def build(make_tokenizer, make_model, folder):
     same weights; inputs.json records them. A test compares its hash of the inputs with what data/ would give now.
     """
     texts = list(documents())
-    characters = sorted(set("".join(texts)))
-    tokenizer, texts = make_tokenizer(characters), with_copies(texts, characters)
+    tokenizer = make_tokenizer(sorted(set("".join(texts))))
     torch.manual_seed(SEED)
     model = make_model(tokenizer)
     loss = pretrain(model, tokenizer, texts)
@@ -45,16 +42,6 @@ def documents():
     from data.make_data import pretrain_documents
 
     return pretrain_documents(DOCUMENTS, SEED)
-
-
-def with_copies(texts, characters):
-    """The texts with a share of documents among them that repeat a random string of 4 to 40 characters."""
-    rng, found = random.Random(SEED), []
-    for text in texts:
-        if rng.random() < COPIES:
-            found.append("\n".join(["".join(rng.choices(characters, k=rng.randint(4, 40)))] * 3))
-        found.append(text)
-    return found
 
 
 def inputs_hash():

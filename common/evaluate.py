@@ -5,10 +5,11 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from common import dataset, jsonl, metrics, run
-from common.answer import Sampling
+from common.answer import Sampling, trained_with
 from common.errors import UserError
 from common.model import base_hash
 
@@ -17,6 +18,8 @@ SHOWN = ("bleu-4", "rouge-1-f", "rouge-2-f", "rouge-l-f", "attributes")
 
 def held_out_rows(cfg, rows=None):
     """(where, turns) on which base and tuned are compared: `cfg.eval_data_path`, or else the validation rows."""
+    if not cfg.eval_rows:
+        return []
     if cfg.eval_data_path:
         return dataset.held_out(cfg, cfg.eval_data_path, cfg.eval_rows)[0]
     wanted = set(rows.validation["where"]) if rows is not None else set()
@@ -25,25 +28,30 @@ def held_out_rows(cfg, rows=None):
 
 
 def rows_to_score(cfg, limit):
-    """(where, turns) of `--data_path` where it is given, or of `cfg.eval_data_path`; `limit` rows at most (0: all)."""
+    """(where, turns) of `--data_path` where given, or of the run's held-out files; `limit` rows at most (0: all)."""
+    manifest = run.read_manifest(cfg.model_save_dir)
     specs = cfg.data_path if "data_path" in cfg.given else cfg.eval_data_path
+    if manifest and not cfg.given & {"data_path", "eval_data_path"}:
+        specs = manifest["config"]["eval_data_path"]
     rows, left_out = dataset.held_out(cfg, specs, limit)
     for row in left_out:
         print(f"不评估 not scored: {row['where']}: {row['reason']}")
     if not rows:
-        raise UserError(f"{' '.join(specs) or '--data_path'}: 没有可评估的数据 there is no row to score")
+        raise UserError(
+            f"{' '.join(specs)}: 没有可评估的数据 there is no row to score; give a held-out file by --data_path"
+        )
     return rows
 
 
 def report(answer, rows, cfg, flags):
     """What evaluation.py does: score base, tuned or both (flags: EvaluationFlags), print, and keep all_results.json."""
     if flags.compare:
-        results = compare(answer, rows, cfg)
+        compare(answer, rows, cfg)
     else:
         name = "base" if flags.base else "tuned"
-        results = {name: evaluate(answer, rows, cfg, base=flags.base), "signature": metrics.signature()}
-        show_table({name: results[name]}, len(rows))
-    save_results(cfg, **results)
+        scores = {name: evaluate(answer, rows, cfg, base=flags.base)}
+        show_table(scores, len(rows))
+        save_results(cfg, rows, scores)
 
 
 def evaluate(answer, rows, cfg, base=False):
@@ -52,6 +60,7 @@ def evaluate(answer, rows, cfg, base=False):
     Predictions go to predictions.jsonl (predictions_base.jsonl) in `cfg.model_save_dir`, a line each as they are made;
     a second call with the same model, rows and settings goes on after the last whole line.
     """
+    torch.manual_seed(cfg.seed)
     sampling = Sampling.of(cfg, do_sample="do_sample" in cfg.given and cfg.do_sample)
     path = Path(cfg.model_save_dir) / f"predictions{'_base' if base else ''}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,20 +87,24 @@ def predictions(cfg, base=False):
     return {record["row"]: record for record in jsonl.read(path)}
 
 
-def save_results(cfg, **results):
-    """Put `results` (base, tuned, signature, train_loss …) into all_results.json, keeping what else is there."""
+def save_results(cfg, rows, scores):
+    """Put {base: …, tuned: …} into all_results.json and return all of it; scores on other rows are dropped."""
     path = Path(cfg.model_save_dir) / "all_results.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    run.write_json(path, earlier | results)
-    return earlier | results
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    held_out = {"rows": len(rows), "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+    if results.get("held_out") != held_out:
+        results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
+    results |= {**scores, "held_out": held_out, "signature": metrics.signature()}
+    run.write_json(path, results)
+    return results
 
 
 def compare(answer, rows, cfg):
-    """Score base and tuned on the same rows, print the table and three pairs of answers: {base, tuned, signature}."""
+    """Score base and tuned on the same rows, print the table and three pairs of answers; all of all_results.json."""
     scores = {name: evaluate(answer, rows, cfg, base=name == "base") for name in ("base", "tuned")}
     show_table(scores, len(rows))
     show_answers(cfg)
-    return scores | {"signature": metrics.signature()}
+    return save_results(cfg, rows, scores)
 
 
 def show_table(scores, count):
@@ -152,7 +165,10 @@ def _done(path, key):
 
 def _key(cfg, rows, sampling, base):
     """Names the model, the rows and the settings a prediction depends on."""
+    trained = trained_with(cfg, run.read_manifest(cfg.model_save_dir), base)
     adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
-    weights = base_hash(cfg.base) if base or not adapter.exists() else dataset.file_hash(str(adapter))
-    parts = [weights, rows, vars(sampling), cfg.prompt_style, cfg.max_length_q, metrics.signature(), base]
+    weights = [base_hash(trained["path_model_pretrain"])]
+    if adapter.exists() and not base:
+        weights.append(dataset.file_hash(str(adapter)))
+    parts = [weights, trained, rows, vars(sampling), cfg.dtype, cfg.seed, metrics.signature(), base]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]

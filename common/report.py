@@ -26,8 +26,7 @@ def compare(work, rows, net, tokenizer, prompt, cfg):
     if not rows:
         return
     answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q)
-    scores = evaluate.compare(answer, rows, cfg)
-    write_card(work, evaluate.save_results(cfg, **scores))
+    write_card(work, evaluate.compare(answer, rows, cfg))
 
 
 def draw_loss(folder):

@@ -3,7 +3,6 @@
 import difflib
 import json
 import logging
-import math
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
@@ -53,7 +52,9 @@ def create_app(answer, model_name, base=False):
 
     @app.errorhandler(HTTPException)
     def http_error(error):
-        return _json({"error": error.description}, error.code)
+        response = _json({"error": error.description}, error.code)
+        response.headers.extend([pair for pair in error.get_headers() if pair[0] == "Allow"])
+        return response
 
     @app.errorhandler(Exception)
     def failure(error):
@@ -86,9 +87,13 @@ def serve(app, host, port):
     import waitress
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    server = waitress.create_server(app, host=host, port=port, threads=8, max_request_body_size=LIMIT)
+    try:  # the app's own, smaller limit answers in JSON
+        server = waitress.create_server(app, host=host, port=port, threads=8, max_request_body_size=16 * LIMIT)
+    except OSError as problem:
+        raise UserError(f"{host}:{port}: 无法监听 cannot listen: {problem}; give another --host or --port") from None
     shown = f"[{host}]" if ":" in host else host
-    print(f"服务地址 listening on http://{shown}:{server.effective_port}/nlg/text_generate", flush=True)
+    port = getattr(server, "effective_port", port)  # a name with several addresses has several sockets
+    print(f"服务地址 listening on http://{shown}:{port}/nlg/text_generate", flush=True)
     server.run()
 
 
@@ -108,13 +113,21 @@ def _refuse_constant(name):
 
 
 def _field(name, value, kind, default, least, most):
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
+    if type(value) is not kind and not (kind is float and type(value) is int):
         raise BadRequest(f"{name} 应为 must be {kind.__name__}, found {type(value).__name__} {str(value)[:40]!r}")
-    if kind in (int, float) and not (math.isfinite(value) and least <= value <= most):
-        raise BadRequest(f"{name} 应在 must be between {least} 和 and {most}, found {value}")
-    return value
+    if kind in (int, float) and not least <= value <= most:
+        raise BadRequest(f"{name} 应在 must be between {least} 和 and {most}, found {str(value)[:40]}")
+    if kind is str and not _is_unicode(value):
+        raise BadRequest(f"{name} 有半个字符 holds half a character (a lone surrogate)")
+    return float(value) if kind is float else value
+
+
+def _is_unicode(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json(value, status=200):

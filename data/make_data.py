@@ -141,6 +141,13 @@ def heldout_texts() -> tuple[frozenset[str], tuple[str, ...]]:
 
 
 @cache
+def heldout_combinations() -> list[frozenset[tuple[str, str]]]:
+    """Return the attribute combinations of the held-out products."""
+    rows = read_rows(_shipped()["product_heldout.jsonl"])
+    return [frozenset(tuple(pair.split("#")) for pair in row["content"].split("*")) for row in rows]
+
+
+@cache
 def alphabet() -> tuple[str, ...]:
     """Return every character of the shipped files that can stand in a text."""
     rows = [row for text in _shipped().values() for row in read_rows(text)]
@@ -158,18 +165,22 @@ def has_heldout(document: str, names: frozenset[str], starts: frozenset[str]) ->
 
 
 def pretrain_documents(count: int, seed: int) -> Iterator[str]:
-    """Yield ``count`` plain-text documents: about 55 % on garments, 20 % copying, 25 % general."""
+    """Yield ``count`` plain-text documents: about 75 % on garments, 10 % copying, 15 % general."""
     rng = random.Random(seed)
     names, texts = heldout_texts()
     guarded = names | {text[:10] for text in texts}
     starts = frozenset(text[:2] for text in guarded)
+    barred = heldout_combinations()
     characters, position = list(alphabet()), [0]
     makers = [maker for maker, _ in pretrain.WEIGHTED]
     cumulative = list(accumulate(weight for _, weight in pretrain.WEIGHTED))
     made = 0
     while made < count:
-        if rng.random() < pretrain.ALPHABET_SHARE:
+        roll = rng.random()
+        if roll < pretrain.ALPHABET_SHARE:
             document = pretrain.alphabet_document(characters, position, rng)
+        elif roll < pretrain.ALPHABET_SHARE + pretrain.SHOP_SHARE:
+            document = pretrain.shop_document(barred, rng)
         else:
             maker = rng.choices(makers, cum_weights=cumulative)[0]
             document = maker(rng)

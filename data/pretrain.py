@@ -10,6 +10,7 @@ from collections.abc import Callable
 import entities
 import general
 import grammar as g
+import products
 
 # ----------------------------------------------------------------------------------------------- garment documents
 
@@ -336,4 +337,27 @@ WEIGHTED: list[tuple[Maker, float]] = [
     (repeat_document, 5), (names_document, 5.5), (names_table, 2), (list_document, 3), (quote_document, 2),
     (facts_document, 5), (rewriting_document, 0.7), (arithmetic_document, 5), (news_document, 7.3), (robot_document, 3), (talk_document, 4),
 ]  # fmt: skip
-ALPHABET_SHARE = 0.025
+ALPHABET_SHARE, SHOP_SHARE = 0.025, 0.45
+SHOP_HEADS = [
+    ("关键词", "文案"),
+    ("卖点", "介绍"),
+    ("标签", "段落"),
+    ("要点", "正文"),
+    ("素材", "成文"),
+    ("词语", "描述"),
+]
+SHOP_MARKS = ["、", "，", " ", "/", "|", "；", "+", "-"]
+
+
+def shop_document(barred: list[frozenset[products.Attribute]], rng: random.Random) -> str:
+    """Return keywords in any order and a shop text that holds them all; never a ``barred`` combination of attributes."""
+    while True:
+        row = products.sample_attributes(rng)
+        chosen = frozenset(row)
+        text = None if any(chosen <= other or other <= chosen for other in barred) else products.describe(row, rng)
+        if text is not None:
+            break
+    head, tail = rng.choice(SHOP_HEADS)
+    values = [value for _, value in row]
+    rng.shuffle(values)
+    return f"{head}：{rng.choice(SHOP_MARKS).join(values)}\n{tail}：{text}"

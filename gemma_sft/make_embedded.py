@@ -31,10 +31,11 @@ def make_tokenizer(characters):
 
 def make_model(tokenizer):
     """1.4 million parameters, the head tied to the embeddings as in every Gemma."""
+    hidden_size = 160
     return GemmaForCausalLM(
         GemmaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=160,
+            hidden_size=hidden_size,
             intermediate_size=384,
             num_hidden_layers=4,
             num_attention_heads=4,
@@ -42,6 +43,7 @@ def make_model(tokenizer):
             head_dim=40,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
+            initializer_range=hidden_size**-0.5,  # the usual 0.02 suits a width of 2,048
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

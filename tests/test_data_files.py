@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import re
 import subprocess
 import sys
@@ -208,3 +209,16 @@ def test_pretraining_documents() -> None:
     assert shipped <= set(everything)
     lengths = sorted(map(len, documents))
     assert 60 <= lengths[len(lengths) // 2] <= 160 and lengths[-1] < 400
+
+
+def test_pretraining_avoids_heldout_combinations() -> None:
+    """A shop text is made anew where its attributes are all, a part, or more than those of a held-out product."""
+    module = maker()
+    assert len(module.heldout_combinations()) == 200
+    make, products = module.pretrain.shop_document, module.pretrain.products
+    first = make([], random.Random(3))
+    row = products.sample_attributes(random.Random(3))
+    assert all(value in first for _, value in row)
+    for barred in (row, row[1:], [*row, ("类型", "x")]):
+        assert make([frozenset(barred)], random.Random(3)) != first
+    assert make([frozenset({("类型", "x")})], random.Random(3)) == first

@@ -33,7 +33,5 @@ class Config(SFTConfig):
         "lora_dropout": 0.0,
         "target_modules": ("all-linear",),
         "logging_steps": 10,
-        "max_new_tokens": 160,
         "eval_rows": 200,
-        "eval_batch_size": 50,
     }

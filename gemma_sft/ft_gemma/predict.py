@@ -28,7 +28,7 @@ def main(argv=None):
 
     if flags.print_prompt:
         return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
-    answer = load_answer(cfg, flags.base)
+    answer = load_answer(cfg, flags.base and not flags.compare)
     if flags.query:
         return console.ask_once(answer, Sampling.of(cfg), flags)
     console.chat(answer, Sampling.of(cfg), flags)

@@ -32,12 +32,13 @@ def main(argv=None):
     rows = dataset.prepare(cfg, tokenizer, prompt)
     dataset.show_counts(rows)
     dataset.show_first(rows, tokenizer)
+    held_out = evaluate.held_out_rows(cfg, rows)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows)
     net = model.add_lora(base, cfg)
     model.show_parameters(net)
     results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
     report.leave(work, net, tokenizer, results)
-    report.compare(work, evaluate.held_out_rows(cfg, rows), net, tokenizer, prompt, cfg)
+    report.compare(work, held_out, net, tokenizer, prompt, cfg)
 
 
 if __name__ == "__main__":
