@@ -218,10 +218,11 @@ def trained_with(cfg, manifest, base):
 
     UserError where the user asks for another base model or style. base: the base model alone may be any.
     """
-    asked = {name: getattr(cfg, name) for name in ("prompt_style", "max_length_q")} | {"path_model_pretrain": cfg.base}
+    knobs = ("prompt_style", "max_length_q")
+    asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base}
     if manifest is None or base and "path_model_pretrain" in cfg.given:
         return asked
-    trained = {name: manifest["config"][name] for name in asked} | {"path_model_pretrain": manifest["base"]["path"]}
+    trained = {name: manifest["config"][name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
     for name in ("path_model_pretrain", "prompt_style"):
         if name in cfg.given and asked[name] != trained[name]:
             raise UserError(

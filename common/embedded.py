@@ -14,8 +14,8 @@ from common.config import ROOT
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED, encode_text
 
-DOCUMENTS, BATCH, SEED = 60_000, 16, 42
-LEARNING_RATE, WARMUP = 3e-3, 200
+BATCH, SEED, WARMUP = 16, 42, 200
+PHASES = [(60_000, 0.45, 3e-3), (34_000, 0.8, 2e-3)]  # documents, share of shop texts, learning rate
 
 
 def build(make_tokenizer, make_model, folder):
@@ -24,39 +24,44 @@ def build(make_tokenizer, make_model, folder):
     make_tokenizer(characters) gets every character of the texts. The same seed, inputs and library versions give the
     same weights; inputs.json records them. A test compares its hash of the inputs with what data/ would give now.
     """
-    texts = list(documents())
-    tokenizer = make_tokenizer(sorted(set("".join(texts))))
+    phases = [list(documents(number)) for number in range(len(PHASES))]
+    tokenizer = make_tokenizer(sorted(set("".join(text for texts in phases for text in texts))))
     torch.manual_seed(SEED)
     model = make_model(tokenizer)
-    loss = pretrain(model, tokenizer, texts)
+    use_supervised_loss(model)
+    for number, (texts, (_, _, learning_rate)) in enumerate(zip(phases, PHASES, strict=True)):
+        loss = pretrain(model, tokenizer, texts, learning_rate)
+        model.to(torch.bfloat16).float()  # a phase goes on from what would be shipped,
+        torch.manual_seed(SEED + number + 1)  # in an order that does not depend on what came before
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = {"documents": DOCUMENTS, "inputs_sha256": inputs_hash(), "seed": SEED, "final_loss": round(loss, 4)}
+    record = {"phases": PHASES, "inputs_sha256": inputs_hash(), "seed": SEED, "final_loss": round(loss, 4)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     run.write_json(Path(folder) / "inputs.json", record | {"versions": versions})
 
 
-def documents():
-    """The pre-training texts, none of which is a row of a fine-tuning task."""
+def documents(phase):
+    """The pre-training texts of a phase, none of which is a row of a fine-tuning task."""
     sys.path.insert(0, str(ROOT))
     from data.make_data import pretrain_documents
 
-    return pretrain_documents(DOCUMENTS, SEED)
+    count, shop_share, _ = PHASES[phase]
+    return pretrain_documents(count, SEED + phase, shop_share)
 
 
 def inputs_hash():
-    """sha256, hex, of what the pre-training reads: the first 2,000 documents and their number."""
-    digest = hashlib.sha256(str(DOCUMENTS).encode())
-    for text, _ in zip(documents(), range(2000), strict=False):
-        digest.update(text.encode())
+    """sha256, hex, of what the pre-training reads: the first 1,000 documents of each phase, and the plan."""
+    digest = hashlib.sha256(repr((PHASES, BATCH, WARMUP, SEED)).encode())
+    for phase in range(len(PHASES)):
+        for text, _ in zip(documents(phase), range(1000), strict=False):
+            digest.update(text.encode())
     return digest.hexdigest()
 
 
-def pretrain(model, tokenizer, texts):
+def pretrain(model, tokenizer, texts, learning_rate):
     """One pass over `texts` with AdamW and a cosine schedule; the mean loss of the last 100 steps in nats a token."""
-    use_supervised_loss(model)
     batches = list(_batches(tokenizer, texts))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
     losses = []
     model.train()

@@ -164,8 +164,8 @@ def has_heldout(document: str, names: frozenset[str], starts: frozenset[str]) ->
     return False
 
 
-def pretrain_documents(count: int, seed: int) -> Iterator[str]:
-    """Yield ``count`` plain-text documents: about 75 % on garments, 10 % copying, 15 % general."""
+def pretrain_documents(count: int, seed: int, shop_share: float = pretrain.SHOP_SHARE) -> Iterator[str]:
+    """Yield ``count`` plain-text documents: ``shop_share`` shop texts; of the rest half garments, a fifth copying."""
     rng = random.Random(seed)
     names, texts = heldout_texts()
     guarded = names | {text[:10] for text in texts}
@@ -179,7 +179,7 @@ def pretrain_documents(count: int, seed: int) -> Iterator[str]:
         roll = rng.random()
         if roll < pretrain.ALPHABET_SHARE:
             document = pretrain.alphabet_document(characters, position, rng)
-        elif roll < pretrain.ALPHABET_SHARE + pretrain.SHOP_SHARE:
+        elif roll < pretrain.ALPHABET_SHARE + shop_share:
             document = pretrain.shop_document(barred, rng)
         else:
             maker = rng.choices(makers, cum_weights=cumulative)[0]

@@ -49,7 +49,7 @@ def test_its_tokenizer_loses_nothing(folder):
 
 @pytest.mark.slow
 def test_building_is_deterministic(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "DOCUMENTS", 64)
+    monkeypatch.setattr(embedded, "PHASES", [(32, 0.45, 1e-3), (32, 0.8, 1e-3)])
     for name in ("one", "two"):
         embedded.build(make_tokenizer, make_model, tmp_path / name)
     for file in ("model.safetensors", "tokenizer.json", "inputs.json"):

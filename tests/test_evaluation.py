@@ -298,7 +298,7 @@ def test_base_and_tuned_do_not_share_predictions(cfg, tmp_path, capsys):
         json.loads(line)["prediction"][0] == "基" for line in lines_of(tmp_path / "run", "predictions_base.jsonl")
     )
     assert all(json.loads(line)["prediction"][0] == "答" for line in lines_of(tmp_path / "run"))
-    assert list(scores) == ["base", "tuned", "signature"]
+    assert list(scores) == ["base", "tuned", "held_out", "signature"]
     assert scores["tuned"]["bleu-4"] > scores["base"]["bleu-4"]
     shown = capsys.readouterr().out
     for line in ("base", "tuned", "bleu-4", "rouge-l-f", metrics.signature(), f"{scores['tuned']['bleu-4']:.4f}"):
@@ -312,7 +312,7 @@ def test_results_keep_what_else_is_there(cfg, tmp_path):
     (folder / "all_results.json").write_text('{"train_loss": 1.5, "tuned": {"bleu-4": 0}}')
     evaluate.report(Fake(), made(3), cfg(), EvaluationFlags(compare=True))
     found = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-    assert list(found) == ["train_loss", "tuned", "base", "signature"]
+    assert list(found) == ["train_loss", "base", "tuned", "held_out", "signature"]
     assert found["train_loss"] == 1.5 and found["tuned"]["bleu-4"] > 0
     assert found["signature"] == metrics.signature()
 
@@ -322,7 +322,7 @@ def test_one_model_alone(cfg, tmp_path, base, name):
     fake = Fake()
     evaluate.report(fake, made(3), cfg(), EvaluationFlags(base=base))
     found = json.loads((tmp_path / "run/all_results.json").read_text(encoding="utf-8"))
-    assert list(found) == [name, "signature"] and set(fake.bases) == {base}
+    assert list(found) == [name, "held_out", "signature"] and set(fake.bases) == {base}
 
 
 # --- which rows -----------------------------------------------------------------------------------------------------
@@ -453,14 +453,14 @@ def test_evaluation_gives_the_numbers_of_the_training_run(copied, small_gemma, t
 def test_knobs_of_the_embedded_model_are_not_those_of_a_run_on_another(copied, tmp_path, monkeypatch):
     """The run's base is no embedded model, though evaluation.py is not told its path: the shared values hold."""
     held = tmp_path / "held.jsonl"
-    rows = [{"query": f"{n}+{n}", "response": str(n + n)} for n in range(20)]
+    rows = [{"query": f"{n}+{n}", "response": str(n + n)} for n in range(40)]
     held.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fake = Fake()
     monkeypatch.setattr(evaluation, "load_answer", lambda cfg, base=False: fake)
     evaluation.main(["--model_save_dir", str(copied), "--data_path", str(held)])
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     assert {sampling.max_new_tokens for sampling in fake.samplings} == {defaults["max_new_tokens"]}
-    assert [len(batch) for batch in fake.batches] == [defaults["eval_batch_size"], 20 - defaults["eval_batch_size"]]
+    assert [len(batch) for batch in fake.batches] == [defaults["eval_batch_size"], 40 - defaults["eval_batch_size"]]
 
 
 @pytest.mark.parametrize("switch", [[], ["--path_model_pretrain", "embedded"]], ids=["the run's", "embedded"])

@@ -1,5 +1,6 @@
 """Training runs on a small random Gemma: what they leave, what stops them, how they resume."""
 
+import functools
 import json
 import os
 import signal
@@ -31,16 +32,17 @@ def rows_file(tmp_path_factory):
     return path
 
 
+def command_line(small_gemma, rows_file, parent, name, *more):
+    """The flags of a run into parent/name."""
+    given = ["--path_model_pretrain", small_gemma, "--data_path", rows_file, "--model_save_dir", parent / name]
+    given += ["--eval_rows", 0, "--learning_rate", 0.01, "--cache_dir", parent / "cache"]
+    return [str(flag) for flag in [*given, *more]]
+
+
 @pytest.fixture
 def flags(small_gemma, rows_file, tmp_path):
     """flags(name, *more): the command line of a run into tmp_path/name."""
-
-    def make(name, *more):
-        given = ["--path_model_pretrain", small_gemma, "--data_path", rows_file, "--model_save_dir", tmp_path / name]
-        given += ["--eval_rows", 0, "--learning_rate", 0.01, "--cache_dir", tmp_path / "cache"]
-        return [str(flag) for flag in [*given, *more]]
-
-    return make
+    return functools.partial(command_line, small_gemma, rows_file, tmp_path)
 
 
 def adapter(folder):
@@ -285,11 +287,13 @@ def wait_for(condition, process):
         time.sleep(0.005)
 
 
-@pytest.fixture
-def uninterrupted(flags, tmp_path, environment):
-    process = start(flags("whole", *LONG), environment)
-    assert process.wait(120) == 0, process.communicate()[1]
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def uninterrupted(small_gemma, rows_file, tmp_path_factory, environment):
+    parent = tmp_path_factory.mktemp("uninterrupted")
+    process = start(command_line(small_gemma, rows_file, parent, "whole", *LONG), environment)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return parent / "whole"
 
 
 def steps_logged(folder):
