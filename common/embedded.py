@@ -15,7 +15,7 @@ from common.loss import use_supervised_loss
 from common.pieces import IGNORED, encode_text
 
 BATCH, SEED, WARMUP = 16, 42, 200
-PHASES = [(60_000, 0.45, 3e-3), (34_000, 0.8, 2e-3)]  # documents, share of shop texts, learning rate
+PHASES = [(60_000, 0.45, 3e-3), (34_000, 0.8, 2e-3), (44_000, 0.95, 2.5e-3)]  # documents, share of shop texts, rate
 
 
 def build(make_tokenizer, make_model, folder):
@@ -33,11 +33,25 @@ def build(make_tokenizer, make_model, folder):
         loss = pretrain(model, tokenizer, texts, learning_rate)
         model.to(torch.bfloat16).float()  # a phase goes on from what would be shipped,
         torch.manual_seed(SEED + number + 1)  # in an order that does not depend on what came before
+    tell_control_tokens_apart(model, tokenizer)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {"phases": PHASES, "inputs_sha256": inputs_hash(), "seed": SEED, "final_loss": round(loss, 4)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     run.write_json(Path(folder) / "inputs.json", record | {"versions": versions})
+
+
+def tell_control_tokens_apart(model, tokenizer):
+    """Give each control token a direction of its own: rows that no text used have all drifted to the same place.
+
+    Without it an adapter cannot ask for <end_of_turn> and not for some other unused row.
+    """
+    rows = model.get_input_embeddings().weight.data
+    size = rows[len(rows) // 2 :].norm(dim=1).mean()
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for id_ in sorted(set(tokenizer.all_special_ids) - used):
+        noise = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(SEED + id_))
+        rows[id_] += (noise / noise.norm() * size).to(rows.dtype)
 
 
 def documents(phase):
