@@ -1,0 +1,1 @@
+"""Fine-tuning ChatGLM-6B on Chinese instructions."""

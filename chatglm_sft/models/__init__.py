@@ -1,0 +1,1 @@
+"""Model families this project ships itself because transformers does not."""
