@@ -34,7 +34,7 @@ def test_plain_transformers_loads_it(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert 1_000_000 < model.num_parameters() < 3_000_000
     ids = tokenizer("黑色连衣裙", return_tensors="pt").input_ids
-    assert ids.shape == (1, 6) and ids[0, 0] == tokenizer.bos_token_id
+    assert len(set(ids[0].tolist()) - {tokenizer.bos_token_id}) == 5 and tokenizer.unk_token_id not in ids
     with torch.no_grad():
         assert torch.isfinite(model(ids).logits).all()
 
