@@ -74,7 +74,7 @@ class Answerer:
         if sampling.num_beams > 1:  # beams change their minds: there is nothing to show before the end
             yield self([turns], sampling, base)[0].text
             return
-        streamer = _Pieces(self.tokenizer, self.stop_ids)
+        streamer = _Pieces(self.tokenizer, self.prompt, self.stop_ids)
         arguments = ([self.prompt_ids(turns)], sampling, base, streamer)
         worker = threading.Thread(target=streamer.run, args=(self._generate, *arguments), daemon=True)
         worker.start()
@@ -116,21 +116,24 @@ class Answerer:
     def _answer(self, ids):
         ends = [number for number, id_ in enumerate(ids) if id_ in self.stop_ids]
         kept = ids[: ends[0]] if ends else ids
-        return Answer(decode(self.tokenizer, kept), "stop" if ends else "length", len(kept))
+        text = self.prompt.clean(decode(self.tokenizer, kept))
+        return Answer(text, "stop" if ends else "length", len(kept))
 
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte piece of a SentencePiece vocabulary
 
 
 def decode(tokenizer, ids):
-    """Text of generated ids; a character whose last bytes were not generated any more is left out."""
+    """Text of generated ids; bytes that make no whole character are left out."""
+    if not tokenizer.is_fast:
+        return tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
     text = ""
     for are_bytes, run_ids in itertools.groupby(ids, key=lambda id_: _byte(tokenizer, id_) is not None):
         if are_bytes:  # the tokenizer would turn a whole run into U+FFFD for one byte that is missing
-            text += bytes(_byte(tokenizer, id_) for id_ in run_ids).decode("utf-8", "replace")
+            text += bytes(_byte(tokenizer, id_) for id_ in run_ids).decode("utf-8", "ignore")
         else:
             text += tokenizer.decode(list(run_ids), skip_special_tokens=True)
-    return text.rstrip("\ufffd").strip()
+    return text.replace("\ufffd", "")
 
 
 def _byte(tokenizer, id_):
@@ -141,14 +144,15 @@ def _byte(tokenizer, id_):
 class _Pieces(BaseStreamer):
     """Hands generated text from `generate`'s thread to an iterator, whole characters only."""
 
-    def __init__(self, tokenizer, stop_ids):
-        self.tokenizer, self.stop_ids = tokenizer, stop_ids
+    def __init__(self, tokenizer, prompt, stop_ids):
+        self.tokenizer, self.prompt, self.stop_ids = tokenizer, prompt, stop_ids
         self.ids, self.sent, self.cancelled, self.error, self.prompt_seen = [], "", False, None, False
         self.ready, self.parts, self.done = threading.Condition(), [], False
 
     def run(self, generate, *arguments):
         try:
             generate(*arguments)
+            self._show(ended=True)
         except BaseException as error:  # carried over to the reader's thread, which raises it
             self.error = error
         finally:
@@ -161,7 +165,11 @@ class _Pieces(BaseStreamer):
             self.prompt_seen = True
             return
         self.ids += [id_ for id_ in value.flatten().tolist() if id_ not in self.stop_ids]
-        whole = decode(self.tokenizer, self.ids)  # blanks at the end wait: an answer's last ones are dropped
+        self._show(ended=False)
+
+    def _show(self, ended):
+        """Hand over what is new in the answer so far; what later ids could still change waits."""
+        whole = self.prompt.clean(decode(self.tokenizer, self.ids), ended)
         if len(whole) > len(self.sent):
             with self.ready:
                 self.parts.append(whole[len(self.sent) :])

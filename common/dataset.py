@@ -164,11 +164,20 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
         draft.mkdir()
         with ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer:
             with (draft / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
-                for row in tqdm(conversations(path, cfg), desc="编码 tokenising", unit="row", leave=False):
+                rows = _lessons(conversations(path, cfg), prompt.ONE_ANSWER and cfg.loss_on == "answer")
+                for row in tqdm(rows, desc="编码 tokenising", unit="row", leave=False):
                     _write_row(*row, cfg, tokenizer, prompt, writer, rejected, counts)
             writer.finalize()
         (draft / "record.json").write_text(json.dumps(counts), encoding="utf-8")
         draft.rename(folder)
+
+
+def _lessons(rows, one_answer):
+    """The rows; with `one_answer` a conversation gives one for each of its answers, which ends there."""
+    for where, found, reason in rows:
+        answers = [number for number, turn in enumerate(found, 1) if turn.role == "assistant"] if not reason else []
+        for end in answers if one_answer and answers else [None]:
+            yield where, found if end is None else found[:end], reason
 
 
 def _write_row(where, found, reason, cfg, tokenizer, prompt, writer, rejected, counts):
@@ -245,7 +254,7 @@ def show_first(rows, tokenizer):
     row = rows.train[0]
     supervised = [label for label in row["labels"] if label != pieces.IGNORED]
     print(f"第一条样本 first sample ({row['where']}):")
-    print("text:", repr(tokenizer.decode(row["input_ids"])))
+    print("text:", repr(pieces.shown(tokenizer, row["input_ids"])))
     print("input_ids:", row["input_ids"])
     print("labels:", row["labels"])
-    print("计损失的文字 supervised text:", repr(tokenizer.decode(supervised)))
+    print("计损失的文字 supervised text:", repr(pieces.shown(tokenizer, supervised)))

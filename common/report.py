@@ -111,8 +111,7 @@ def _score_table(results):
         return ""
     rows = [
         f"| {name} | {results['base'][name]:.4f} | {results['tuned'][name]:.4f} |"
-        for name in evaluate.SHOWN
-        if name in results["base"]
+        for name in evaluate.shown({"base": results["base"], "tuned": results["tuned"]})
     ]
     lines = [
         "",
