@@ -1,5 +1,6 @@
 """Cross entropy over supervised positions only, a chunk of logits at a time, never [batch, length, vocabulary]."""
 
+import functools
 from types import MethodType
 
 import torch
@@ -22,6 +23,7 @@ def use_supervised_loss(model):
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain_forward = causal.forward
 
+    @functools.wraps(type(causal).forward)  # generate looks up in its signature what a model takes
     def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
         if labels is None:
             return plain_forward(input_ids=input_ids, **kwargs)
@@ -44,7 +46,7 @@ def use_supervised_loss(model):
 def token_losses(hidden, targets, head, softcap=None):
     """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], head the output layer.
 
-    softcap: Gemma 2's, logits = softcap * tanh(logits / softcap).
+    softcap: where the model has one, logits = softcap * tanh(logits / softcap).
     """
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
         return _FrozenHeadLoss.apply(hidden, head.weight, targets, softcap)
