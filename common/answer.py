@@ -189,7 +189,18 @@ class _Pieces(BaseStreamer):
 
 
 def load(cfg, prompt, base=False):
-    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone.
+    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone. Errors: `open_run`."""
+    _, trained, tokenizer = open_run(cfg, prompt, base)
+    if "seed" in cfg.given:
+        torch.manual_seed(cfg.seed)
+    net = models.load_base(trained["path_model_pretrain"], cfg.dtype)
+    if not base:
+        net = models.load_tuned(net, cfg.model_save_dir)
+    return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])
+
+
+def open_run(cfg, prompt, base=False):
+    """(manifest, trained_with's dict, tokenizer) of the run in `cfg.model_save_dir`; base: its base model is enough.
 
     Base model, prompt style and lengths are the run's own; UserError where the user asks for others, or where base,
     tokenizer or template are no longer the ones trained with.
@@ -205,12 +216,7 @@ def load(cfg, prompt, base=False):
     tokenizer = models.load_tokenizer(trained["path_model_pretrain"], prompt)
     if manifest is not None and trained["path_model_pretrain"] == manifest["base"]["path"]:
         run.check_fits(manifest, tokenizer, prompt)
-    if "seed" in cfg.given:
-        torch.manual_seed(cfg.seed)
-    net = models.load_base(trained["path_model_pretrain"], cfg.dtype)
-    if not base:
-        net = models.load_tuned(net, cfg.model_save_dir)
-    return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])
+    return manifest, trained, tokenizer
 
 
 def trained_with(cfg, manifest, base):

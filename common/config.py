@@ -129,6 +129,13 @@ class ServeFlags:
     base: bool = False  # serve the base model without the adapter
 
 
+@dataclass(frozen=True)
+class ExportFlags:
+    """What export.py takes beside the knobs."""
+
+    output_dir: str = ""  # new folder for the whole model; default: model_save_dir + _merged
+
+
 ALIASES = {
     "model_name_or_path": "path_model_pretrain",
     "output_dir": "model_save_dir",
@@ -187,7 +194,7 @@ def parse(config_class, flags_class=None, argv=None):
     config = _build(config_class, values, parser.error)
     if flags_class is None:
         return config
-    return config, flags_class(**{k: v for k, v in values.items() if k in _types(flags_class)})
+    return config, flags_class(**{k: _absolute(k, v) for k, v in values.items() if k in _types(flags_class)})
 
 
 def world_size():
@@ -236,7 +243,7 @@ def _absolute(name, value):
         return tuple(v if "://" in v else os.path.abspath(os.path.expanduser(v)) for v in value)
     if name == "path_model_pretrain" and value != "embedded" and os.path.isdir(os.path.expanduser(value)):
         return os.path.abspath(os.path.expanduser(value))
-    if name == "model_save_dir":
+    if name in ("model_save_dir", "output_dir"):
         return os.path.abspath(os.path.expanduser(value))
     return value
 

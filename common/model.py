@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,6 +94,21 @@ def load_tuned(base, folder):
         model = PeftModel.from_pretrained(base, folder)
     _compare(get_peft_model_state_dict(model), load_file(_weights(folder)), folder)
     return model.eval()
+
+
+def merge_reasons(model):
+    """Why engines that only add LoRA to linear layers (vLLM) cannot serve this adapter beside its base; [] if none."""
+    config, causal = model.peft_config["default"], model.get_base_model()
+    changed = [causal.get_input_embeddings(), causal.get_output_embeddings()]
+    return [
+        reason
+        for reason, holds in (
+            ("modules_to_save", bool(config.modules_to_save)),
+            ("DoRA", config.use_dora),
+            ("LoRA on embeddings or head", any(isinstance(module, BaseTunerLayer) for module in changed)),
+        )
+        if holds
+    ]
 
 
 def verify_adapter(model, folder):

@@ -10,6 +10,8 @@ here it is put before the first question with an empty line between, as Gemma 3'
 from common.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 
 STYLES = ("chat", "log", "plain")
+ENGINES = ("vllm", "llama.cpp", "ollama", "mlx", "keras")  # besides transformers, what runs an exported folder
+UNTIED_ENGINES = ()  # of these, what runs a head of its own: vLLM refuses it, llama.cpp would drop it without a word
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}{% else %}"
