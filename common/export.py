@@ -39,7 +39,7 @@ class Tuned(NamedTuple):
     manifest: dict
     prompts: list  # ids of each prompt the export is proven on
     stop_ids: list
-    rank: int
+    rank: int  # of the adapter; 0 where the run tuned the weights themselves
     merge_reasons: list  # why the adapter alone cannot be served, see model.merge_reasons
 
 
@@ -54,14 +54,17 @@ class Expected(NamedTuple):
 def load(cfg, prompt):
     """The Tuned of the finished run in `cfg.model_save_dir`, on the unquantised base; errors as in answer.open_run."""
     manifest, trained, tokenizer = answer.open_run(cfg, prompt)
-    net = model.load_base(trained["path_model_pretrain"], "float32")
-    net = model.load_tuned(net, cfg.model_save_dir)
-    net.get_base_model().generation_config = GenerationConfig()  # the checkpoint's own would mix with ours
+    if trained["bits"]:
+        print("合并到未量化的基座 merging into the unquantised base: not bit for bit what the adapter was trained on")
+    net = model.load_tuned(trained | {"bits": 0}, cfg.model_save_dir, "float32")
+    adapter = getattr(net, "peft_config", {}).get("default")
+    causal = net.get_base_model() if adapter else net
+    causal.generation_config = GenerationConfig()  # the checkpoint's own would mix with ours
     turns = _questions(cfg, manifest)
     style, limit = trained["prompt_style"], trained["max_length_q"]
     prompts = [pieces.prompt_ids(tokenizer, prompt, asked, style, limit)[0] for asked in turns]
-    rank = net.peft_config["default"].r
-    return Tuned(net, tokenizer, manifest, prompts, manifest["stop_ids"], rank, model.merge_reasons(net))
+    rank, reasons = (adapter.r, model.merge_reasons(net)) if adapter else (0, [])
+    return Tuned(net, tokenizer, manifest, prompts, manifest["stop_ids"], rank, reasons)
 
 
 def measure(tuned):
@@ -72,11 +75,13 @@ def measure(tuned):
 
 
 def merge(tuned):
-    """The base model with the adapter added to its weights, in fp32.
+    """The base model with the adapter added to its weights, in fp32; a run without adapter is merged as it is.
 
     A head tied to the embeddings is untied first where the adapter changes one or the other: merged into the matrix
     they share, the change of one would change both.
     """
+    if not tuned.rank:
+        return tuned.net
     untie(tuned.net.get_base_model())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's advice on tied heads, followed above
@@ -197,7 +202,7 @@ def show_engines(tuned, folder, prompt):
     if not engines:
         why = "输出层不再与嵌入共享 the head is no longer tied to the embeddings" if untied else "其他引擎没有这个模型"
         print(f"  只有 only transformers: {why}")
-    if "vllm" in prompt.ENGINES:
+    if "vllm" in prompt.ENGINES and tuned.rank:
         _show_adapter(tuned, Path(tuned.manifest["config"]["model_save_dir"]))
 
 
