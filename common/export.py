@@ -175,6 +175,8 @@ def _save(net, tuned, draft, prompt):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tuned.stop_ids, pad_token_id=pad_id
     )
     net.save_pretrained(draft, max_shard_size=SHARD)
+    for file in draft.glob("*.safetensors"):  # written for their owner alone, but a server is often another user
+        file.chmod((draft / "config.json").stat().st_mode)
     tokenizer.chat_template = templates.chat_template(tokenizer, prompt, style)
     if tokenizer.chat_template is None:
         print(f"没有聊天模板 no chat template is written: none can express prompt_style {style}")

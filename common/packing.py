@@ -8,6 +8,8 @@ import torch
 from common.errors import UserError
 from common.pieces import IGNORED
 
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the norm; what rounding leaves
+
 
 class Packs(torch.utils.data.Dataset):
     """`rows` in packs of at most `capacity` ids: item n is the list of pack n's rows. lengths: ids of each pack."""
@@ -74,34 +76,34 @@ def collate(packs, pad_id):
 
 
 def check_apart(net, packs, dtype):
-    """UserError where rows of one pack do not have the loss they have alone: `net` would let them see each other.
+    """UserError where a row in a pack is not what it is alone: `net` would let the rows see each other.
 
-    net takes labels as loss.use_supervised_loss makes it. dtype: the torch dtype it computes in.
+    The last hidden states of the first pack's rows are compared. dtype: the torch dtype `net` computes in.
     """
     pack = next((packs[number] for number in range(len(packs)) if len(packs.packs[number]) > 1), None)
     if pack is None:
         return
     try:
-        together, alone = _loss(net, [pack], dtype), sum(_loss(net, [[row]], dtype) for row in pack)
+        together, alone = _hidden(net, pack, dtype), torch.cat([_hidden(net, [row], dtype) for row in pack])
     except (TypeError, ValueError) as problem:
         raise UserError(
             f"--packing: 这个模型不能打包 rows of this model cannot be packed: {' '.join(str(problem).split())[:200]}"
         ) from None
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-    if not abs(together - alone) <= tolerance * abs(alone):
+    difference = float((together - alone).norm() / alone.norm())
+    if not difference <= TOLERANCE[dtype]:
         raise UserError(
-            f"--packing: 样本互相可见 rows see each other: their loss is {together:.6g} in one sequence, "
-            f"{alone:.6g} alone; this model or attention kernel takes no packed rows; leave --packing out"
+            f"--packing: 样本互相可见 rows see each other: their hidden states differ by {difference:.2%} from those "
+            "they have alone; this model or attention kernel takes no packed rows; leave --packing out"
         )
 
 
-def _loss(net, packs, dtype):
-    """Summed cross entropy of a batch of packs, without dropout."""
-    batch = {name: value for name, value in collate(packs, 0).items() if isinstance(value, torch.Tensor)}
-    was_training, device = net.training, next(net.parameters()).device
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def _hidden(net, pack, dtype):
+    """Last hidden states [T, H], fp32, of one pack, without dropout."""
+    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+    batch, was_training = collate([pack], 0), net.training
+    inputs = {name: batch[name].to(causal.device) for name in ("input_ids", "position_ids")}
     net.eval()
-    with torch.no_grad(), autocast:
-        sums = net(**{name: value.to(device) for name, value in batch.items()}).logits
+    with torch.no_grad(), torch.autocast(causal.device.type, dtype, enabled=dtype != torch.float32):
+        states = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state
     net.train(was_training)
-    return float(sums[:, 0].sum())
+    return states[0].float()

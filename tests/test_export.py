@@ -66,9 +66,12 @@ print(json.dumps([answers, "peft" in sys.modules, "common" in sys.modules]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_alone_gives_the_adapters_answers(family, trained, tmp_path, capsys):
+def test_transformers_alone_gives_the_adapters_answers(family, trained, tmp_path, capsys, monkeypatch):
     run = trained(family)
+    monkeypatch.setattr(export, "SHARD", "3MB")
     exported(family, run, "--output_dir", tmp_path / "whole", "--dtype", "float32")
+    shards = list((tmp_path / "whole").glob("model-*.safetensors"))
+    assert len(shards) > 1 and all(shard.stat().st_mode & 0o044 for shard in shards)
     printed = capsys.readouterr().out
     assert printed.count("greedy answers equal 8/8") == 2 and "done: 完整模型 whole model (float32)" in printed
     prompts = [json.loads(line)["content"] for line in Path(QUESTIONS).read_text().splitlines()[:8]]
