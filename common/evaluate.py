@@ -172,9 +172,8 @@ def _done(path, key):
 def _key(cfg, rows, sampling, base):
     """Names the model, the rows and the settings a prediction depends on."""
     trained = trained_with(cfg, run.read_manifest(cfg.model_save_dir), base)
-    adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
     weights = [base_hash(trained["path_model_pretrain"])]
-    if adapter.exists() and not base:
-        weights.append(dataset.file_hash(str(adapter)))
+    if not base:
+        weights += [base_hash(cfg.model_save_dir)]
     parts = [weights, trained, rows, vars(sampling), cfg.dtype, cfg.seed, metrics.signature(), base]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]

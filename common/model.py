@@ -1,16 +1,23 @@
 """Base model, tokenizer and adapter: loaded, attached, shown, and checked after saving."""
 
 import hashlib
+import importlib.util
+import math
+import re
 import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from common.config import LORA
 from common.errors import UserError
 
+IDLE = re.compile("lora_B|lora_embedding_A")  # what starts at zero: where it still is, the layer does nothing
 EDGE = 1 << 20  # bytes hashed at each end of a weight file: a whole 70B checkpoint would take minutes
 
 
@@ -44,10 +51,21 @@ def load_tokenizer(path, prompt):
     return tokenizer
 
 
-def load_base(path, dtype):
-    """The base model on this process's device, in evaluation mode; `dtype` is the knob's value."""
-    model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=resolve_dtype(dtype))
-    return model.to(device()).eval()
+def load_base(path, dtype, bits=0):
+    """The base model on this process's device, in evaluation mode; `dtype` is the knob's value.
+
+    bits: 4 (nf4, its constants quantised too; QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 (LLM.int8, Dettmers
+    et al. 2022, arXiv 2208.07339) load the linear layers quantised, the head left as it is; 0 does not.
+    """
+    kind = resolve_dtype(dtype)
+    if not bits:
+        return _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind).to(device()).eval()
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError('--tuning qlora 需要 needs bitsandbytes: pip install "bitsandbytes>=0.50,<0.51"')
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
+    quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **(four if bits == 4 else {}))
+    options = {"quantization_config": quantised, "device_map": {"": device()}}
+    return _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind, **options).eval()
 
 
 def _loaded(auto_class, path, what, **kwargs):
@@ -60,50 +78,68 @@ def _loaded(auto_class, path, what, **kwargs):
         raise UserError(f"{path}: 无法加载{what} cannot be loaded: {reason}") from None
 
 
-def add_lora(model, cfg):
-    """`model` with fresh LoRA layers on `cfg.target_modules`, everything else frozen.
+def load_tuned(trained, folder, dtype):
+    """The tuned model of `folder`, as `trained` (of answer.open_run) says: base and adapter, or the whole model there.
 
-    LoRA weights stay fp32 over a bf16 base. LoRA: Hu et al. 2021, arXiv 2106.09685.
+    UserError where a key of the adapter is missing or left over.
     """
-    targets = "all-linear" if cfg.target_modules == ("all-linear",) else list(cfg.target_modules)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
-        target_modules=targets,
-        modules_to_save=list(cfg.modules_to_save) or None,
-    )
-    torch.manual_seed(cfg.seed)
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise UserError(
-            f"--target_modules {' '.join(cfg.target_modules)}: {reason}; --print_targets 列出 lists them"
-        ) from None
-
-
-def load_tuned(base, folder):
-    """`base` with the adapter saved in `folder`; UserError where a key is missing or left over."""
+    if trained["tuning"] not in LORA:
+        return load_base(folder, dtype)
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"{folder}: 没有适配器 there is no adapter; train first, or give --model_save_dir or --base")
+    base = load_base(trained["path_model_pretrain"], dtype, trained["bits"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of missing keys; the comparison below refuses them
         model = PeftModel.from_pretrained(base, folder)
-    _compare(get_peft_model_state_dict(model), load_file(_weights(folder)), folder)
+    _compare(_adapter_state(model), load_file(_weights(folder)), folder)
     return model.eval()
+
+
+def merge_reasons(model):
+    """Why engines that only add LoRA to linear layers (vLLM) cannot serve this adapter beside its base; [] if none."""
+    config, causal = model.peft_config["default"], model.get_base_model()
+    changed = [causal.get_input_embeddings(), causal.get_output_embeddings()]
+    return [
+        reason
+        for reason, holds in (
+            ("modules_to_save", bool(config.modules_to_save)),
+            ("DoRA", config.use_dora),
+            ("LoRA on embeddings or head", any(isinstance(module, BaseTunerLayer) for module in changed)),
+        )
+        if holds
+    ]
 
 
 def verify_adapter(model, folder):
     """Reopen what was just saved: the same keys and values as in memory, and no LoRA layer that does nothing."""
     saved = load_file(_weights(folder))
-    _compare({k: v.cpu() for k, v in get_peft_model_state_dict(model).items()}, saved, folder)
-    idle = [name for name, tensor in saved.items() if "lora_B" in name and not tensor.any()]
+    _compare(_adapter_state(model), saved, folder)
+    idle = [name for name, tensor in saved.items() if IDLE.search(name) and not tensor.any()]
     if idle:
         raise UserError(
             f"{folder}: 适配器不起作用 the adapter does nothing: {len(idle)} lora_B are zero, e.g. {idle[0]}"
         )
+
+
+def verify_whole(model, folder):
+    """Reopen a whole model just saved: each tensor is as in memory, and none is missing but those tied to another."""
+    state, saved, different = model.state_dict(), set(), []
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names = set(tensors.keys())
+            saved |= names
+            different += [n for n in names if n not in state or not torch.equal(state[n].cpu(), tensors.get_tensor(n))]
+    places = {state[name].data_ptr() for name in saved & state.keys()}
+    missing = [name for name in state.keys() - saved if state[name].data_ptr() not in places]
+    if different or missing:
+        raise UserError(
+            f"{folder}: 保存的模型与内存中的不同 the saved model differs from the trained one: "
+            f"{len(different)} 不同 different, {len(missing)} 缺少 missing, e.g. {sorted(different + missing)[0]}"
+        )
+
+
+def _adapter_state(model):
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def _weights(folder):
@@ -121,12 +157,12 @@ def _compare(expected, saved, folder):
 
 
 def base_hash(path):
-    """sha256 (hex) of a local base's config and weight files: names, sizes and both ends of each; "" for hub ids."""
+    """sha256 (hex) of a folder's config and weight files: names, sizes and both ends of each; "" for hub ids."""
     folder = Path(path)
     if not folder.is_dir():
         return ""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+    for file in sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(kind)):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
@@ -142,7 +178,7 @@ def linear_layers(model):
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            found.setdefault(name.rpartition(".")[2], []).append((name, tuple(module.weight.shape)))
+            found.setdefault(name.rpartition(".")[2], []).append((name, (module.out_features, module.in_features)))
     return found
 
 
@@ -168,6 +204,7 @@ def show_parameters(model):
 
 
 def parameter_counts(model):
-    """(trainable, all) parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """(trainable, all) parameters; two that 4 bits each put into one byte are two."""
+    states = [(getattr(p, "quant_state", None), p) for p in model.parameters()]
+    sizes = [(math.prod(state.shape) if state else p.numel(), p.requires_grad) for state, p in states]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

@@ -79,7 +79,7 @@ def describe(cfg, tokenizer, prompt, rows):
         "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
         "data": rows.sources,
         "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {n: importlib.metadata.version(n) for n in (*PACKAGES, *(["bitsandbytes"] if cfg.bits else []))},
         "git_commit": _git_commit(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
@@ -118,11 +118,12 @@ def last_whole_checkpoint(folder):
     return found[-1] if found else None
 
 
-def save_adapter(net, tokenizer, folder):
-    """Save adapter and tokenizer into `folder` and check them there; each file appears whole or not at all."""
+def save_tuned(net, tokenizer, folder):
+    """Save adapter or whole model, and tokenizer, into `folder`; check them; each file appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         net.save_pretrained(draft)
-        model.verify_adapter(net, draft)
+        verify = model.verify_adapter if hasattr(net, "peft_config") else model.verify_whole
+        verify(net, draft)
         tokenizer.save_pretrained(draft)
         for file in Path(draft).iterdir():
             os.replace(file, Path(folder) / file.name)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from common import jsonl, run
+from common import jsonl, packing, run, tuning
 from common import model as models
 from common.config import world_size
 from common.errors import UserError
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED
 
+PARTNERS = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}  # {factor: the one that starts at zero}
+PARTNER = re.compile("|".join(PARTNERS))
 WINDOW = 50  # micro batches sorted by length together: little padding, yet another order every epoch
 
 
@@ -39,10 +42,11 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     …}. Raises UserError on a non-finite loss or gradient, or one that does not reach the adapter; Stopped on SIGTERM or
     Ctrl-C.
     """
-    use_supervised_loss(net)
+    use_supervised_loss(net, cfg.label_smoothing_factor)
     pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
-    plan = make_plan(cfg, len(rows.train))
-    sampler = LengthGroupedSampler(rows.train["length"], cfg.micro_batch_size * world_size(), cfg.seed)
+    data, lengths = _pack(net, rows.train, cfg) if cfg.packing else (rows.train, rows.train["length"])
+    plan = make_plan(cfg, len(data))
+    sampler = LengthGroupedSampler(lengths, cfg.micro_batch_size * world_size(), cfg.seed)
     show_plan(cfg, plan, sampler.padding())
     folder = Path(cfg.model_save_dir)
     guard, recorder, stopper = Guard(folder), Recorder(folder), StopOnSignal()
@@ -52,7 +56,7 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
         model=net,
         args=_arguments(cfg, plan, bool(len(rows.validation))),
         data_collator=lambda batch: collate(batch, pad_id),
-        train_dataset=rows.train.with_format("numpy"),
+        train_dataset=data if cfg.packing else data.with_format("numpy"),
         eval_dataset=rows.validation.with_format("numpy") if len(rows.validation) else None,
         compute_metrics=_validation_loss,
         callbacks=[guard, stopper, recorder, WholeCheckpoints()],
@@ -61,7 +65,19 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopper.received:
         raise Stopped(stopper.received, folder)
-    return recorder.summary() | {"padding": round(sampler.padding(), 4)}
+    trained, total = models.parameter_counts(net)
+    tuning.settle(net, cfg)
+    counts = {"padding": round(sampler.padding(), 4), "trainable_params": trained, "all_params": total}
+    return recorder.summary() | counts
+
+
+def _pack(net, rows, cfg):
+    """(Packs, their lengths), proven on the first of them not to let rows see each other."""
+    capacity = cfg.max_length_q + cfg.max_length_a
+    packs = packing.Packs(rows, capacity, cfg.seed)
+    print(f"打包 packing: {len(rows)} 行 rows → {len(packs)} 个序列 sequences of {capacity} ids at most")
+    packing.check_apart(net, packs, models.resolve_dtype(cfg.dtype))
+    return packs, packs.lengths
 
 
 def make_plan(cfg, rows):
@@ -98,11 +114,12 @@ def _arguments(cfg, plan, validate):
         num_train_epochs=cfg.epochs,
         max_steps=cfg.max_steps,
         learning_rate=cfg.learning_rate,
-        lr_scheduler_type=cfg.lr_scheduler_type
-        if plan["warmup_steps"] == 0 or cfg.lr_scheduler_type != "constant"
-        else "constant_with_warmup",
+        **_schedule(cfg, plan),
         warmup_steps=plan["warmup_steps"],
         weight_decay=cfg.weight_decay,
+        adam_beta1=cfg.adam_beta1,
+        adam_beta2=cfg.adam_beta2,
+        neftune_noise_alpha=cfg.neftune_noise_alpha or None,
         max_grad_norm=cfg.max_grad_norm,
         activation_checkpointing=cfg.gradient_checkpointing,
         bf16=models.resolve_dtype(cfg.dtype) == torch.bfloat16,
@@ -127,8 +144,26 @@ def _arguments(cfg, plan, validate):
     return args
 
 
+def _schedule(cfg, plan):
+    """The learning rate's course as transformers' two arguments."""
+    name = cfg.lr_scheduler_type
+    if name == "constant" and plan["warmup_steps"]:
+        name = "constant_with_warmup"
+    shapes = {
+        "cosine_with_restarts": {"num_cycles": cfg.epochs},
+        "cosine_with_min_lr": {"min_lr_rate": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": max(1, plan["total_steps"] // 10)},
+    }
+    return {"lr_scheduler_type": name, "lr_scheduler_kwargs": shapes.get(name, {})}
+
+
 def collate(rows, pad_id):
-    """A batch of rows, padded on the right by length: input_ids, attention_mask, labels [B, T], and where (names)."""
+    """A batch of rows, or of packs, padded on the right by length.
+
+    Rows give input_ids, attention_mask and labels [B, T], tokens (how many are no padding) and where (names).
+    """
+    if isinstance(rows[0], list):
+        return packing.collate(rows, pad_id)
     longest = max(len(row["input_ids"]) for row in rows)
     shape = (len(rows), longest)
     ids = torch.full(shape, pad_id)
@@ -138,7 +173,8 @@ def collate(rows, pad_id):
         ids[number, :length] = torch.as_tensor(row["input_ids"])
         labels[number, :length] = torch.as_tensor(row["labels"])
         mask[number, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "where": [str(row["where"]) for row in rows]}
+    tokens, where = int(mask.sum()), [str(row["where"]) for row in rows]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": tokens, "where": where}
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
@@ -188,10 +224,10 @@ class SupervisedTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
-        where = inputs.pop("where")
+        where, tokens = inputs.pop("where"), inputs.pop("tokens")
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
-            self.tokens = self.tokens + inputs["attention_mask"].sum()  # a tensor: no waiting for the device
+            self.tokens += tokens
             self.guard.saw(result[0] if return_outputs else result, where)
         return result
 
@@ -242,13 +278,13 @@ class Guard(TrainerCallback):
 def check_gradients(model):
     """After the first backward pass: each trainable tensor that can has a gradient that is neither zero nor missing.
 
-    lora_A has none while its lora_B is zero, as it is at the start. UserError names the others.
+    One factor of a LoRA layer has none while the other is zero, as it is at the start. UserError names the others.
     """
     parameters = dict(model.named_parameters())
     dead = []
     for name, parameter in parameters.items():
-        partner = parameters.get(name.replace("lora_A", "lora_B"))
-        waits = "lora_A" in name and partner is not None and not partner.any()
+        partner = parameters.get(PARTNER.sub(lambda found: PARTNERS[found[0]], name))
+        waits = partner is not None and partner is not parameter and not partner.any()
         if parameter.requires_grad and not waits and (parameter.grad is None or not parameter.grad.any()):
             dead.append(name)
     if dead:

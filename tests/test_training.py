@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import loss, model, run, trainer
+from common import loss, model, run, trainer, tuning
 from common.config import TrainFlags, parse
 from common.errors import UserError
 from gemma_sft.ft_gemma import predict, train
@@ -210,7 +210,7 @@ def test_an_adapter_that_does_not_fit_is_refused(flags, tmp_path):
 
 
 def test_an_adapter_that_does_nothing_is_refused(small_gemma, tmp_path):
-    net = model.add_lora(model.load_base(small_gemma, "float32"), Config())
+    net = tuning.make_trainable(model.load_base(small_gemma, "float32"), Config())
     net.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="lora_B are zero"):
         model.verify_adapter(net, tmp_path)

@@ -23,10 +23,11 @@ def main(argv=None):
         report,
         run,
         trainer,
+        tuning,
     )  # torch is imported only now: --help answers at once
 
     tokenizer = model.load_tokenizer(cfg.base, prompt)
-    base = model.load_base(cfg.base, cfg.dtype)
+    base = model.load_base(cfg.base, cfg.dtype, cfg.bits)
     if flags.print_targets:
         return model.show_targets(base)
     rows = dataset.prepare(cfg, tokenizer, prompt)
@@ -34,7 +35,7 @@ def main(argv=None):
     dataset.show_first(rows, tokenizer)
     held_out = evaluate.held_out_rows(cfg, rows)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows)
-    net = model.add_lora(base, cfg)
+    net = tuning.make_trainable(base, cfg)
     model.show_parameters(net)
     results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
     report.leave(work, net, tokenizer, results)
