@@ -100,6 +100,8 @@ class TrainFlags:
 
     resume: str = "auto"  # auto: go on from the last whole checkpoint; never: start anew; or a checkpoint's folder
     print_targets: bool = False  # list the linear layers LoRA can attach to, with shapes, and exit
+    check: bool = False  # judge every row, try the heaviest step, print time, memory and a verdict; no training
+    json: bool = False  # with --check: one JSON object on stdout and nothing else
 
 
 @dataclass(frozen=True)

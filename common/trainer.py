@@ -3,7 +3,9 @@
 import math
 import random
 import signal
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -11,13 +13,15 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from common import jsonl, run
+from common import jsonl, memory, run
 from common import model as models
 from common.config import world_size
 from common.errors import UserError
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED
 
+PASSES = 3  # over the data, of which the heaviest micro batch is looked for
+PROBE = 512  # ids of the longest row on which memory is tried
 WINDOW = 50  # micro batches sorted by length together: little padding, yet another order every epoch
 
 
@@ -40,32 +44,107 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     Ctrl-C.
     """
     use_supervised_loss(net)
-    pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
-    plan = make_plan(cfg, len(rows.train))
-    sampler = LengthGroupedSampler(rows.train["length"], cfg.micro_batch_size * world_size(), cfg.seed)
+    plan, sampler = make_plan(cfg, len(rows.train)), sampler_of(rows, cfg)
     show_plan(cfg, plan, sampler.padding())
     folder = Path(cfg.model_save_dir)
-    guard, recorder, stopper = Guard(folder), Recorder(folder), StopOnSignal()
-    trainer = SupervisedTrainer(
-        sampler,
-        guard,
-        model=net,
-        args=_arguments(cfg, plan, bool(len(rows.validation))),
-        data_collator=lambda batch: collate(batch, pad_id),
-        train_dataset=rows.train.with_format("numpy"),
-        eval_dataset=rows.validation.with_format("numpy") if len(rows.validation) else None,
-        compute_metrics=_validation_loss,
-        callbacks=[guard, stopper, recorder, WholeCheckpoints()],
-    )
-    trainer.remove_callback(PrinterCallback)
+    recorder, stopper = Recorder(folder), StopOnSignal()
+    callbacks = [stopper, recorder, WholeCheckpoints()]
+    args = _arguments(cfg, plan, bool(len(rows.validation)))
+    trainer = _trainer(net, args, rows.train, rows.validation, sampler, callbacks, tokenizer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopper.received:
         raise Stopped(stopper.received, folder)
     return recorder.summary() | {"padding": round(sampler.padding(), 4)}
 
 
+def _trainer(net, args, train, validation, sampler, callbacks, tokenizer):
+    """The SupervisedTrainer over `train` in the sampler's order, its Guard before the other callbacks."""
+    pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
+    guard = Guard(Path(args.output_dir))
+    trainer = SupervisedTrainer(
+        sampler,
+        guard,
+        model=net,
+        args=args,
+        data_collator=lambda batch: collate(batch, pad_id),
+        train_dataset=train.with_format("numpy"),
+        eval_dataset=validation.with_format("numpy") if len(validation) else None,
+        compute_metrics=_validation_loss,
+        callbacks=[guard, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def rehearse(net, rows, cfg, tokenizer, steps):
+    """Train `net` for `steps` steps on an ordinary micro batch of the run, then on the heaviest it will make.
+
+    Returns {step: {where, rows, length (ids), seconds, total_steps, run_seconds (estimated)}, memory: {peak, measured,
+    estimate, free}}, bytes; measured and estimate are without what was loaded before. The first step of each is not
+    timed. Raises UserError as `fit` does. Leaves nothing on the disk, and weights that mean nothing.
+    """
+    use_supervised_loss(net.train())
+    plan, sampler = make_plan(cfg, len(rows.train)), sampler_of(rows, cfg)
+    micro = sampler.by_weight(cfg.micro_batch_size, min(plan["passes"], PASSES))
+    heaviest, ordinary = rows.train.select(micro[-1]), rows.train.select(micro[len(micro) // 2])
+    estimate, free = estimate_memory(net, rows, tokenizer, heaviest), memory.free()
+    others = _seconds_a_step(net, cfg, tokenizer, ordinary, steps)
+    with memory.Peak() as used:
+        seconds = _seconds_a_step(net, cfg, tokenizer, heaviest, steps)
+    mean = numpy.mean([sampler.ids_in(numbers) for numbers in micro])
+    line = numpy.interp(mean, [sampler.ids_in(micro[len(micro) // 2]), sampler.ids_in(micro[-1])], [others, seconds])
+    step = {"where": heaviest["where"][:], "rows": len(heaviest), "length": max(heaviest["length"]), "seconds": seconds}
+    runs = plan["total_steps"] * plan["accumulation"] * float(line)
+    taken = {"peak": used.peak, "measured": used.peak - used.before, "estimate": estimate.total(False), "free": free}
+    return {"step": step | {"total_steps": plan["total_steps"], "run_seconds": runs}, "memory": taken}
+
+
+def estimate_memory(net, rows, tokenizer, heaviest):
+    """memory.Estimate of a step on the rows `heaviest`, tried on two pairs of shorter rows of `rows.train`."""
+    order = numpy.argsort(rows.train["length"][:], kind="stable").tolist()
+    short = [number for number in order if rows.train[number]["length"] <= PROBE] or order[:1]
+    pairs = [[short[0], short[len(short) // 4]], [short[0], short[-1]]]
+    tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
+    for batch in tried:
+        batch.pop("where")
+    return memory.estimate(net, *tried, len(heaviest), max(heaviest["length"]))
+
+
+def _seconds_a_step(net, cfg, tokenizer, rows, steps):
+    """Mean seconds of a step on the micro batch `rows`, the first left out."""
+    again = rows.select(list(range(len(rows))) * steps * world_size())
+    watch = StopWatch()
+    with tempfile.TemporaryDirectory() as folder:
+        args = _arguments(
+            replace(cfg, model_save_dir=folder, max_steps=steps), {"accumulation": 1, "warmup_steps": 0}, False
+        )
+        args.save_strategy = "no"
+        _trainer(net, args, again, again.select([]), range(len(again)), [watch], tokenizer).train()
+    return sum(watch.seconds[1:]) / len(watch.seconds[1:])
+
+
+class StopWatch(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.monotonic() - self.started)
+
+
+def sampler_of(rows, cfg):
+    """The order in which a run of `cfg` takes `rows.train`."""
+    return LengthGroupedSampler(rows.train["length"], cfg.micro_batch_size * world_size(), cfg.seed)
+
+
 def make_plan(cfg, rows):
-    """Steps of a run over `rows` training rows: {accumulation, steps_per_epoch, total_steps, warmup_steps}."""
+    """Steps of a run over `rows` training rows: {accumulation, steps_per_epoch, total_steps, passes, warmup_steps}."""
     batches = math.ceil(rows / (cfg.micro_batch_size * world_size()))
     accumulation = min(cfg.accumulation, batches)
     steps_per_epoch = math.ceil(batches / accumulation)
@@ -74,6 +153,7 @@ def make_plan(cfg, rows):
         "accumulation": accumulation,
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total,
+        "passes": math.ceil(total / steps_per_epoch),
         "warmup_steps": int(cfg.warmup_ratio * total),  # rounded down: the first of few steps must not have rate 0
     }
 
@@ -170,9 +250,20 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         random.Random(self.seed + self.epoch).shuffle(found)
         return found + smaller
 
+    def by_weight(self, micro, passes):
+        """Row numbers of the micro batches of so many passes, those of the fewest ids first, padding included."""
+        found = []
+        for self.epoch in range(passes):
+            found += [batch[at : at + micro] for batch in self.batches() for at in range(0, len(batch), micro)]
+        return sorted(found, key=self.ids_in)
+
+    def ids_in(self, numbers):
+        """Ids of a batch of these rows, padding included."""
+        return len(numbers) * int(self.lengths[numbers].max())
+
     def padding(self):
         """Share of the ids in an epoch that are padding."""
-        width = sum(int(self.lengths[batch].max()) * len(batch) for batch in self.batches())
+        width = sum(map(self.ids_in, self.batches()))
         return 1 - int(self.lengths.sum()) / width
 
 

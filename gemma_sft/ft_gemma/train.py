@@ -17,6 +17,7 @@ from gemma_sft.ft_gemma.config import Config
 def main(argv=None):
     cfg, flags = parse(Config, TrainFlags, argv)
     from common import (
+        check,
         dataset,
         evaluate,
         model,
@@ -29,6 +30,8 @@ def main(argv=None):
     base = model.load_base(cfg.base, cfg.dtype)
     if flags.print_targets:
         return model.show_targets(base)
+    if flags.check:
+        return check.run(cfg, flags, base, tokenizer, prompt)
     rows = dataset.prepare(cfg, tokenizer, prompt)
     dataset.show_counts(rows)
     dataset.show_first(rows, tokenizer)
