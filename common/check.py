@@ -91,9 +91,9 @@ def examine(cfg, tokenizer, prompt):
     cfg = replace(cfg, strict=False, max_dropped=1.0)
     files, findings = _files(cfg, tokenizer, prompt)
     lost = {row["where"] for _, _, rejected in files for row in rejected}
-    known, same = {}, []
-    findings += _judge_texts(cfg, lost, tokenizer, known, same)
-    overlap = _held_out_overlap(cfg, known, findings)
+    known, asked, same = {}, set(), []
+    findings += _judge_texts(cfg, lost, tokenizer, known, asked, same)
+    overlap = _held_out_overlap(cfg, known, asked, findings)
     try:
         rows = dataset.prepare(cfg, tokenizer, prompt)
     except UserError as problem:
@@ -129,7 +129,7 @@ def _files(cfg, tokenizer, prompt):
             continue
         rows, _, rejected = files[-1]
         findings += [_left_out(row["where"], row["reason"]) for row in rejected]
-        findings += [_cut(cfg, where) for where in rows.filter(lambda row: row["cut"], desc="截断 cut")["where"]]
+        findings += [_cut(cfg, where) for where, cut in zip(rows["where"], rows["cut"], strict=True) if cut]
     return files, findings
 
 
@@ -157,15 +157,20 @@ def _on_both_sides(first, second):
     return Finding(second, "validation overlap", found, "each row on one side", "delete one of the two", bad=False)
 
 
-def _judge_texts(cfg, lost, tokenizer, known, same):
-    """Findings about what rows say: repeated rows, typed control tokens. Fills `known` {digest: where} and `same`."""
+def _judge_texts(cfg, lost, tokenizer, known, asked, same):
+    """Findings about what rows say: repeated rows, typed control tokens.
+
+    Fills `known` {digest of a row: where}, `asked` {digest of a question} and `same` [(first, again)].
+    """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     control = re.compile("|".join([*map(re.escape, special), r"<\|\w+\|>"]))  # the last: what most templates use
     findings = []
-    for where, turns in _conversations(cfg, cfg.data_path):
+    for where, turns in _conversations(cfg):
         if where in lost:
             continue
         digest = _digest(turns)
+        if turns[:-1]:  # plain text asks nothing
+            asked.add(_digest(turns[:-1]))
         first = known.setdefault(digest, where)
         if first != where:
             same.append((first, where))
@@ -179,9 +184,8 @@ def _judge_texts(cfg, lost, tokenizer, known, same):
     return findings
 
 
-def _held_out_overlap(cfg, known, findings):
+def _held_out_overlap(cfg, known, asked, findings):
     """{held_out: equal rows, held_out_questions: equal questions}; equal and unusable held-out rows join `findings`."""
-    asked = {_digest(turns[:-1]) for _, turns in _conversations(cfg, cfg.data_path)}
     same_rows = same_questions = 0
     for spec in cfg.eval_data_path:
         path = dataset.split_sample(spec)[0]
@@ -201,9 +205,9 @@ def _held_out_overlap(cfg, known, findings):
     return {"held_out": same_rows, "held_out_questions": same_questions}
 
 
-def _conversations(cfg, specs):
-    """(where, turns) of the usable rows of files; a file that breaks off has been reported already."""
-    for path in dict.fromkeys(dataset.split_sample(spec)[0] for spec in specs):
+def _conversations(cfg):
+    """(where, turns) of the usable rows of data_path; a file that breaks off has been reported already."""
+    for path in dict.fromkeys(dataset.split_sample(spec)[0] for spec in cfg.data_path):
         with contextlib.suppress(UserError):
             for where, turns, reason in dataset.conversations(path, cfg):
                 if not reason:

@@ -85,7 +85,7 @@ def rehearse(net, rows, cfg, tokenizer, steps):
     """
     use_supervised_loss(net.train())
     plan, sampler = make_plan(cfg, len(rows.train)), sampler_of(rows, cfg)
-    micro = sampler.by_weight(cfg.micro_batch_size, min(plan["passes"], PASSES))
+    micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
     heaviest, ordinary = rows.train.select(micro[-1]), rows.train.select(micro[len(micro) // 2])
     estimate, free = estimate_memory(net, rows, tokenizer, heaviest), memory.free()
     others = _seconds_a_step(net, cfg, tokenizer, ordinary, steps)
@@ -144,7 +144,7 @@ def sampler_of(rows, cfg):
 
 
 def make_plan(cfg, rows):
-    """Steps of a run over `rows` training rows: {accumulation, steps_per_epoch, total_steps, passes, warmup_steps}."""
+    """Steps of a run over `rows` training rows: {accumulation, steps_per_epoch, total_steps, warmup_steps}."""
     batches = math.ceil(rows / (cfg.micro_batch_size * world_size()))
     accumulation = min(cfg.accumulation, batches)
     steps_per_epoch = math.ceil(batches / accumulation)
@@ -153,7 +153,6 @@ def make_plan(cfg, rows):
         "accumulation": accumulation,
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total,
-        "passes": math.ceil(total / steps_per_epoch),
         "warmup_steps": int(cfg.warmup_ratio * total),  # rounded down: the first of few steps must not have rate 0
     }
 

@@ -456,6 +456,7 @@ def test_rows_of_a_prepared_file(tmp_path, prepare):
         "input_ids": [CHAT, [BOS, A, B, EOS]],
         "labels": [only(CHAT, 39, 40, 41, 42), [-100, A, B, EOS]],
         "length": [43, 4],
+        "cut": [False, False],
         "where": [f"{path}:1", f"{path}:2"],
     }
 
