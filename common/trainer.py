@@ -3,9 +3,7 @@
 import math
 import random
 import signal
-import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -20,7 +18,6 @@ from common.errors import UserError
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED
 
-PASSES = 3  # over the data, of which the heaviest micro batch is looked for
 PROBE = 512  # ids of the longest row on which memory is tried
 WINDOW = 50  # micro batches sorted by length together: little padding, yet another order every epoch
 
@@ -49,15 +46,15 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     folder = Path(cfg.model_save_dir)
     recorder, stopper = Recorder(folder), StopOnSignal()
     callbacks = [stopper, recorder, WholeCheckpoints()]
-    args = _arguments(cfg, plan, bool(len(rows.validation)))
-    trainer = _trainer(net, args, rows.train, rows.validation, sampler, callbacks, tokenizer)
+    args = arguments(cfg, plan, bool(len(rows.validation)))
+    trainer = make_trainer(net, args, rows.train, rows.validation, sampler, callbacks, tokenizer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopper.received:
         raise Stopped(stopper.received, folder)
     return recorder.summary() | {"padding": round(sampler.padding(), 4)}
 
 
-def _trainer(net, args, train, validation, sampler, callbacks, tokenizer):
+def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
     """The SupervisedTrainer over `train` in the sampler's order, its Guard before the other callbacks."""
     pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
     guard = Guard(Path(args.output_dir))
@@ -76,66 +73,16 @@ def _trainer(net, args, train, validation, sampler, callbacks, tokenizer):
     return trainer
 
 
-def rehearse(net, rows, cfg, tokenizer, steps):
-    """Train `net` for `steps` steps on an ordinary micro batch of the run, then on the heaviest it will make.
-
-    Returns {step: {where, rows, length (ids), seconds, total_steps, run_seconds (estimated)}, memory: {peak, measured,
-    estimate, free}}, bytes; measured and estimate are without what was loaded before. The first step of each is not
-    timed. Raises UserError as `fit` does. Leaves nothing on the disk, and weights that mean nothing.
-    """
-    use_supervised_loss(net.train())
-    plan, sampler = make_plan(cfg, len(rows.train)), sampler_of(rows, cfg)
-    micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
-    heaviest, ordinary = rows.train.select(micro[-1]), rows.train.select(micro[len(micro) // 2])
-    estimate, free = estimate_memory(net, rows, tokenizer, heaviest), memory.free()
-    others = _seconds_a_step(net, cfg, tokenizer, ordinary, steps)
-    with memory.Peak() as used:
-        seconds = _seconds_a_step(net, cfg, tokenizer, heaviest, steps)
-    mean = numpy.mean([sampler.ids_in(numbers) for numbers in micro])
-    line = numpy.interp(mean, [sampler.ids_in(micro[len(micro) // 2]), sampler.ids_in(micro[-1])], [others, seconds])
-    step = {"where": heaviest["where"][:], "rows": len(heaviest), "length": max(heaviest["length"]), "seconds": seconds}
-    runs = plan["total_steps"] * plan["accumulation"] * float(line)
-    taken = {"peak": used.peak, "measured": used.peak - used.before, "estimate": estimate.total(False), "free": free}
-    return {"step": step | {"total_steps": plan["total_steps"], "run_seconds": runs}, "memory": taken}
-
-
 def estimate_memory(net, rows, tokenizer, heaviest):
     """memory.Estimate of a step on the rows `heaviest`, tried on two pairs of shorter rows of `rows.train`."""
-    order = numpy.argsort(rows.train["length"][:], kind="stable").tolist()
-    short = [number for number in order if rows.train[number]["length"] <= PROBE] or order[:1]
+    lengths = numpy.asarray(rows.train["length"])
+    order = numpy.argsort(lengths, kind="stable")
+    short = order[lengths[order] <= PROBE].tolist() or order[:1].tolist()
     pairs = [[short[0], short[len(short) // 4]], [short[0], short[-1]]]
     tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
     for batch in tried:
         batch.pop("where")
     return memory.estimate(net, *tried, len(heaviest), max(heaviest["length"]))
-
-
-def _seconds_a_step(net, cfg, tokenizer, rows, steps):
-    """Mean seconds of a step on the micro batch `rows`, the first left out."""
-    again = rows.select(list(range(len(rows))) * steps * world_size())
-    watch = StopWatch()
-    with tempfile.TemporaryDirectory() as folder:
-        args = _arguments(
-            replace(cfg, model_save_dir=folder, max_steps=steps), {"accumulation": 1, "warmup_steps": 0}, False
-        )
-        args.save_strategy = "no"
-        _trainer(net, args, again, again.select([]), range(len(again)), [watch], tokenizer).train()
-    return sum(watch.seconds[1:]) / len(watch.seconds[1:])
-
-
-class StopWatch(TrainerCallback):
-    """Seconds of each step."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.monotonic() - self.started)
 
 
 def sampler_of(rows, cfg):
@@ -166,8 +113,8 @@ def show_plan(cfg, plan, padding):
     )
 
 
-def _arguments(cfg, plan, validate):
-    """Our knobs in today's names of transformers: the one place that maps them."""
+def arguments(cfg, plan, validate):
+    """Our knobs in today's names of transformers: the one place that maps them. validate: score validation rows too."""
     on_cpu = models.device().type == "cpu"
     args = TrainingArguments(
         output_dir=cfg.model_save_dir,

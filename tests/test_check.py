@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from common import check, trainer
+from common import check, rehearsal, trainer
 from common.pieces import IGNORED
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import train
@@ -199,7 +199,7 @@ def test_a_step_out_of_memory_is_a_line(report, monkeypatch):
     def fails(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(trainer, "rehearse", fails)
+    monkeypatch.setattr(rehearsal, "rehearse", fails)
     found, code = report([])
     assert code == 1 and "step" not in found
     assert list(found["problems"]) == [
