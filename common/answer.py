@@ -203,8 +203,8 @@ def load(cfg, prompt, base=False):
         )
     trained = trained_with(cfg, manifest, base)
     tokenizer = models.load_tokenizer(trained["path_model_pretrain"], prompt)
-    if manifest is not None and trained["path_model_pretrain"] == manifest["base"]["path"]:
-        run.check_fits(manifest, tokenizer, prompt)
+    if manifest is not None and (not base or trained["path_model_pretrain"] == manifest["base"]["path"]):
+        run.check_fits(manifest, trained["path_model_pretrain"], tokenizer, prompt)
     if "seed" in cfg.given:
         torch.manual_seed(cfg.seed)
     net = models.load_base(trained["path_model_pretrain"], cfg.dtype)
@@ -216,13 +216,16 @@ def load(cfg, prompt, base=False):
 def trained_with(cfg, manifest, base):
     """{path_model_pretrain, prompt_style, max_length_q} of the run in `manifest`, or the user's where there is none.
 
-    UserError where the user asks for another base model or style. base: the base model alone may be any.
+    UserError where the user asks for another base model or style; the same weights in another folder are the same
+    base. base: the base model alone may be any.
     """
     knobs = ("prompt_style", "max_length_q")
     asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base}
     if manifest is None or base and "path_model_pretrain" in cfg.given:
         return asked
     trained = {name: manifest["config"][name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
+    if manifest["base"]["sha256"] and models.base_hash(cfg.base) == manifest["base"]["sha256"]:
+        trained["path_model_pretrain"] = cfg.base
     for name in ("path_model_pretrain", "prompt_style"):
         if name in cfg.given and asked[name] != trained[name]:
             raise UserError(

@@ -1,6 +1,7 @@
 """Base model, tokenizer and adapter: loaded, attached, shown, and checked after saving."""
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 
@@ -53,11 +54,31 @@ def load_base(path, dtype):
 def _loaded(auto_class, path, what, **kwargs):
     if str(path).startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
         raise UserError(f"{path}: 文件夹不存在 no such folder; check --path_model_pretrain")
+    path = _from_modelscope(path) if _is_modelscope(path) else path
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as problem:
         reason = " ".join(str(problem).split())[:300]
         raise UserError(f"{path}: 无法加载{what} cannot be loaded: {reason}") from None
+
+
+def _is_modelscope(path):
+    return os.environ.get("USE_MODELSCOPE_HUB", "") in ("1", "true", "True") and not Path(path).expanduser().is_dir()
+
+
+def _from_modelscope(path):
+    """The folder of a ModelScope id, downloaded by its package where it is not in its cache."""
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"{path}: USE_MODELSCOPE_HUB 需要 needs the package modelscope: pip install modelscope"
+        ) from None
+    try:
+        return snapshot_download(path)
+    except Exception as problem:  # its own, requests' and urllib3's errors share no base class
+        reason = " ".join(str(problem).split())[:300]
+        raise UserError(f"{path}: 无法从 ModelScope 下载 cannot be downloaded from ModelScope: {reason}") from None
 
 
 def add_lora(model, cfg):
@@ -121,9 +142,9 @@ def _compare(expected, saved, folder):
 
 
 def base_hash(path):
-    """sha256 (hex) of a local base's config and weight files: names, sizes and both ends of each; "" for hub ids."""
+    """sha256 (hex) of a local base's config and weight files: names, sizes and both ends of each; "" for others."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         return ""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):

@@ -36,7 +36,7 @@ def main(argv=None):
     dataset.show_counts(rows)
     dataset.show_first(rows, tokenizer)
     held_out = evaluate.held_out_rows(cfg, rows)
-    work = run.start(cfg, flags.resume, tokenizer, prompt, rows)
+    work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway)
     net = model.add_lora(base, cfg)
     model.show_parameters(net)
     results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
