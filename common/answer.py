@@ -244,15 +244,16 @@ def open_run(cfg, prompt, base=False):
         )
     trained = trained_with(cfg, manifest, base)
     tokenizer = models.load_tokenizer(trained["path_model_pretrain"], prompt)
-    if manifest is not None and trained["path_model_pretrain"] == manifest["base"]["path"]:
-        run.check_fits(manifest, tokenizer, prompt)
+    if manifest is not None and (not base or trained["path_model_pretrain"] == manifest["base"]["path"]):
+        run.check_fits(manifest, trained["path_model_pretrain"], tokenizer, prompt)
     return manifest, trained, tokenizer
 
 
 def trained_with(cfg, manifest, base):
     """{path_model_pretrain, prompt_style, max_length_q, tuning, bits} of the run in `manifest`, or the user's.
 
-    UserError where the user asks for another base model or style. base: the base model alone may be any.
+    UserError where the user asks for another base model or style; the same weights in another folder are the same
+    base. base: the base model alone may be any.
     """
     knobs = ("prompt_style", "max_length_q", "tuning")
     asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base, "bits": cfg.bits}
@@ -261,6 +262,8 @@ def trained_with(cfg, manifest, base):
     config = manifest["config"]
     trained = {name: config[name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
     trained["bits"] = config["quantization_bit"] if config["tuning"] == "qlora" else 0
+    if manifest["base"]["sha256"] and models.base_hash(cfg.base) == manifest["base"]["sha256"]:
+        trained["path_model_pretrain"] = cfg.base
     for name in ("path_model_pretrain", "prompt_style"):
         if name in cfg.given and asked[name] != trained[name]:
             raise UserError(

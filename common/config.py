@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+Names = tuple[str, str]  # typed as one value or two, kept as two: in Chinese, in other languages
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 Scheduler = Literal[
@@ -47,8 +49,8 @@ class SFTConfig:
     max_length_a: int = 512  # longest answer in tokens, stop token included; rows with longer ones are dropped
     max_dropped: float = 0.5  # stop when a larger share of the rows cannot be trained on
     strict: bool = False  # stop at the first row that cannot be used instead of listing it in rejected.jsonl
-    model_name: str = ""  # fills {{name}} in identity rows
-    model_author: str = ""  # fills {{author}} in identity rows
+    model_name: Names = ()  # fills {{name}} in identity rows; two values: for Chinese rows and for others
+    model_author: Names = ()  # fills {{author}} in identity rows; one value or two, as above
     cache_dir: str = "~/.cache/chinese-sft"  # tokenised data, keyed by content
     # training
     loss_on: Literal["all", "answer", "last"] = "answer"  # all ids, every answer, or the last answer
@@ -124,7 +126,10 @@ class TrainFlags:
     """What train.py takes beside the knobs."""
 
     resume: str = "auto"  # auto: go on from the last whole checkpoint; never: start anew; or a checkpoint's folder
+    resume_anyway: bool = False  # resume although data or options changed since; what changed is kept in the manifest
     print_targets: bool = False  # list the linear layers LoRA can attach to, with shapes, and exit
+    check: bool = False  # judge every row, try the heaviest step, print time, memory and a verdict; no training
+    json: bool = False  # with --check: one JSON object on stdout and nothing else
 
 
 @dataclass(frozen=True)
@@ -200,6 +205,7 @@ RANGES = {
     "max_dropped": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "port": (lambda v: 0 <= v <= 65535, "a port number"),
     "seed": (lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
+    **dict.fromkeys(("model_name", "model_author"), (lambda v: len(v) <= 2, "one value, or a Chinese and another")),
     "data_path": (lambda v: len(v) > 0, "at least one file"),
     "target_modules": (lambda v: len(v) > 0, "at least one module"),
 }
@@ -252,6 +258,7 @@ def _build(cls, values, error):
     given = frozenset(values)
     if "data_path" in given and "eval_data_path" not in given:
         values["eval_data_path"] = ()  # the shipped held-out rows say nothing about other data
+    values |= {name: (tuple(values[name]) * 2)[:2] for name in ("model_name", "model_author") if name in values}
     config = cls(**{k: _absolute(k, v) for k, v in values.items()}, given=given)
     if config.path_model_pretrain == "embedded":
         config = replace(config, **{k: v for k, v in cls.EMBEDDED.items() if k not in given})
@@ -329,6 +336,8 @@ def _parser(classes, knobs):
 
 def _argument(kind):
     """argparse's keywords for a knob of type `kind`."""
+    if kind == Names:
+        return {"nargs": "+", "metavar": "TEXT", "type": str}
     if typing.get_origin(kind) is tuple:
         return {"nargs": "+", "action": _Listed, "metavar": "X"}
     if typing.get_origin(kind) is Literal:
@@ -416,7 +425,7 @@ def _typed(value, kind, error):
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list) and all(isinstance(item, str) for item in items):
-            return _split(items)
+            return tuple(items) if kind == Names else _split(items)
     elif origin is Literal:
         if value in typing.get_args(kind):
             return value

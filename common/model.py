@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import math
+import os
 import re
 import warnings
 from pathlib import Path
@@ -71,11 +72,31 @@ def load_base(path, dtype, bits=0):
 def _loaded(auto_class, path, what, **kwargs):
     if str(path).startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
         raise UserError(f"{path}: 文件夹不存在 no such folder; check --path_model_pretrain")
+    path = _from_modelscope(path) if _is_modelscope(path) else path
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as problem:
         reason = " ".join(str(problem).split())[:300]
         raise UserError(f"{path}: 无法加载{what} cannot be loaded: {reason}") from None
+
+
+def _is_modelscope(path):
+    return os.environ.get("USE_MODELSCOPE_HUB", "") in ("1", "true", "True") and not Path(path).expanduser().is_dir()
+
+
+def _from_modelscope(path):
+    """The folder of a ModelScope id, downloaded by its package where it is not in its cache."""
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"{path}: USE_MODELSCOPE_HUB 需要 needs the package modelscope: pip install modelscope"
+        ) from None
+    try:
+        return snapshot_download(path)
+    except Exception as problem:  # its own, requests' and urllib3's errors share no base class
+        reason = " ".join(str(problem).split())[:300]
+        raise UserError(f"{path}: 无法从 ModelScope 下载 cannot be downloaded from ModelScope: {reason}") from None
 
 
 def load_tuned(trained, folder, dtype):
@@ -157,9 +178,9 @@ def _compare(expected, saved, folder):
 
 
 def base_hash(path):
-    """sha256 (hex) of a folder's config and weight files: names, sizes and both ends of each; "" for hub ids."""
+    """sha256 (hex) of a folder's config and weight files: names, sizes and both ends of each; "" for others."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         return ""
     digest = hashlib.sha256()
     for file in sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(kind)):

@@ -18,6 +18,7 @@ from common import dataset, jsonl, model, pieces
 from common.config import ROOT
 from common.errors import UserError
 
+AROUND = 12  # characters shown before and after a difference
 MANIFEST, WHOLE = "run_manifest.json", "whole.json"
 # knobs that may change between a stop and a resume without changing what is trained
 FREE = set(
@@ -25,6 +26,7 @@ FREE = set(
     "save_steps save_total_limit max_new_tokens do_sample temperature top_p top_k repetition_penalty num_beams "
     "eval_batch_size host port given".split()
 )
+SHAPING = {"base", "lora_r", "target_modules", "modules_to_save"}  # without the same of these, weights do not load
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
 
 
@@ -37,12 +39,13 @@ class Run(NamedTuple):
     checkpoint: Path | None
 
 
-def start(cfg, resume, tokenizer, prompt, rows):
+def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
     """Open the run's folder for this process alone and write its manifest and rejected.jsonl: the Run.
 
     resume: "auto" goes on from the last whole checkpoint of an unfinished run; "never" starts anew; or a checkpoint's
     folder. An earlier run's files are moved aside, never overwritten. UserError where the data or options differ from
-    the run to be resumed, or another process trains into the folder.
+    the run to be resumed (but with resume_anyway, where they fit its weights), or another process trains into the
+    folder.
     """
     folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,10 +56,14 @@ def start(cfg, resume, tokenizer, prompt, rows):
         raise UserError(
             f"{folder}: 另一个训练正在写入 another run is writing here; give another --model_save_dir"
         ) from None
-    if resume in ("auto", "never"):
-        checkpoint = _checkpoint_in(folder, manifest, resume)
-    else:
-        checkpoint = _chosen_checkpoint(Path(resume), manifest)
+    try:
+        if resume in ("auto", "never"):
+            checkpoint = _checkpoint_in(folder, manifest, resume, resume_anyway)
+        else:
+            checkpoint = _chosen_checkpoint(Path(resume), manifest, resume_anyway)
+    except UserError:
+        lock.release()
+        raise
     write_json(folder / MANIFEST, manifest)
     jsonl.write(folder / "rejected.jsonl", rows.rejected)
     return Run(folder, manifest, lock, checkpoint)
@@ -129,19 +136,34 @@ def save_tuned(net, tokenizer, folder):
             os.replace(file, Path(folder) / file.name)
 
 
-def check_fits(manifest, tokenizer, prompt):
-    """UserError where base weights, tokenizer or template are not what the run in `manifest` was trained with."""
-    style = manifest["template"]["style"]
-    template = pieces.template_text(tokenizer, prompt, style)
-    base = manifest["base"]
+def check_fits(manifest, base, tokenizer, prompt):
+    """UserError where base (a path), tokenizer or template are not what the run in `manifest` was trained with."""
+    template = pieces.template_text(tokenizer, prompt, manifest["template"]["style"])
+    weights, ids = model.base_hash(base), dataset.tokenizer_hash(tokenizer)
     pairs = [
-        ("基座模型 base model", base["sha256"], model.base_hash(base["path"])),
-        ("分词器 tokenizer", manifest["tokenizer_sha256"], dataset.tokenizer_hash(tokenizer)),
-        ("提示模板 prompt template", manifest["template"]["text"], template),
+        ("基座模型 base model", manifest["base"]["sha256"], weights, "give the base trained with"),
+        ("分词器 tokenizer", manifest["tokenizer_sha256"], ids, "restore the base's tokenizer files"),
+        ("提示模板 prompt template", manifest["template"]["text"], template, "restore prompt.py"),
     ]
-    for what, trained, now in pairs:
+    for what, trained, now, remedy in pairs:
         if trained != now:
-            raise UserError(f"{what} 与训练时不同 is not the one trained with: {trained!r}, now {now!r}; train again")
+            trained, now = differing_parts(trained, now)
+            raise UserError(
+                f"{what} 与训练时不同 is not the one trained with: trained {trained}, now {now}; "
+                f"{remedy}, or train again"
+            )
+
+
+def differing_parts(trained, now):
+    """Where two texts differ, as two short quotations with a few characters around."""
+    same = len(os.path.commonprefix([trained, now]))
+    ends = len(os.path.commonprefix([trained[same:][::-1], now[same:][::-1]]))
+    quoted = []
+    for text in (trained, now):
+        start, end = max(0, same - AROUND), len(text) - ends
+        part = text[start : min(end + AROUND, start + 5 * AROUND)]
+        quoted.append(f"{'…' if start else ''}{part!r}{'…' if start + len(part) < len(text) else ''}")
+    return quoted
 
 
 def finish(work, results):
@@ -149,12 +171,12 @@ def finish(work, results):
     write_json(work.folder / MANIFEST, work.manifest | {"results": results, "state": "finished"})
 
 
-def _checkpoint_in(folder, manifest, resume):
+def _checkpoint_in(folder, manifest, resume, anyway):
     """The checkpoint an unfinished run in `folder` goes on from; None for a fresh start, earlier files moved aside."""
     earlier = read_manifest(folder)
     checkpoint = last_whole_checkpoint(folder) if earlier and earlier["state"] == "training" else None
     if resume == "auto" and checkpoint:
-        _check_same(earlier, manifest, checkpoint)
+        _check_same(earlier, manifest, checkpoint, anyway)
         print(f"从检查点继续 resuming from {checkpoint}")
         return checkpoint
     if earlier:
@@ -162,12 +184,12 @@ def _checkpoint_in(folder, manifest, resume):
     return None
 
 
-def _chosen_checkpoint(checkpoint, manifest):
+def _chosen_checkpoint(checkpoint, manifest, anyway):
     if not _is_whole(checkpoint):
         raise UserError(f"--resume {checkpoint}: 不是完整的检查点 not a whole checkpoint")
     earlier = read_manifest(checkpoint.parent)
     if earlier:
-        _check_same(earlier, manifest, checkpoint)
+        _check_same(earlier, manifest, checkpoint, anyway)
     return checkpoint
 
 
@@ -179,16 +201,24 @@ def _is_whole(checkpoint):
     return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == sizes[name] for name in sizes)
 
 
-def _check_same(earlier, manifest, checkpoint):
-    """UserError naming what differs between the run that wrote `checkpoint` and the one that would go on from it."""
+def _check_same(earlier, manifest, checkpoint, anyway):
+    """UserError naming what differs between the run that wrote `checkpoint` and the one that would go on from it.
+
+    anyway: what differs is printed and kept in the manifest instead, unless the weights could not be loaded.
+    """
     old, new = _flat(earlier), _flat(json.loads(json.dumps(manifest)))
-    changed = [
-        f"{name}: {old.get(name)} → {new.get(name)}" for name in sorted(old | new) if old.get(name) != new.get(name)
-    ]
-    if changed:
+    changed = {
+        name: f"{old.get(name)} → {new.get(name)}" for name in sorted(old | new) if old.get(name) != new.get(name)
+    }
+    told = "; ".join(f"{name}: {values}" for name, values in changed.items())
+    if anyway and changed and not changed.keys() & SHAPING:
+        print(f"照样继续 resuming although data or options differ: {told}")
+        manifest["resumed_anyway"] = changed
+    elif changed:
+        way_out = "" if changed.keys() & SHAPING else "--resume_anyway 照样继续 resumes all the same, "
         raise UserError(
-            f"{checkpoint}: 数据或参数变了 data or options differ from that run ({'; '.join(changed[:4])}); "
-            "--resume never 重新开始 starts anew and keeps the old files"
+            f"{checkpoint}: 数据或参数变了 data or options differ from that run ({told}); "
+            f"{way_out}--resume never 重新开始 starts anew and keeps the old files"
         )
 
 
@@ -196,7 +226,8 @@ def _flat(manifest):
     """What must be equal for a resume, as one flat dict."""
     knobs = {name: value for name, value in manifest["config"].items() if name not in FREE}
     data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
-    return knobs | data | {"base": manifest["base"], "template": manifest["template"]["sha256"]}
+    base, tokenizer, template = manifest["base"], manifest["tokenizer_sha256"], manifest["template"]["sha256"]
+    return knobs | data | {"base": base, "tokenizer": tokenizer, "template": template}
 
 
 def _move_aside(folder):

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from common import jsonl, packing, run, tuning
+from common import jsonl, memory, packing, run, tuning
 from common import model as models
 from common.config import world_size
 from common.errors import UserError
@@ -21,6 +21,7 @@ from common.pieces import IGNORED
 
 PARTNERS = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}  # {factor: the one that starts at zero}
 PARTNER = re.compile("|".join(PARTNERS))
+PROBE = 512  # ids of the longest row on which memory is tried
 WINDOW = 50  # micro batches sorted by length together: little padding, yet another order every epoch
 
 
@@ -43,25 +44,16 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     Ctrl-C.
     """
     use_supervised_loss(net, cfg.label_smoothing_factor)
-    pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
-    data, lengths = _pack(net, rows.train, cfg) if cfg.packing else (rows.train, rows.train["length"])
-    plan = make_plan(cfg, len(data))
-    sampler = LengthGroupedSampler(lengths, cfg.micro_batch_size * world_size(), cfg.seed)
+    data, lengths = (
+        _pack(net, rows.train, cfg) if cfg.packing else (rows.train.with_format("numpy"), rows.train["length"])
+    )
+    plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
     show_plan(cfg, plan, sampler.padding())
     folder = Path(cfg.model_save_dir)
-    guard, recorder, stopper = Guard(folder), Recorder(folder), StopOnSignal()
-    trainer = SupervisedTrainer(
-        sampler,
-        guard,
-        model=net,
-        args=_arguments(cfg, plan, bool(len(rows.validation))),
-        data_collator=lambda batch: collate(batch, pad_id),
-        train_dataset=data if cfg.packing else data.with_format("numpy"),
-        eval_dataset=rows.validation.with_format("numpy") if len(rows.validation) else None,
-        compute_metrics=_validation_loss,
-        callbacks=[guard, stopper, recorder, WholeCheckpoints()],
-    )
-    trainer.remove_callback(PrinterCallback)
+    recorder, stopper = Recorder(folder), StopOnSignal()
+    callbacks = [stopper, recorder, WholeCheckpoints()]
+    args = arguments(cfg, plan, bool(len(rows.validation)))
+    trainer = make_trainer(net, args, data, rows.validation, sampler, callbacks, tokenizer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopper.received:
         raise Stopped(stopper.received, folder)
@@ -78,6 +70,42 @@ def _pack(net, rows, cfg):
     print(f"打包 packing: {len(rows)} 行 rows → {len(packs)} 个序列 sequences of {capacity} ids at most")
     packing.check_apart(net, packs, models.resolve_dtype(cfg.dtype))
     return packs, packs.lengths
+
+
+def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
+    """The SupervisedTrainer over `train` in the sampler's order, its Guard before the other callbacks."""
+    pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
+    guard = Guard(Path(args.output_dir))
+    trainer = SupervisedTrainer(
+        sampler,
+        guard,
+        model=net,
+        args=args,
+        data_collator=lambda batch: collate(batch, pad_id),
+        train_dataset=train,
+        eval_dataset=validation.with_format("numpy") if len(validation) else None,
+        compute_metrics=_validation_loss,
+        callbacks=[guard, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def estimate_memory(net, rows, tokenizer, heaviest):
+    """memory.Estimate of a step on the rows `heaviest`, tried on two pairs of shorter rows of `rows.train`."""
+    lengths = numpy.asarray(rows.train["length"])
+    order = numpy.argsort(lengths, kind="stable")
+    short = order[lengths[order] <= PROBE].tolist() or order[:1].tolist()
+    pairs = [[short[0], short[len(short) // 4]], [short[0], short[-1]]]
+    tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
+    for batch in tried:
+        batch.pop("where")
+    return memory.estimate(net, *tried, len(heaviest), max(heaviest["length"]))
+
+
+def sampler_of(lengths, cfg):
+    """The order in which a run of `cfg` takes rows of these lengths."""
+    return LengthGroupedSampler(lengths, cfg.micro_batch_size * world_size(), cfg.seed)
 
 
 def make_plan(cfg, rows):
@@ -103,8 +131,8 @@ def show_plan(cfg, plan, padding):
     )
 
 
-def _arguments(cfg, plan, validate):
-    """Our knobs in today's names of transformers: the one place that maps them."""
+def arguments(cfg, plan, validate):
+    """Our knobs in today's names of transformers: the one place that maps them. validate: score validation rows too."""
     on_cpu = models.device().type == "cpu"
     args = TrainingArguments(
         output_dir=cfg.model_save_dir,
@@ -206,9 +234,20 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         random.Random(self.seed + self.epoch).shuffle(found)
         return found + smaller
 
+    def by_weight(self, micro, passes):
+        """Row numbers of the micro batches of so many passes, those of the fewest ids first, padding included."""
+        found = []
+        for self.epoch in range(passes):
+            found += [batch[at : at + micro] for batch in self.batches() for at in range(0, len(batch), micro)]
+        return sorted(found, key=self.ids_in)
+
+    def ids_in(self, numbers):
+        """Ids of a batch of these rows, padding included."""
+        return len(numbers) * int(self.lengths[numbers].max())
+
     def padding(self):
         """Share of the ids in an epoch that are padding."""
-        width = sum(int(self.lengths[batch].max()) * len(batch) for batch in self.batches())
+        width = sum(map(self.ids_in, self.batches()))
         return 1 - int(self.lengths.sum()) / width
 
 

@@ -193,6 +193,18 @@ def test_lists_in_yaml(tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["小黄"], ("小黄", "小黄")),
+        (["小黄", "Xiao Huang"], ("小黄", "Xiao Huang")),
+        (["Lab, Inc."], ("Lab, Inc.", "Lab, Inc.")),
+    ],
+)
+def test_names_have_a_chinese_form_and_another(words, value):
+    assert parse(Toy, None, ["--model_name", *words]).model_name == value
+
+
+@pytest.mark.parametrize(
     "words, value",
     [([], True), (["true"], True), (["1"], True), (["yes"], True), (["True"], True)]
     + [(["false"], False), (["0"], False), (["no"], False), (["FALSE"], False)],
@@ -208,7 +220,8 @@ def test_booleans(words, value):
         ("learning_rate: 1", "learning_rate", 1.0),
         ("max_steps: -1", "max_steps", -1),
         ("strict: yes", "strict", True),
-        ("model_name: 小明", "model_name", "小明"),
+        ("model_name: 小明", "model_name", ("小明", "小明")),
+        ("model_name: [小黄, Xiao Huang]", "model_name", ("小黄", "Xiao Huang")),
         ("\ufeffseed: 5", "seed", 5),  # as Windows editors write it
         ("modules_to_save: []", "modules_to_save", ()),
     ],
@@ -358,6 +371,7 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, capsys, world, argv
         ("--lora_dropout 1", ["--lora_dropout 1", "below 1"]),
         ("--warmup_ratio 1.5", ["--warmup_ratio 1.5"]),
         ("--top_p 0", ["--top_p 0", "at most 1"]),
+        ("--model_name a b c", ["--model_name", "a Chinese and another"]),
         ("--top_p 1.1", ["--top_p 1.1"]),
         ("--temperature 0", ["--temperature 0"]),
         ("--max_dropped 2", ["--max_dropped 2"]),

@@ -1,11 +1,13 @@
 """Training runs on a small random Gemma: what they leave, what stops them, how they resume."""
 
 import functools
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from common import loss, model, run, trainer, tuning
 from common.config import TrainFlags, parse
 from common.errors import UserError
+from gemma_sft import prompt
 from gemma_sft.ft_gemma import predict, train
 from gemma_sft.ft_gemma.config import Config
 
@@ -223,8 +226,7 @@ def test_what_does_not_belong_to_the_run_is_refused(flags, tmp_path, small_gemma
         (copy / file.name).write_bytes(file.read_bytes())
     train.main(flags("out", "--path_model_pretrain", copy, "--max_steps", 1))
     cfg, _ = parse(Config, TrainFlags, flags("out"))
-    with pytest.raises(UserError, match="--path_model_pretrain .* was trained with"):
-        predict.load_answer(cfg)
+    assert predict.load_answer(cfg).net.peft_config, "the same weights in another folder are the same base"
     with pytest.raises(UserError, match="--prompt_style plain"):
         predict.load_answer(parse(Config, None, ["--model_save_dir", str(tmp_path / "out"), "--prompt_style", "plain"]))
     mine = parse(Config, None, ["--model_save_dir", str(tmp_path / "out")])
@@ -233,8 +235,50 @@ def test_what_does_not_belong_to_the_run_is_refused(flags, tmp_path, small_gemma
     save_file(
         {name: tensor + 1 for name, tensor in weights.items()}, copy / "model.safetensors", metadata={"format": "pt"}
     )
-    with pytest.raises(UserError, match="基座模型 base model"):
+    with pytest.raises(
+        UserError, match="基座模型 base model .* trained '[0-9a-f]+'…?, now '[0-9a-f]+'…?; give the base"
+    ):
         predict.load_answer(mine)
+    given = [*flags("out"), "--path_model_pretrain", str(copy)]
+    again = tmp_path / "again"
+    train.main(flags("again", "--path_model_pretrain", small_gemma, "--max_steps", 1))
+    with pytest.raises(UserError, match=f"--path_model_pretrain {copy}: .* was trained with {small_gemma}"):
+        predict.load_answer(parse(Config, TrainFlags, [*given, "--model_save_dir", str(again)])[0])
+
+
+def test_another_tokenizer_or_template_is_refused_with_what_differs(flags, tmp_path, monkeypatch, tokenizer):
+    train.main(flags("out", "--max_steps", 1))
+    cfg, _ = parse(Config, TrainFlags, flags("out"))
+    whole = prompt.render
+
+    def one_newline_less(tokenizer, turns, style):
+        pieces = whole(tokenizer, turns, style)
+        return [piece._replace(ids=piece.ids[:-1]) if piece.ids[-1] == 264 else piece for piece in pieces]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prompt, "render", one_newline_less)
+        with pytest.raises(UserError) as refused:
+            predict.load_answer(cfg)
+    message = str(refused.value)
+    assert "提示模板 prompt template" in message and "restore prompt.py" in message and len(message) < 600
+    assert r"trained …'of_turn>user\n{system}" in message and "now …'of_turn>user{system}" in message
+    with monkeypatch.context() as patched:
+        patched.setattr(run.dataset, "tokenizer_hash", lambda tokenizer: "f" * 64)
+        with pytest.raises(UserError, match="分词器 tokenizer .*, now 'f+'…; restore the base's tokenizer"):
+            predict.load_answer(cfg)
+
+
+@pytest.mark.parametrize(
+    ("trained", "now", "shown"),
+    [
+        ("a" * 40 + "\nb", "a" * 40 + "b", [r"…'aaaaaaaaaaaa\nb'", "…'aaaaaaaaaaaab'"]),
+        ("ab", "ac" + "d" * 100, ["'ab'", f"'ac{'d' * 58}'…"]),
+        ("x", "", ["'x'", "''"]),
+        ("aba", "aa", ["'aba'", "'aa'"]),
+    ],
+)
+def test_differing_parts_are_short(trained, now, shown):
+    assert run.differing_parts(trained, now) == shown
 
 
 def test_a_finished_run_is_kept_when_trained_again(flags, tmp_path):
@@ -339,5 +383,82 @@ def test_resume_refuses_changed_options(flags, tmp_path):
         train.main(flags("out", "--learning_rate", 1e30, "--max_steps", 4, "--save_steps", 1))
     with pytest.raises(UserError, match=r"learning_rate: 1e\+30 → 0.01"):
         train.main(flags("out", "--max_steps", 4, "--save_steps", 1))
+    with pytest.raises(UserError, match=r"lora_r: 16 → 8.*--resume never") as refused:
+        train.main(flags("out", "--learning_rate", 1e30, "--max_steps", 4, "--lora_r", 8, "--resume_anyway"))
+    assert "--resume_anyway" not in str(refused.value), "weights of another rank cannot be loaded"
     train.main(flags("out", "--max_steps", 4, "--resume", "never"))
     assert (tmp_path / "out.1/checkpoint-1").is_dir() and (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+def test_resume_anyway_goes_on_with_changed_data_and_options(flags, tmp_path, rows_file, capsys):
+    more = ["--save_steps", 1, "--learning_rate", 1e30]
+    with pytest.raises(UserError, match="non-finite loss or gradient at step 2"):
+        train.main(flags("out", "--max_steps", 4, *more))
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows_file.read_text() + '{"query": "1", "response": "2"}\n')
+    changed = ["--max_steps", 3, "--data_path", other, "--learning_rate", 1e-3]
+    with pytest.raises(UserError, match="data 0: .*learning_rate: 1e.30 → 0.001; max_steps: 4 → 3.*--resume_anyway"):
+        train.main(flags("out", *changed))
+    with pytest.raises(UserError, match="non-finite"):  # the optimizer's state is the earlier run's
+        train.main(flags("out", *changed, "--resume_anyway"))
+    assert "照样继续 resuming although data or options differ" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out/run_manifest.json").read_text())
+    assert manifest["resumed_anyway"]["max_steps"] == "4 → 3" and "data 0" in manifest["resumed_anyway"]
+
+
+FAKE_MODELSCOPE = """
+def snapshot_download(model_id):
+    if model_id != "AI-ModelScope/small":
+        raise RuntimeError(f"{model_id} does not exist")
+    return FOLDER
+"""
+
+
+def test_a_modelscope_id_loads_through_its_package(flags, tmp_path, small_gemma, monkeypatch):
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    monkeypatch.delitem(sys.modules, "modelscope", raising=False)
+    given = ["--path_model_pretrain", "AI-ModelScope/small", "--max_steps", 1]
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "modelscope", None)
+        with pytest.raises(UserError, match="AI-ModelScope/small: USE_MODELSCOPE_HUB .*pip install modelscope"):
+            train.main(flags("out", *given))
+    (tmp_path / "modelscope.py").write_text(FAKE_MODELSCOPE.replace("FOLDER", repr(str(small_gemma))))
+    monkeypatch.syspath_prepend(tmp_path)
+    train.main(flags("out", *given))
+    assert predict.load_answer(parse(Config, TrainFlags, flags("out", *given))[0]).net.peft_config
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(small_gemma), "a folder that plain transformers loads"
+    with pytest.raises(UserError, match="AI-ModelScope/none: .* cannot be downloaded .*: AI-ModelScope/none does not"):
+        train.main(flags("out", "--path_model_pretrain", "AI-ModelScope/none"))
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "0")
+    with pytest.raises(UserError, match="AI-ModelScope/small: 无法加载"):
+        train.main(flags("out", *given))
+
+
+def test_hf_endpoint_is_asked(environment, tmp_path):
+    """A hub id goes to the server HF_ENDPOINT names."""
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    home = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    try:
+        command = [sys.executable, ROOT / "gemma_sft/ft_gemma/train.py", "--path_model_pretrain", "some/model"]
+        done = subprocess.run(
+            list(map(str, command)), env=environment | home, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        hub.shutdown()
+        hub.server_close()
+    assert done.returncode == 1 and "some/model: 无法加载分词器 tokenizer cannot be loaded" in done.stderr
+    assert any(path.startswith("/some/model/resolve/main/") for path in asked), asked
