@@ -42,13 +42,12 @@ def _seconds_a_step(net, cfg, tokenizer, rows, steps):
     """Mean seconds of a step on the micro batch `rows`, the first left out."""
     again = rows.select(list(range(len(rows))) * steps * world_size())
     watch = StopWatch()
-    plan = {"accumulation": 1, "warmup_steps": 0}
+    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": steps}
     with tempfile.TemporaryDirectory() as folder:
         args = trainer.arguments(replace(cfg, model_save_dir=folder, max_steps=steps), plan, validate=False)
         args.save_strategy = "no"
-        trainer.make_trainer(
-            net, args, again.with_format("numpy"), again.select([]), range(len(again)), [watch], tokenizer
-        ).train()
+        again, order = again.with_format("numpy"), range(len(again))
+        trainer.make_trainer(net, args, again, again.select([]), order, [watch], tokenizer).train()
     return sum(watch.seconds[1:]) / len(watch.seconds[1:])
 
 

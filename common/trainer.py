@@ -44,9 +44,9 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     Ctrl-C.
     """
     use_supervised_loss(net, cfg.label_smoothing_factor)
-    data, lengths = (
-        _pack(net, rows.train, cfg) if cfg.packing else (rows.train.with_format("numpy"), rows.train["length"])
-    )
+    data, lengths = rows.train.with_format("numpy"), rows.train["length"]
+    if cfg.packing:
+        data, lengths = _pack(net, rows.train, cfg)
     plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
     show_plan(cfg, plan, sampler.padding())
     folder = Path(cfg.model_save_dir)
@@ -99,7 +99,7 @@ def estimate_memory(net, rows, tokenizer, heaviest):
     pairs = [[short[0], short[len(short) // 4]], [short[0], short[-1]]]
     tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
     for batch in tried:
-        batch.pop("where")
+        del batch["where"], batch["tokens"]
     return memory.estimate(net, *tried, len(heaviest), max(heaviest["length"]))
 
 
