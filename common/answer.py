@@ -255,13 +255,15 @@ def trained_with(cfg, manifest, base):
     UserError where the user asks for another base model or style; the same weights in another folder are the same
     base. base: the base model alone may be any.
     """
-    knobs = ("prompt_style", "max_length_q", "tuning")
-    asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base, "bits": cfg.bits}
+    knobs = ("prompt_style", "max_length_q")
+    asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base}
+    asked |= {"tuning": cfg.tuning, "bits": cfg.bits}
     if manifest is None or base and "path_model_pretrain" in cfg.given:
         return asked
-    config = manifest["config"]
+    config = {"tuning": "lora"} | manifest["config"]  # the first runs knew no other
     trained = {name: config[name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
-    trained["bits"] = config["quantization_bit"] if config["tuning"] == "qlora" else 0
+    bits = config["quantization_bit"] if config["tuning"] == "qlora" else 0
+    trained |= {"tuning": config["tuning"], "bits": bits}
     if manifest["base"]["sha256"] and models.base_hash(cfg.base) == manifest["base"]["sha256"]:
         trained["path_model_pretrain"] = cfg.base
     for name in ("path_model_pretrain", "prompt_style"):
