@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -18,6 +19,7 @@ from common.errors import UserError
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED
 
+STALL, FALL, RISE = 10, 0.02, 0.1  # logged losses in a window; what counts as fallen, and as risen again, as shares
 PROBE = 512  # ids of the longest row on which memory is tried
 WINDOW = 50  # micro batches sorted by length together: little padding, yet another order every epoch
 
@@ -37,21 +39,33 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     """Train `net` on `rows` (dataset.Rows) as `cfg` says, from `checkpoint` where one is given.
 
     Returns {train_loss (nats a supervised token), train_runtime (seconds), tokens, steps, padding (share of a batch),
-    …}. Raises UserError on a non-finite loss or gradient, or one that does not reach the adapter; Stopped on SIGTERM or
-    Ctrl-C.
+    …}. With `cfg.early_stopping_patience` the net ends as it was at its best validation loss, without it as it is after
+    the last step. Raises UserError on a non-finite loss or gradient, or one that does not reach the adapter; Stopped on
+    SIGTERM or Ctrl-C.
     """
+    if cfg.early_stopping_patience and not len(rows.validation):
+        raise UserError("--early_stopping_patience 需要验证数据 needs validation rows: --val_set_size above 0")
     use_supervised_loss(net)
     plan, sampler = make_plan(cfg, len(rows.train)), sampler_of(rows, cfg)
     show_plan(cfg, plan, sampler.padding())
+    checkpointing = needs_checkpointing(cfg, net, rows, tokenizer, sampler)
     folder = Path(cfg.model_save_dir)
     recorder, stopper = Recorder(folder), StopOnSignal()
-    callbacks = [stopper, recorder, WholeCheckpoints()]
-    args = arguments(cfg, plan, bool(len(rows.validation)))
+    callbacks = [stopper, recorder, StallWatch(), EarlyStop(cfg.early_stopping_patience), WholeCheckpoints()]
+    args = arguments(cfg, plan, bool(len(rows.validation)), checkpointing)
     trainer = make_trainer(net, args, rows.train, rows.validation, sampler, callbacks, tokenizer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopper.received:
         raise Stopped(stopper.received, folder)
-    return recorder.summary() | {"padding": round(sampler.padding(), 4)}
+    return recorder.summary() | _best(trainer.state, cfg) | {"padding": round(sampler.padding(), 4)}
+
+
+def _best(state, cfg):
+    """{best_step, best_eval_loss, adapter_of_step} of a finished training; {} where nothing was validated."""
+    if state.best_global_step is None:
+        return {}
+    saved = state.best_global_step if cfg.early_stopping_patience else state.global_step
+    return {"best_step": state.best_global_step, "best_eval_loss": state.best_metric, "adapter_of_step": saved}
 
 
 def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
@@ -113,8 +127,45 @@ def show_plan(cfg, plan, padding):
     )
 
 
-def arguments(cfg, plan, validate):
-    """Our knobs in today's names of transformers: the one place that maps them. validate: score validation rows too."""
+class StepMemory(NamedTuple):
+    """What a step on the heaviest micro batch needs beside the model, what is free (bytes), and what follows."""
+
+    estimate: memory.Estimate
+    free: int
+    checkpointing: bool  # activations are to be recomputed
+
+
+def step_memory(cfg, net, rows, tokenizer, heaviest):
+    """The StepMemory of `cfg`, `heaviest` being the rows of the heaviest micro batch; None where it cannot be tried."""
+    if any(hasattr(parameter, "ds_id") for parameter in net.parameters()):  # DeepSpeed holds a part of each alone
+        return None
+    estimate, free = estimate_memory(net.train(), rows, tokenizer, heaviest), memory.free()
+    needed = estimate.total(False) > memory.SPARE * free
+    asked = cfg.gradient_checkpointing
+    return StepMemory(estimate, free, needed if asked == "auto" else asked == "true")
+
+
+def needs_checkpointing(cfg, net, rows, tokenizer, sampler):
+    """Whether activations are to be recomputed: what the knob says, or what the memory says, which is printed."""
+    if cfg.gradient_checkpointing != "auto":
+        return cfg.gradient_checkpointing == "true"
+    found = step_memory(cfg, net, rows, tokenizer, rows.train.select(sampler.by_weight(cfg.micro_batch_size, 1)[-1]))
+    if found is None:
+        print("内存 memory: 参数分片 the weights are sharded and cannot be tried: gradient_checkpointing on (auto)")
+        return True
+    print(
+        f"内存 memory: 最重的一步约需 the heaviest step needs about {memory.shown(found.estimate.total(False))} beside "
+        f"the model ({memory.shown(found.estimate.total(True))} recomputing), 可用 free {memory.shown(found.free)}: "
+        f"gradient_checkpointing {'on' if found.checkpointing else 'off'} (auto)"
+    )
+    return found.checkpointing
+
+
+def arguments(cfg, plan, validate, checkpointing):
+    """Our knobs in today's names of transformers, the one place that maps them.
+
+    validate: score validation rows too. checkpointing: recompute activations.
+    """
     on_cpu = models.device().type == "cpu"
     args = TrainingArguments(
         output_dir=cfg.model_save_dir,
@@ -130,7 +181,7 @@ def arguments(cfg, plan, validate):
         warmup_steps=plan["warmup_steps"],
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
-        activation_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing=checkpointing,
         bf16=models.resolve_dtype(cfg.dtype) == torch.bfloat16,
         fp16=models.resolve_dtype(cfg.dtype) == torch.float16,
         use_cpu=on_cpu,
@@ -142,11 +193,14 @@ def arguments(cfg, plan, validate):
         save_total_limit=cfg.save_total_limit,
         eval_strategy="steps" if validate else "no",
         eval_steps=cfg.save_steps,
+        metric_for_best_model="token_loss" if validate else None,  # its checkpoint is never deleted
+        greater_is_better=False,
+        load_best_model_at_end=validate and cfg.early_stopping_patience > 0,
         seed=cfg.seed,
         data_seed=cfg.seed,
         label_names=["labels"],
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(cfg.report_to) or "none",
         disable_tqdm=True,
     )
     args._n_gpu = min(args.n_gpu, 1)  # several cards are used by torchrun, one process each, never by DataParallel
@@ -319,6 +373,47 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
+class EarlyStop(TrainerCallback):
+    """Stops when `patience` validation losses in a row were no new best; 0 never does. A resume counts on."""
+
+    def __init__(self, patience):
+        self.patience = patience
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        losses = [record["eval_token_loss"] for record in state.log_history if "eval_token_loss" in record]
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        if self.patience and since_best >= self.patience:
+            control.should_training_stop = control.should_save = True
+            print(
+                f"\n验证损失 {since_best} 次没有变好，提前停止 early stop: no new best in {since_best} validations; "
+                f"best {min(losses):.4f}, now {losses[-1]:.4f}"
+            )
+
+
+class StallWatch(TrainerCallback):
+    """Says, once, that the loss does not fall, or rises again, and why that usually is."""
+
+    def __init__(self):
+        self.losses, self.told = [], False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or self.told or not state.is_world_process_zero:
+            return
+        self.losses.append(logs["loss"])
+        if len(self.losses) < 2 * STALL:
+            return
+        first, last = (sum(part) / STALL for part in (self.losses[:STALL], self.losses[-STALL:]))
+        best = min(sum(self.losses[n : n + STALL]) / STALL for n in range(len(self.losses) - STALL + 1))
+        if last > (1 - FALL) * first or last > (1 + RISE) * best:
+            self.told = True
+            print(
+                f"\n第 {state.global_step} 步，损失没有下降 the loss is not falling: at first {first:.4f}, "
+                f"best {best:.4f}, last {last:.4f} (means of {STALL} logged losses); likely causes: --learning_rate "
+                f"(now {logs['learning_rate']:.1e}) too small or too large, answers that do not follow from questions, "
+                "too few --target_modules or too small a --lora_r, data the base already knows"
+            )
+
+
 class WholeCheckpoints(TrainerCallback):
     """Marks each checkpoint as whole once all of it is written."""
 
@@ -364,9 +459,13 @@ class Recorder(TrainerCallback):
             "tokens": tokens,
             "tokens_per_second": round(speed, 1),
             "seconds": round(seconds, 3),
+            "memory_mib": memory.used() // memory.MIB,
         }
         self.records.append(self.pending)
-        self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.1e}, {speed:.0f} token/s")
+        used = memory.shown(memory.used())
+        self.bar.set_postfix_str(
+            f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.1e}, {speed:.0f} token/s, {used}"
+        )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.pending["eval_loss"] = metrics["eval_token_loss"]
