@@ -344,7 +344,8 @@ def show_step(measured):
     print(
         f"内存 memory: 峰值 peak {memory.shown(used['peak'])}; 这一步 the step itself: "
         f"估计 estimate {memory.shown(used['estimate'])}, 实测 measured {memory.shown(used['measured'])}; "
-        f"可用 free {memory.shown(used['free'])}"
+        f"可用 free {memory.shown(used['free'])}; "
+        f"gradient_checkpointing {'on' if used['gradient_checkpointing'] else 'off'}"
     )
 
 

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 
 import argparse
 import difflib
+import importlib.util
 import inspect
 import json
 import os
@@ -68,10 +69,12 @@ class SFTConfig:
     label_smoothing_factor: float = 0.0  # share of the target given to all pieces alike; not in the validation loss
     neftune_noise_alpha: float = 0.0  # NEFTune's noise on the embeddings while training, 5 is usual; 0: none
     packing: bool = False  # rows share sequences of max_length_q + max_length_a, which batches then count
-    gradient_checkpointing: bool = False  # recompute activations: less memory, about a third more time
+    gradient_checkpointing: Literal["auto", "true", "false"] = "auto"  # recompute activations; auto: only if needed
     logging_steps: int = 5  # steps between two lines of trainer_log.jsonl
     save_steps: int = 200  # steps between two checkpoints and validation losses
-    save_total_limit: int = 3  # newest checkpoints kept
+    save_total_limit: int = 3  # newest checkpoints kept; the best by validation loss is kept besides
+    early_stopping_patience: int = 0  # stop after so many validation losses without a new best, save the best; 0: off
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb: each an optional package
     seed: int = 42  # of weights, order and samples
     # what is trained
     tuning: Literal["lora", "qlora", "full", "freeze"] = "lora"  # qlora: quantised base; freeze: only the last layers
@@ -196,7 +199,10 @@ RANGES = {
         "lora_r lora_alpha max_new_tokens num_beams eval_batch_size".split(),
         _AT_LEAST_1,
     ),
-    **dict.fromkeys("eval_rows val_set_size weight_decay top_k limit neftune_noise_alpha".split(), _NOT_NEGATIVE),
+    **dict.fromkeys(
+        "eval_rows val_set_size early_stopping_patience weight_decay top_k limit neftune_noise_alpha".split(),
+        _NOT_NEGATIVE,
+    ),
     **dict.fromkeys("warmup_ratio lora_dropout adam_beta1 adam_beta2 label_smoothing_factor".split(), _SHARE),
     **dict.fromkeys("learning_rate max_grad_norm temperature repetition_penalty".split(), _ABOVE_0),
     "max_steps": (lambda v: v == -1 or v >= 1, "-1 or at least 1"),
@@ -206,6 +212,7 @@ RANGES = {
     "port": (lambda v: 0 <= v <= 65535, "a port number"),
     "seed": (lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
     **dict.fromkeys(("model_name", "model_author"), (lambda v: len(v) <= 2, "one value, or a Chinese and another")),
+    "report_to": (lambda v: set(v) <= {"tensorboard", "wandb"}, "tensorboard, wandb or both"),
     "data_path": (lambda v: len(v) > 0, "at least one file"),
     "target_modules": (lambda v: len(v) > 0, "at least one module"),
 }
@@ -259,6 +266,9 @@ def _build(cls, values, error):
     if "data_path" in given and "eval_data_path" not in given:
         values["eval_data_path"] = ()  # the shipped held-out rows say nothing about other data
     values |= {name: (tuple(values[name]) * 2)[:2] for name in ("model_name", "model_author") if name in values}
+    for package in values.get("report_to", ()):
+        if not importlib.util.find_spec(package):
+            error(f"--report_to {package}: 没有安装 the package is not installed; remedy: pip install {package}")
     config = cls(**{k: _absolute(k, v) for k, v in values.items()}, given=given)
     if config.path_model_pretrain == "embedded":
         config = replace(config, **{k: v for k, v in cls.EMBEDDED.items() if k not in given})
@@ -341,7 +351,8 @@ def _argument(kind):
     if typing.get_origin(kind) is tuple:
         return {"nargs": "+", "action": _Listed, "metavar": "X"}
     if typing.get_origin(kind) is Literal:
-        return {"choices": typing.get_args(kind), "type": type(typing.get_args(kind)[0])}
+        bare = {"nargs": "?", "const": "true"} if "true" in typing.get_args(kind) else {}
+        return {"choices": typing.get_args(kind), "type": type(typing.get_args(kind)[0]), **bare}
     if kind is bool:
         return {"nargs": "?", "const": True, "type": _boolean, "metavar": "true|false"}
     return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
@@ -427,6 +438,7 @@ def _typed(value, kind, error):
         if isinstance(items, list) and all(isinstance(item, str) for item in items):
             return tuple(items) if kind == Names else _split(items)
     elif origin is Literal:
+        value = str(value).lower() if isinstance(value, bool) else value  # YAML reads true as a boolean
         if value in typing.get_args(kind):
             return value
         kind = "|".join(map(str, typing.get_args(kind)))

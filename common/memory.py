@@ -16,6 +16,7 @@ from common.loss import CHUNK
 from common.model import device
 
 MIB = 1 << 20
+CGROUP = Path("/sys/fs/cgroup")
 HEAP = 1.6  # on a CPU the C library holds on to about so much of what a step uses (measured with glibc)
 SPARE = 0.9  # of the free memory may be planned with: allocators need some room
 
@@ -105,7 +106,7 @@ def free():
 
 def _cgroup(name):
     try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
+        return int((CGROUP / name).read_text())
     except (OSError, ValueError):  # no such limit, or "max"
         return None
 
@@ -137,6 +138,11 @@ class Peak:
             import resource  # not on Windows
 
             self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, of the whole process
+
+
+def used():
+    """Bytes this process uses now: on its CUDA card, or of the machine."""
+    return torch.cuda.memory_allocated() if device().type == "cuda" else psutil.Process().memory_info().rss
 
 
 def shown(count):

@@ -23,8 +23,8 @@ MANIFEST, WHOLE = "run_manifest.json", "whole.json"
 # knobs that may change between a stop and a resume without changing what is trained
 FREE = set(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
-    "save_steps save_total_limit max_new_tokens do_sample temperature top_p top_k repetition_penalty num_beams "
-    "eval_batch_size host port given".split()
+    "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
+    "repetition_penalty num_beams eval_batch_size host port given".split()
 )
 SHAPING = {"base", "lora_r", "target_modules", "modules_to_save"}  # without the same of these, weights do not load
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")

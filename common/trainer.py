@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -21,6 +22,7 @@ from common.pieces import IGNORED
 
 PARTNERS = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}  # {factor: the one that starts at zero}
 PARTNER = re.compile("|".join(PARTNERS))
+STALL, FALL, RISE = 10, 0.02, 0.1  # logged losses in a window; what counts as fallen, and as risen again, as shares
 PROBE = 512  # ids of the longest row on which memory is tried
 WINDOW = 50  # micro batches sorted by length together: little padding, yet another order every epoch
 
@@ -40,19 +42,23 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     """Train `net` on `rows` (dataset.Rows) as `cfg` says, from `checkpoint` where one is given.
 
     Returns {train_loss (nats a supervised token), train_runtime (seconds), tokens, steps, padding (share of a batch),
-    …}. Raises UserError on a non-finite loss or gradient, or one that does not reach the adapter; Stopped on SIGTERM or
-    Ctrl-C.
+    …}. With `cfg.early_stopping_patience` the net ends as it was at its best validation loss, without it as it is after
+    the last step. Raises UserError on a non-finite loss or gradient, or one that does not reach the adapter; Stopped on
+    SIGTERM or Ctrl-C.
     """
+    if cfg.early_stopping_patience and not len(rows.validation):
+        raise UserError("--early_stopping_patience 需要验证数据 needs validation rows: --val_set_size above 0")
     use_supervised_loss(net, cfg.label_smoothing_factor)
     data, lengths = rows.train.with_format("numpy"), rows.train["length"]
     if cfg.packing:
         data, lengths = _pack(net, rows.train, cfg)
     plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
     show_plan(cfg, plan, sampler.padding())
+    checkpointing = needs_checkpointing(cfg, net, rows, tokenizer, sampler)
     folder = Path(cfg.model_save_dir)
     recorder, stopper = Recorder(folder), StopOnSignal()
-    callbacks = [stopper, recorder, WholeCheckpoints()]
-    args = arguments(cfg, plan, bool(len(rows.validation)))
+    callbacks = [stopper, recorder, StallWatch(), EarlyStop(cfg.early_stopping_patience), WholeCheckpoints()]
+    args = arguments(cfg, plan, bool(len(rows.validation)), checkpointing)
     trainer = make_trainer(net, args, data, rows.validation, sampler, callbacks, tokenizer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopper.received:
@@ -60,7 +66,15 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     trained, total = models.parameter_counts(net)
     tuning.settle(net, cfg)
     counts = {"padding": round(sampler.padding(), 4), "trainable_params": trained, "all_params": total}
-    return recorder.summary() | counts
+    return recorder.summary() | _best(trainer.state, cfg) | counts
+
+
+def _best(state, cfg):
+    """{best_step, best_eval_loss, adapter_of_step} of a finished training; {} where nothing was validated."""
+    if state.best_global_step is None:
+        return {}
+    saved = state.best_global_step if cfg.early_stopping_patience else state.global_step
+    return {"best_step": state.best_global_step, "best_eval_loss": state.best_metric, "adapter_of_step": saved}
 
 
 def _pack(net, rows, cfg):
@@ -92,7 +106,7 @@ def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
 
 
 def estimate_memory(net, rows, tokenizer, heaviest):
-    """memory.Estimate of a step on the rows `heaviest`, tried on two pairs of shorter rows of `rows.train`."""
+    """memory.Estimate of a step on `heaviest` (rows, length), tried on two pairs of shorter rows of `rows.train`."""
     lengths = numpy.asarray(rows.train["length"])
     order = numpy.argsort(lengths, kind="stable")
     short = order[lengths[order] <= PROBE].tolist() or order[:1].tolist()
@@ -100,7 +114,7 @@ def estimate_memory(net, rows, tokenizer, heaviest):
     tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
     for batch in tried:
         del batch["where"], batch["tokens"]
-    return memory.estimate(net, *tried, len(heaviest), max(heaviest["length"]))
+    return memory.estimate(net, *tried, *heaviest)
 
 
 def sampler_of(lengths, cfg):
@@ -131,8 +145,45 @@ def show_plan(cfg, plan, padding):
     )
 
 
-def arguments(cfg, plan, validate):
-    """Our knobs in today's names of transformers: the one place that maps them. validate: score validation rows too."""
+class StepMemory(NamedTuple):
+    """What a step on the heaviest micro batch needs beside the model, what is free (bytes), and what follows."""
+
+    estimate: memory.Estimate
+    free: int
+    checkpointing: bool  # activations are to be recomputed
+
+
+def step_memory(cfg, net, rows, tokenizer, heaviest):
+    """The StepMemory of `cfg`, `heaviest` the heaviest micro batch (rows, length); None where it cannot be tried."""
+    if any(hasattr(parameter, "ds_id") for parameter in net.parameters()):  # DeepSpeed holds a part of each alone
+        return None
+    estimate, free = estimate_memory(net.train(), rows, tokenizer, heaviest), memory.free()
+    needed = estimate.total(False) > memory.SPARE * free
+    asked = cfg.gradient_checkpointing
+    return StepMemory(estimate, free, needed if asked == "auto" else asked == "true")
+
+
+def needs_checkpointing(cfg, net, rows, tokenizer, sampler):
+    """Whether activations are to be recomputed: what the knob says, or what the memory says, which is printed."""
+    if cfg.gradient_checkpointing != "auto":
+        return cfg.gradient_checkpointing == "true"
+    found = step_memory(cfg, net, rows, tokenizer, sampler.shape(sampler.by_weight(cfg.micro_batch_size, 1)[-1]))
+    if found is None:
+        print("内存 memory: 参数分片 the weights are sharded and cannot be tried: gradient_checkpointing on (auto)")
+        return True
+    print(
+        f"内存 memory: 最重的一步约需 the heaviest step needs about {memory.shown(found.estimate.total(False))} beside "
+        f"the model ({memory.shown(found.estimate.total(True))} recomputing), 可用 free {memory.shown(found.free)}: "
+        f"gradient_checkpointing {'on' if found.checkpointing else 'off'} (auto)"
+    )
+    return found.checkpointing
+
+
+def arguments(cfg, plan, validate, checkpointing):
+    """Our knobs in today's names of transformers, the one place that maps them.
+
+    validate: score validation rows too. checkpointing: recompute activations.
+    """
     on_cpu = models.device().type == "cpu"
     args = TrainingArguments(
         output_dir=cfg.model_save_dir,
@@ -149,7 +200,7 @@ def arguments(cfg, plan, validate):
         adam_beta2=cfg.adam_beta2,
         neftune_noise_alpha=cfg.neftune_noise_alpha or None,
         max_grad_norm=cfg.max_grad_norm,
-        activation_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing=checkpointing,
         bf16=models.resolve_dtype(cfg.dtype) == torch.bfloat16,
         fp16=models.resolve_dtype(cfg.dtype) == torch.float16,
         use_cpu=on_cpu,
@@ -161,11 +212,14 @@ def arguments(cfg, plan, validate):
         save_total_limit=cfg.save_total_limit,
         eval_strategy="steps" if validate else "no",
         eval_steps=cfg.save_steps,
+        metric_for_best_model="token_loss" if validate else None,  # its checkpoint is never deleted
+        greater_is_better=False,
+        load_best_model_at_end=validate and cfg.early_stopping_patience > 0,
         seed=cfg.seed,
         data_seed=cfg.seed,
         label_names=["labels"],
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(cfg.report_to) or "none",
         disable_tqdm=True,
     )
     args._n_gpu = min(args.n_gpu, 1)  # several cards are used by torchrun, one process each, never by DataParallel
@@ -241,9 +295,13 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
             found += [batch[at : at + micro] for batch in self.batches() for at in range(0, len(batch), micro)]
         return sorted(found, key=self.ids_in)
 
+    def shape(self, numbers):
+        """(rows, length) of a batch of these rows."""
+        return len(numbers), int(self.lengths[numbers].max())
+
     def ids_in(self, numbers):
         """Ids of a batch of these rows, padding included."""
-        return len(numbers) * int(self.lengths[numbers].max())
+        return math.prod(self.shape(numbers))
 
     def padding(self):
         """Share of the ids in an epoch that are padding."""
@@ -357,6 +415,47 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
+class EarlyStop(TrainerCallback):
+    """Stops when `patience` validation losses in a row were no new best; 0 never does. A resume counts on."""
+
+    def __init__(self, patience):
+        self.patience = patience
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        losses = [record["eval_token_loss"] for record in state.log_history if "eval_token_loss" in record]
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        if self.patience and since_best >= self.patience:
+            control.should_training_stop = control.should_save = True
+            print(
+                f"\n验证损失 {since_best} 次没有变好，提前停止 early stop: no new best in {since_best} validations; "
+                f"best {min(losses):.4f}, now {losses[-1]:.4f}"
+            )
+
+
+class StallWatch(TrainerCallback):
+    """Says, once, that the loss does not fall, or rises again, and why that usually is."""
+
+    def __init__(self):
+        self.losses, self.told = [], False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or self.told or not state.is_world_process_zero:
+            return
+        self.losses.append(logs["loss"])
+        if len(self.losses) < 2 * STALL:
+            return
+        first, last = (sum(part) / STALL for part in (self.losses[:STALL], self.losses[-STALL:]))
+        best = min(sum(self.losses[n : n + STALL]) / STALL for n in range(len(self.losses) - STALL + 1))
+        if last > (1 - FALL) * first or last > (1 + RISE) * best:
+            self.told = True
+            print(
+                f"\n第 {state.global_step} 步，损失没有下降 the loss is not falling: at first {first:.4f}, "
+                f"best {best:.4f}, last {last:.4f} (means of {STALL} logged losses); likely causes: --learning_rate "
+                f"(now {logs['learning_rate']:.1e}) too small or too large, answers that do not follow from questions, "
+                "too few --target_modules or too small a --lora_r, data the base already knows"
+            )
+
+
 class WholeCheckpoints(TrainerCallback):
     """Marks each checkpoint as whole once all of it is written."""
 
@@ -402,9 +501,13 @@ class Recorder(TrainerCallback):
             "tokens": tokens,
             "tokens_per_second": round(speed, 1),
             "seconds": round(seconds, 3),
+            "memory_mib": memory.used() // memory.MIB,
         }
         self.records.append(self.pending)
-        self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.1e}, {speed:.0f} token/s")
+        used = memory.shown(memory.used())
+        self.bar.set_postfix_str(
+            f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.1e}, {speed:.0f} token/s, {used}"
+        )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.pending["eval_loss"] = metrics["eval_token_loss"]

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
-from common import loss, model, run, trainer, tuning
+from common import config, loss, model, run, trainer, tuning
 from common.config import TrainFlags, parse
 from common.errors import UserError
 from gemma_sft import prompt
@@ -67,6 +68,7 @@ def test_a_run_leaves_every_file(flags, tmp_path, capsys):
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 3, 5, 6]
     expected = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    assert all(record["memory_mib"] > 100 for record in log)
     assert all(expected <= record.keys() for record in log)
     assert log[-1]["loss"] < log[0]["loss"] and "eval_loss" in log[1] and "eval_loss" in log[-1]
     results = json.loads((folder / "all_results.json").read_text())
@@ -313,6 +315,109 @@ def test_relative_data_paths_are_relative_to_the_caller(recipe, small_gemma, tmp
 def test_print_targets(flags, capsys):
     train.main(flags("out", "--print_targets"))
     assert "q_proj           [32, 32]  × 2" in capsys.readouterr().out
+
+
+def results_of(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.fixture
+def validations(monkeypatch):
+    """validations(*losses): what the validations of a run find, in order."""
+
+    def script(*losses):
+        left = iter(losses)
+        monkeypatch.setattr(trainer, "_validation_loss", lambda prediction: {"token_loss": next(left)})
+
+    return script
+
+
+EVERY_STEP = ["--save_steps", 1, "--logging_steps", 1, "--save_total_limit", 2]
+
+
+def checkpoints(folder):
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+def test_early_stopping_ends_the_run_and_saves_the_best(flags, tmp_path, validations, capsys):
+    validations(5.0, 3.0, 4.0, 4.5, 3.5)
+    train.main(flags("out", "--max_steps", 12, *EVERY_STEP, "--early_stopping_patience", 3))
+    folder, results = tmp_path / "out", results_of(tmp_path / "out")
+    assert results["steps"] == 5 and checkpoints(folder) == [2, 5]
+    assert (results["best_step"], results["best_eval_loss"], results["adapter_of_step"]) == (2, 3.0, 2)
+    assert "early stop: no new best in 3 validations; best 3.0000, now 3.5000" in capsys.readouterr().out
+    assert same_adapter(folder, folder / "checkpoint-2") and not same_adapter(folder, folder / "checkpoint-5")
+
+
+def test_early_stopping_counts_on_after_a_resume(flags, tmp_path, validations, monkeypatch):
+    more = ["--max_steps", 12, *EVERY_STEP, "--early_stopping_patience", 3]
+    validations(5.0, 3.0, 4.0, float("nan"))
+    with monkeypatch.context() as dying:
+        dying.setattr(trainer.Recorder, "on_save", lambda self, args, state, *rest, **kwargs: fail_at(state, 4))
+        with pytest.raises(RuntimeError, match="died"):
+            train.main(flags("out", *more))
+    validations(4.0, 4.5, 5.5)
+    train.main(flags("out", *more))
+    results = results_of(tmp_path / "out")
+    assert results["best_step"] == 2 == results["adapter_of_step"] and results["steps"] == 5
+
+
+def fail_at(state, step):
+    if state.global_step == step:
+        raise RuntimeError("died")
+
+
+def test_without_early_stopping_the_last_is_saved_and_the_best_kept(flags, tmp_path, validations):
+    validations(5.0, 3.0, 4.0, 4.5, 3.5, 3.6)
+    train.main(flags("out", "--max_steps", 6, *EVERY_STEP))
+    folder, results = tmp_path / "out", results_of(tmp_path / "out")
+    assert (results["best_step"], results["adapter_of_step"], results["steps"]) == (2, 6, 6)
+    assert checkpoints(folder) == [2, 6], "older than the limit, but the best"
+    assert same_adapter(folder, folder / "checkpoint-6")
+
+
+def test_early_stopping_needs_validation_rows(flags):
+    with pytest.raises(UserError, match="--early_stopping_patience .* --val_set_size"):
+        train.main(flags("out", "--val_set_size", 0, "--early_stopping_patience", 1))
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([4.0] * 30, 1),
+        ([4.0] * 10 + [3.0] * 10 + [2.0] * 20, 0),
+        ([4.0] * 10 + [2.0] * 10 + [2.5] * 30, 1),
+        ([4.0] * 19, 0),
+    ],
+)
+def test_a_loss_that_does_not_fall_is_named_once(capsys, losses, told):
+    watch, state = trainer.StallWatch(), TrainerState(is_world_process_zero=True)
+    for value in losses:
+        watch.on_log(None, state, None, {"loss": value, "learning_rate": 1e-9})
+    out = capsys.readouterr().out
+    assert out.count("the loss is not falling") == told
+    assert not told or "--learning_rate (now 1.0e-09)" in out
+
+
+def test_a_run_that_learns_nothing_says_so(flags, capsys):
+    train.main(flags("out", "--max_steps", 22, "--logging_steps", 1, "--learning_rate", 1e-12))
+    assert capsys.readouterr().out.count("第 20 步，损失没有下降") == 1
+
+
+def test_reports_go_to_tensorboard(flags, tmp_path):
+    pytest.importorskip("tensorboard")
+    train.main(flags("out", "--max_steps", 2, "--report_to", "tensorboard"))
+    assert list((tmp_path / "out/runs").rglob("events.out.tfevents.*"))
+
+
+def test_a_report_without_its_package_is_refused_before_anything(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train.main(flags("out", "--report_to", "wandb"))
+    assert (
+        "--report_to wandb: 没有安装 the package is not installed; remedy: pip install wandb" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 LONG = ["--max_steps", 60, "--save_steps", 20, "--logging_steps", 1, "--lora_dropout", 0.1]
