@@ -1,6 +1,7 @@
 """Base model, tokenizer and adapter: loaded, attached, shown, and checked after saving."""
 
 import hashlib
+import math
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import processes
 from common.errors import UserError
 
 EDGE = 1 << 20  # bytes hashed at each end of a weight file: a whole 70B checkpoint would take minutes
@@ -45,9 +47,12 @@ def load_tokenizer(path, prompt):
 
 
 def load_base(path, dtype):
-    """The base model on this process's device, in evaluation mode; `dtype` is the knob's value."""
+    """The base model in evaluation mode; `dtype` is the knob's value.
+
+    It is on this process's device, but where each process will hold a part of it: then it is on the CPU, or in parts.
+    """
     model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=resolve_dtype(dtype))
-    return model.to(device()).eval()
+    return (model if processes.shards_weights() else model.to(device())).eval()
 
 
 def _loaded(auto_class, path, what, **kwargs):
@@ -95,10 +100,18 @@ def load_tuned(base, folder):
     return model.eval()
 
 
-def verify_adapter(model, folder):
-    """Reopen what was just saved: the same keys and values as in memory, and no LoRA layer that does nothing."""
+def trained_state(model):
+    """{name: tensor on the CPU} of all trainable parameters, whole. All processes call it together."""
+    return {name: processes.whole(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def verify_adapter(model, folder, state=None):
+    """Reopen what was just saved: the same keys and values as in memory, and no LoRA layer that does nothing.
+
+    state: `trained_state(model)`, where the model itself may hold a part only.
+    """
     saved = load_file(_weights(folder))
-    _compare({k: v.cpu() for k, v in get_peft_model_state_dict(model).items()}, saved, folder)
+    _compare(get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False), saved, folder)
     idle = [name for name, tensor in saved.items() if "lora_B" in name and not tensor.any()]
     if idle:
         raise UserError(
@@ -142,7 +155,7 @@ def linear_layers(model):
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            found.setdefault(name.rpartition(".")[2], []).append((name, tuple(module.weight.shape)))
+            found.setdefault(name.rpartition(".")[2], []).append((name, _shape(module.weight)))
     return found
 
 
@@ -159,7 +172,7 @@ def show_parameters(model):
     kinds = {}
     for name, parameter in model.named_parameters():
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        key = (kind, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), parameter.requires_grad)
+        key = (kind, _shape(parameter), str(parameter.dtype).removeprefix("torch."), parameter.requires_grad)
         kinds[key] = kinds.get(key, 0) + 1
     for (kind, shape, dtype, trained), count in kinds.items():
         print(f"  {'训练 train' if trained else '冻结 frozen'} {kind} {list(shape)} {dtype} × {count}")
@@ -169,5 +182,10 @@ def show_parameters(model):
 
 def parameter_counts(model):
     """(trainable, all) parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(math.prod(_shape(p)), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _shape(parameter):
+    """Its whole shape, also where this process holds a part (ZeRO-3 leaves an empty tensor behind)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -2,16 +2,23 @@
 
 from pathlib import Path
 
-from common import evaluate, jsonl, run
+from common import evaluate, jsonl, processes, run
 from common.answer import Answerer
-from common.model import parameter_counts
+from common.launch import rank
+from common.model import load_base, load_tuned, parameter_counts
 
 SMOOTHING = 0.9  # of the running mean in the picture
 
 
 def leave(work, net, tokenizer, results):
-    """Save and check the adapter, then manifest, all_results.json, rejected.jsonl's count, picture and model card."""
+    """Save and check the adapter, then manifest, all_results.json, rejected.jsonl's count, picture and model card.
+
+    Here several processes part: what comes now the first one does alone.
+    """
     run.save_adapter(net, tokenizer, work.folder)
+    processes.part()
+    if rank():
+        return
     trained, total = parameter_counts(net)
     results = results | {"trainable_params": trained, "all_params": total}
     draw_loss(work.folder)
@@ -23,8 +30,10 @@ def leave(work, net, tokenizer, results):
 
 def compare(work, rows, net, tokenizer, prompt, cfg):
     """Score base and tuned on held-out rows and put both into all_results.json and the card; no rows, no table."""
-    if not rows:
+    if not rows or rank():
         return
+    if processes.is_sharded(net):
+        net = load_tuned(load_base(cfg.base, cfg.dtype), work.folder)
     answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q)
     write_card(work, evaluate.compare(answer, rows, cfg))
 

@@ -14,37 +14,48 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from common import dataset, jsonl, model, pieces
+from common import dataset, jsonl, model, pieces, processes
 from common.config import ROOT
 from common.errors import UserError
+from common.launch import rank
 
 MANIFEST, WHOLE = "run_manifest.json", "whole.json"
 # knobs that may change between a stop and a resume without changing what is trained
 FREE = set(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
     "save_steps save_total_limit max_new_tokens do_sample temperature top_p top_k repetition_penalty num_beams "
-    "eval_batch_size host port given".split()
+    "eval_batch_size host port deepspeed given".split()
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
 
 
 class Run(NamedTuple):
-    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from."""
+    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from.
+
+    Only the first of several processes has the lock and writes.
+    """
 
     folder: Path
     manifest: dict
-    lock: FileLock
+    lock: FileLock | None
     checkpoint: Path | None
 
 
 def start(cfg, resume, tokenizer, prompt, rows):
-    """Open the run's folder for this process alone and write its manifest and rejected.jsonl: the Run.
+    """Open the run's folder for this run alone and write its manifest and rejected.jsonl: the Run.
 
     resume: "auto" goes on from the last whole checkpoint of an unfinished run; "never" starts anew; or a checkpoint's
     folder. An earlier run's files are moved aside, never overwritten. UserError where the data or options differ from
     the run to be resumed, or another process trains into the folder.
     """
     folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
+    opened = processes.first(lambda: _open(folder, manifest, resume, rows))
+    lock, checkpoint = opened or (None, None)
+    return Run(folder, _seen_by_all(folder, manifest), lock, processes.share(checkpoint))
+
+
+def _open(folder, manifest, resume, rows):
+    """(lock, checkpoint to go on from or None), the folder being ready to be written to."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -59,7 +70,17 @@ def start(cfg, resume, tokenizer, prompt, rows):
         checkpoint = _chosen_checkpoint(Path(resume), manifest)
     write_json(folder / MANIFEST, manifest)
     jsonl.write(folder / "rejected.jsonl", rows.rejected)
-    return Run(folder, manifest, lock, checkpoint)
+    return lock, checkpoint
+
+
+def _seen_by_all(folder, manifest):
+    """The first process's manifest; UserError in a process that does not find it in its own `folder`."""
+    written = processes.share(manifest)
+    if (read_manifest(folder) or {}).get("started") != written["started"]:
+        raise UserError(
+            f"{folder}: 各机器看到的不是同一个文件夹 not one folder for all machines; put it on a shared disk"
+        )
+    return written
 
 
 def describe(cfg, tokenizer, prompt, rows):
@@ -78,6 +99,7 @@ def describe(cfg, tokenizer, prompt, rows):
         },
         "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
         "data": rows.sources,
+        "processes": processes.describe(cfg),
         "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
@@ -104,8 +126,8 @@ def write_json(path, value):
 
 def mark_whole(checkpoint):
     """Record a checkpoint's files and sizes: one without this record was cut off while being written."""
-    sizes = {file.name: file.stat().st_size for file in Path(checkpoint).iterdir() if file.name != WHOLE}
-    write_json(Path(checkpoint) / WHOLE, sizes)
+    files = [file for file in Path(checkpoint).rglob("*") if file.is_file() and file.name != WHOLE]
+    write_json(Path(checkpoint) / WHOLE, {str(file.relative_to(checkpoint)): file.stat().st_size for file in files})
 
 
 def last_whole_checkpoint(folder):
@@ -119,10 +141,16 @@ def last_whole_checkpoint(folder):
 
 
 def save_adapter(net, tokenizer, folder):
-    """Save adapter and tokenizer into `folder` and check them there; each file appears whole or not at all."""
+    """Save adapter and tokenizer into `folder` and check them there; each file appears whole or not at all.
+
+    All processes call it, the first one writes.
+    """
+    state = model.trained_state(net)
+    if rank():
+        return
     with tempfile.TemporaryDirectory(dir=folder) as draft:
-        net.save_pretrained(draft)
-        model.verify_adapter(net, draft)
+        net.save_pretrained(draft, state_dict=state, save_embedding_layers=False)
+        model.verify_adapter(net, draft, state)
         tokenizer.save_pretrained(draft)
         for file in Path(draft).iterdir():
             os.replace(file, Path(folder) / file.name)
@@ -195,7 +223,8 @@ def _flat(manifest):
     """What must be equal for a resume, as one flat dict."""
     knobs = {name: value for name, value in manifest["config"].items() if name not in FREE}
     data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
-    return knobs | data | {"base": manifest["base"], "template": manifest["template"]["sha256"]}
+    shared = {"processes": manifest.get("processes", "1")}
+    return knobs | data | shared | {"base": manifest["base"], "template": manifest["template"]["sha256"]}
 
 
 def _move_aside(folder):

@@ -20,11 +20,13 @@ def main(argv=None):
         dataset,
         evaluate,
         model,
+        processes,
         report,
         run,
         trainer,
     )  # torch is imported only now: --help answers at once
 
+    processes.join(cfg)
     tokenizer = model.load_tokenizer(cfg.base, prompt)
     base = model.load_base(cfg.base, cfg.dtype)
     if flags.print_targets:
