@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from common.launch import let_first_speak, world_size
+
 Names = tuple[str, str]  # typed as one value or two, kept as two: in Chinese, in other languages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +78,7 @@ class SFTConfig:
     early_stopping_patience: int = 0  # stop after so many validation losses without a new best, save the best; 0: off
     report_to: tuple[str, ...] = ()  # tensorboard, wandb: each an optional package
     seed: int = 42  # of weights, order and samples
+    deepspeed: str = ""  # DeepSpeed's JSON file (configs/deepspeed/zero2.json); train.py is then started by torchrun
     # what is trained
     tuning: Literal["lora", "qlora", "full", "freeze"] = "lora"  # qlora: quantised base; freeze: only the last layers
     quantization_bit: Literal[4, 8] = 4  # of qlora's base: 4 is nf4 with double quantisation, 8 is LLM.int8
@@ -209,6 +212,7 @@ RANGES = {
     "save_total_limit": (lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),
     "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "max_dropped": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "deepspeed": (lambda v: not v or os.path.isfile(os.path.expanduser(v)), "a JSON file that is there"),
     "port": (lambda v: 0 <= v <= 65535, "a port number"),
     "seed": (lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
     **dict.fromkeys(("model_name", "model_author"), (lambda v: len(v) <= 2, "one value, or a Chinese and another")),
@@ -241,17 +245,12 @@ def parse(config_class, flags_class=None, argv=None):
     if unknown:
         parser.error(f"无法识别的参数 unrecognized argument {unknown[0]}{_nearest(unknown[0], knobs)}")
     values = _read_config_file(args.config, knobs, parser.error) if args.config else {}
-    values |= {name: value for name, value in vars(args).items() if name != "config" and value is not None}
+    values |= {name: value for name, value in vars(args).items() if name in knobs and value is not None}
     _check_values(values, parser.error)
     config = _build(config_class, values, parser.error)
     if flags_class is None:
         return config
     return config, flags_class(**{k: _absolute(k, v) for k, v in values.items() if k in _types(flags_class)})
-
-
-def world_size():
-    """Processes that train together, as torchrun, accelerate and deepspeed announce them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _types(cls):
@@ -293,17 +292,20 @@ def _check_tuning(config, error):
 
 
 def _fit_batches(config, error):
-    """Whole micro batches in a batch: what the user left open gives way, what the user set is an error."""
+    """Whole micro batches in a batch: what the user left open gives way, what the user set is an error.
+
+    The micro batch gives way first: then several processes learn what one would.
+    """
     micro = config.micro_batch_size * world_size()
     whole = micro * -(-config.batch_size // micro)
     if config.batch_size == whole:
         return config
-    if "batch_size" not in config.given:
-        return replace(config, batch_size=whole)
     if "micro_batch_size" not in config.given and config.batch_size % world_size() == 0:
         share = config.batch_size // world_size()
         largest = max(n for n in range(1, config.micro_batch_size + 1) if share % n == 0)
         return replace(config, micro_batch_size=largest)
+    if "batch_size" not in config.given:
+        return replace(config, batch_size=whole)
     error(
         f"--batch_size {config.batch_size} 不是 --micro_batch_size × 进程数 = {micro} 的倍数 "
         f"is not a multiple of micro_batch_size × processes; use {whole}"
@@ -316,7 +318,7 @@ def _absolute(name, value):
         return tuple(v if "://" in v else os.path.abspath(os.path.expanduser(v)) for v in value)
     if name == "path_model_pretrain" and value != "embedded" and os.path.isdir(os.path.expanduser(value)):
         return os.path.abspath(os.path.expanduser(value))
-    if name in ("model_save_dir", "output_dir"):
+    if name in ("model_save_dir", "output_dir", "deepspeed") and value:
         return os.path.abspath(os.path.expanduser(value))
     return value
 
@@ -327,6 +329,7 @@ def _parser(classes, knobs):
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with knobs; flags win over it")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
     help_texts = {name: text for cls in classes for name, text in _comments(cls).items()}
     spellings = {name: [f"--{name}"] for name in knobs}
     for alias, name in ALIASES.items():
@@ -368,6 +371,7 @@ class _Listed(argparse.Action):
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """Print one line and exit with code 2."""
+        let_first_speak()
         print(f"{Path(sys.argv[0]).name}: 参数错误 error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 

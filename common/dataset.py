@@ -12,7 +12,7 @@ from typing import NamedTuple
 import fsspec
 from filelock import FileLock
 
-from common import jsonl, pieces, reading, shapes
+from common import jsonl, pieces, processes, reading, shapes
 from common.errors import UserError
 
 
@@ -28,8 +28,13 @@ class Rows(NamedTuple):
 def prepare(cfg, tokenizer, prompt):
     """The Rows of `cfg.data_path`: mixed, sampled where `path#N` asks for it, the validation split taken out.
 
-    Raises UserError where nothing can be trained on, or more than `cfg.max_dropped` of the rows cannot.
+    Of several processes the first does it for all, and the others find its cache. Raises UserError where nothing can be
+    trained on, or more than `cfg.max_dropped` of the rows cannot.
     """
+    return processes.in_turn(lambda: _prepare(cfg, tokenizer, prompt))
+
+
+def _prepare(cfg, tokenizer, prompt):
     from datasets import concatenate_datasets
 
     sources, rejected, datasets, chosen, offsets, total = [], [], [], [], {}, 0

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from common import processes
 from common.config import LORA
 from common.errors import UserError
 
@@ -53,14 +54,16 @@ def load_tokenizer(path, prompt):
 
 
 def load_base(path, dtype, bits=0):
-    """The base model on this process's device, in evaluation mode; `dtype` is the knob's value.
+    """The base model in evaluation mode; `dtype` is the knob's value.
 
+    It is on this process's device, but where each process will hold a part of it: then it is on the CPU, or in parts.
     bits: 4 (nf4, its constants quantised too; QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 (LLM.int8, Dettmers
     et al. 2022, arXiv 2208.07339) load the linear layers quantised, the head left as it is; 0 does not.
     """
     kind = resolve_dtype(dtype)
     if not bits:
-        return _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind).to(device()).eval()
+        model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind)
+        return (model if processes.shards_weights() else model.to(device())).eval()
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('--tuning qlora 需要 needs bitsandbytes: pip install "bitsandbytes>=0.50,<0.51"')
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
@@ -131,10 +134,23 @@ def merge_reasons(model):
     ]
 
 
-def verify_adapter(model, folder):
-    """Reopen what was just saved: the same keys and values as in memory, and no LoRA layer that does nothing."""
+def whole_state(model):
+    """{name: tensor on the CPU} of what is saved of a model of which each process holds a part; all call it together.
+
+    That is all that is trained of one with an adapter, and all of a model tuned without one, in the base's dtype.
+    """
+    if hasattr(model, "peft_config"):
+        return {name: processes.whole(p) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: processes.whole(p).to(model.config.dtype) for name, p in model.named_parameters()}
+
+
+def verify_adapter(model, folder, state=None):
+    """Reopen what was just saved: the same keys and values as in memory, and no LoRA layer that does nothing.
+
+    state: `whole_state(model)`, where the model itself may hold a part only.
+    """
     saved = load_file(_weights(folder))
-    _compare(_adapter_state(model), saved, folder)
+    _compare(_adapter_state(model, state), saved, folder)
     idle = [name for name, tensor in saved.items() if IDLE.search(name) and not tensor.any()]
     if idle:
         raise UserError(
@@ -142,9 +158,12 @@ def verify_adapter(model, folder):
         )
 
 
-def verify_whole(model, folder):
-    """Reopen a whole model just saved: each tensor is as in memory, and none is missing but those tied to another."""
-    state, saved, different = model.state_dict(), set(), []
+def verify_whole(model, folder, state=None):
+    """Reopen a whole model just saved: each tensor is as in memory, and none is missing but those tied to another.
+
+    state: `whole_state(model)`, where the model itself may hold a part only.
+    """
+    state, saved, different = state or model.state_dict(), set(), []
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             names = set(tensors.keys())
@@ -159,8 +178,8 @@ def verify_whole(model, folder):
         )
 
 
-def _adapter_state(model):
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+def _adapter_state(model, state=None):
+    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
 
 
 def _weights(folder):
@@ -216,7 +235,7 @@ def show_parameters(model):
     kinds = {}
     for name, parameter in model.named_parameters():
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        key = (kind, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), parameter.requires_grad)
+        key = (kind, _shape(parameter), str(parameter.dtype).removeprefix("torch."), parameter.requires_grad)
         kinds[key] = kinds.get(key, 0) + 1
     for (kind, shape, dtype, trained), count in kinds.items():
         print(f"  {'训练 train' if trained else '冻结 frozen'} {kind} {list(shape)} {dtype} × {count}")
@@ -226,6 +245,11 @@ def show_parameters(model):
 
 def parameter_counts(model):
     """(trainable, all) parameters; two that 4 bits each put into one byte are two."""
-    states = [(getattr(p, "quant_state", None), p) for p in model.parameters()]
-    sizes = [(math.prod(state.shape) if state else p.numel(), p.requires_grad) for state, p in states]
+    sizes = [(math.prod(_shape(p)), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _shape(parameter):
+    """Its whole shape, also where this process holds a part (ZeRO-3 leaves an empty tensor), or 4 bits share a byte."""
+    quantised = getattr(parameter, "quant_state", None)
+    return tuple(quantised.shape if quantised else getattr(parameter, "ds_shape", parameter.shape))

@@ -22,8 +22,8 @@ class Packs(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.packs)
 
-    def __getitem__(self, number):
-        return [self.rows[row] for row in self.packs[number]]
+    def __getitems__(self, numbers):
+        return [[self.rows[row] for row in self.packs[number]] for number in numbers]
 
 
 def pack(lengths, capacity, seed):
@@ -80,9 +80,10 @@ def check_apart(net, packs, dtype):
 
     The last hidden states of the first pack's rows are compared. dtype: the torch dtype `net` computes in.
     """
-    pack = next((packs[number] for number in range(len(packs)) if len(packs.packs[number]) > 1), None)
-    if pack is None:
+    number = next((number for number, rows in enumerate(packs.packs) if len(rows) > 1), None)
+    if number is None:
         return
+    (pack,) = packs.__getitems__([number])
     try:
         together, alone = _hidden(net, pack, dtype), torch.cat([_hidden(net, [row], dtype) for row in pack])
     except (TypeError, ValueError) as problem:

@@ -2,18 +2,24 @@
 
 from pathlib import Path
 
-from common import evaluate, jsonl, run
+from common import evaluate, jsonl, processes, run
 from common.answer import Answerer
 from common.config import BELONGS, LORA
-from common.model import load_base as load_model
-from common.model import merge_reasons
+from common.launch import rank
+from common.model import load_base, load_tuned, merge_reasons
 
 SMOOTHING = 0.9  # of the running mean in the picture
 
 
 def leave(work, net, tokenizer, results):
-    """Save and check adapter or model, then manifest, all_results.json, picture and card; say how it is served."""
+    """Save and check adapter or model, then manifest, all_results.json, picture and card; say how it is served.
+
+    Here several processes part: what comes now the first one does alone.
+    """
     run.save_tuned(net, tokenizer, work.folder)
+    processes.part()
+    if rank():
+        return
     results = results | {"serving": serving(net)}
     draw_loss(work.folder)
     run.write_json(work.folder / "all_results.json", results)
@@ -25,13 +31,16 @@ def leave(work, net, tokenizer, results):
 
 def compare(work, rows, net, tokenizer, prompt, cfg):
     """Score base and tuned on held-out rows and put both into all_results.json and the card; no rows, no table."""
-    if not rows:
+    if not rows or rank():
         return
+    if processes.is_sharded(net):
+        trained = {"tuning": cfg.tuning, "path_model_pretrain": cfg.base, "bits": cfg.bits}
+        net = load_tuned(trained, work.folder, cfg.dtype)
 
-    def load_base():
-        return load_model(cfg.base, cfg.dtype)
+    def untuned():
+        return load_base(cfg.base, cfg.dtype)
 
-    answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, load_base)
+    answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned)
     write_card(work, evaluate.compare(answer, rows, cfg))
 
 

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from common import dataset, jsonl, model, pieces
+from common import dataset, jsonl, model, pieces, processes
 from common.config import ROOT
 from common.errors import UserError
+from common.launch import rank
 
 AROUND = 12  # characters shown before and after a difference
 MANIFEST, WHOLE = "run_manifest.json", "whole.json"
@@ -24,23 +25,26 @@ MANIFEST, WHOLE = "run_manifest.json", "whole.json"
 FREE = set(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
     "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
-    "repetition_penalty num_beams eval_batch_size host port given".split()
+    "repetition_penalty num_beams eval_batch_size host port deepspeed given".split()
 )
 SHAPING = {"base", "lora_r", "target_modules", "modules_to_save"}  # without the same of these, weights do not load
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
 
 
 class Run(NamedTuple):
-    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from."""
+    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from.
+
+    Only the first of several processes has the lock and writes.
+    """
 
     folder: Path
     manifest: dict
-    lock: FileLock
+    lock: FileLock | None
     checkpoint: Path | None
 
 
 def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
-    """Open the run's folder for this process alone and write its manifest and rejected.jsonl: the Run.
+    """Open the run's folder for this run alone and write its manifest and rejected.jsonl: the Run.
 
     resume: "auto" goes on from the last whole checkpoint of an unfinished run; "never" starts anew; or a checkpoint's
     folder. An earlier run's files are moved aside, never overwritten. UserError where the data or options differ from
@@ -48,6 +52,13 @@ def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
     folder.
     """
     folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
+    opened = processes.first(lambda: _open(folder, manifest, resume, rows, resume_anyway))
+    lock, checkpoint = opened or (None, None)
+    return Run(folder, _seen_by_all(folder, manifest), lock, processes.share(checkpoint))
+
+
+def _open(folder, manifest, resume, rows, resume_anyway):
+    """(lock, checkpoint to go on from or None), the folder being ready to be written to."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -66,7 +77,17 @@ def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
         raise
     write_json(folder / MANIFEST, manifest)
     jsonl.write(folder / "rejected.jsonl", rows.rejected)
-    return Run(folder, manifest, lock, checkpoint)
+    return lock, checkpoint
+
+
+def _seen_by_all(folder, manifest):
+    """The first process's manifest; UserError in a process that does not find it in its own `folder`."""
+    written = processes.share(manifest)
+    if (read_manifest(folder) or {}).get("started") != written["started"]:
+        raise UserError(
+            f"{folder}: 各机器看到的不是同一个文件夹 not one folder for all machines; put it on a shared disk"
+        )
+    return written
 
 
 def describe(cfg, tokenizer, prompt, rows):
@@ -85,6 +106,7 @@ def describe(cfg, tokenizer, prompt, rows):
         },
         "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
         "data": rows.sources,
+        "processes": processes.describe(cfg),
         "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
         "versions": {n: importlib.metadata.version(n) for n in (*PACKAGES, *(["bitsandbytes"] if cfg.bits else []))},
         "git_commit": _git_commit(),
@@ -111,8 +133,8 @@ def write_json(path, value):
 
 def mark_whole(checkpoint):
     """Record a checkpoint's files and sizes: one without this record was cut off while being written."""
-    sizes = {file.name: file.stat().st_size for file in Path(checkpoint).iterdir() if file.name != WHOLE}
-    write_json(Path(checkpoint) / WHOLE, sizes)
+    files = [file for file in Path(checkpoint).rglob("*") if file.is_file() and file.name != WHOLE]
+    write_json(Path(checkpoint) / WHOLE, {str(file.relative_to(checkpoint)): file.stat().st_size for file in files})
 
 
 def last_whole_checkpoint(folder):
@@ -126,11 +148,17 @@ def last_whole_checkpoint(folder):
 
 
 def save_tuned(net, tokenizer, folder):
-    """Save adapter or whole model, and tokenizer, into `folder`; check them; each file appears whole or not at all."""
+    """Save adapter or whole model, and tokenizer, into `folder`; check them; each file appears whole or not at all.
+
+    All processes call it, the first one writes.
+    """
+    state = model.whole_state(net) if processes.is_sharded(net) else None
+    if rank():
+        return
     with tempfile.TemporaryDirectory(dir=folder) as draft:
-        net.save_pretrained(draft)
+        net.save_pretrained(draft, **({"state_dict": state} if state else {}))
         verify = model.verify_adapter if hasattr(net, "peft_config") else model.verify_whole
-        verify(net, draft)
+        verify(net, draft, state)
         tokenizer.save_pretrained(draft)
         for file in Path(draft).iterdir():
             os.replace(file, Path(folder) / file.name)
@@ -227,7 +255,8 @@ def _flat(manifest):
     knobs = {name: value for name, value in manifest["config"].items() if name not in FREE}
     data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
     base, tokenizer, template = manifest["base"], manifest["tokenizer_sha256"], manifest["template"]["sha256"]
-    return knobs | data | {"base": base, "tokenizer": tokenizer, "template": template}
+    shared = {"processes": manifest.get("processes", "1")}
+    return knobs | data | shared | {"base": base, "tokenizer": tokenizer, "template": template}
 
 
 def _move_aside(folder):

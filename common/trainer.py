@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import numpy
 import torch
+from accelerate.utils import DistributedType
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from common import jsonl, memory, packing, run, tuning
+from common import jsonl, memory, packing, processes, run, tuning
 from common import model as models
-from common.config import world_size
 from common.errors import UserError
+from common.launch import world_size
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED
 
@@ -24,11 +25,15 @@ PARTNERS = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}  # {fact
 PARTNER = re.compile("|".join(PARTNERS))
 STALL, FALL, RISE = 10, 0.02, 0.1  # logged losses in a window; what counts as fallen, and as risen again, as shares
 PROBE = 512  # ids of the longest row on which memory is tried
-WINDOW = 50  # micro batches sorted by length together: little padding, yet another order every epoch
+WINDOW = 50  # batches sorted by length together: little padding, yet another order every epoch
+BLANK = -1  # number of a row that is none: it fills the last batch of an epoch, so that all processes have one
+BLANK_ROW = {"input_ids": [0], "labels": [IGNORED], "where": ""}
 
 
 class Stopped(UserError):
     """A signal ended the training; a checkpoint was saved first."""
+
+    everywhere = True
 
     def __init__(self, number, folder):
         super().__init__(
@@ -53,20 +58,32 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     if cfg.packing:
         data, lengths = _pack(net, rows.train, cfg)
     plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
-    show_plan(cfg, plan, sampler.padding())
+    padding = sampler.padding(cfg.micro_batch_size)
+    show_plan(cfg, plan, padding)
     checkpointing = needs_checkpointing(cfg, net, rows, tokenizer, sampler)
     folder = Path(cfg.model_save_dir)
     recorder, stopper = Recorder(folder), StopOnSignal()
     callbacks = [stopper, recorder, StallWatch(), EarlyStop(cfg.early_stopping_patience), WholeCheckpoints()]
     args = arguments(cfg, plan, bool(len(rows.validation)), checkpointing)
     trainer = make_trainer(net, args, data, rows.validation, sampler, callbacks, tokenizer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _train(trainer, stopper, checkpoint)
     if stopper.received:
         raise Stopped(stopper.received, folder)
     trained, total = models.parameter_counts(net)
     tuning.settle(net, cfg)
-    counts = {"padding": round(sampler.padding(), 4), "trainable_params": trained, "all_params": total}
+    counts = {"padding": round(padding, 4), "trainable_params": trained, "all_params": total}
     return recorder.summary() | _best(trainer.state, cfg) | counts
+
+
+def _train(trainer, stopper, checkpoint):
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError:
+        if stopper.received and processes.together():  # the launcher ends this process: another one has failed
+            raise SystemExit(128 + stopper.received) from None
+        raise
+    finally:
+        stopper.release()
 
 
 def _best(state, cfg):
@@ -89,14 +106,14 @@ def _pack(net, rows, cfg):
 def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
     """The SupervisedTrainer over `train` in the sampler's order, its Guard before the other callbacks."""
     pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
-    guard = Guard(Path(args.output_dir))
+    guard = Guard(Path(args.output_dir), net)
     trainer = SupervisedTrainer(
         sampler,
         guard,
         model=net,
         args=args,
         data_collator=lambda batch: collate(batch, pad_id),
-        train_dataset=train,
+        train_dataset=RowsAndBlanks(train),
         eval_dataset=validation.with_format("numpy") if len(validation) else None,
         compute_metrics=_validation_loss,
         callbacks=[guard, *callbacks],
@@ -119,7 +136,8 @@ def estimate_memory(net, rows, tokenizer, heaviest):
 
 def sampler_of(lengths, cfg):
     """The order in which a run of `cfg` takes rows of these lengths."""
-    return LengthGroupedSampler(lengths, cfg.micro_batch_size * world_size(), cfg.seed)
+    together = cfg.micro_batch_size * world_size() if world_size() > 1 else 1  # one process takes what is left
+    return LengthGroupedSampler(lengths, cfg.batch_size, cfg.seed, together)
 
 
 def make_plan(cfg, rows):
@@ -138,8 +156,9 @@ def make_plan(cfg, rows):
 
 def show_plan(cfg, plan, padding):
     """Print what will be trained: batches, steps, padding."""
+    split = f"{cfg.micro_batch_size} × {plan['accumulation']} × {processes.describe(cfg)}"
     print(
-        f"计划 plan: 每步 batch {cfg.micro_batch_size} × {plan['accumulation']} × {world_size()} 进程 processes, "
+        f"计划 plan: 每步 batch {split} 进程 processes, "
         f"每轮 {plan['steps_per_epoch']} 步 steps per epoch, 共 {plan['total_steps']} 步 steps, "
         f"预热 warm-up {plan['warmup_steps']}, 填充 padding {padding:.1%}, 计损失 loss on {cfg.loss_on}"
     )
@@ -155,7 +174,7 @@ class StepMemory(NamedTuple):
 
 def step_memory(cfg, net, rows, tokenizer, heaviest):
     """The StepMemory of `cfg`, `heaviest` the heaviest micro batch (rows, length); None where it cannot be tried."""
-    if any(hasattr(parameter, "ds_id") for parameter in net.parameters()):  # DeepSpeed holds a part of each alone
+    if processes.shards_weights():
         return None
     estimate, free = estimate_memory(net.train(), rows, tokenizer, heaviest), memory.free()
     needed = estimate.total(False) > memory.SPARE * free
@@ -203,6 +222,8 @@ def arguments(cfg, plan, validate, checkpointing):
         activation_checkpointing=checkpointing,
         bf16=models.resolve_dtype(cfg.dtype) == torch.bfloat16,
         fp16=models.resolve_dtype(cfg.dtype) == torch.float16,
+        deepspeed=cfg.deepspeed or None,
+        ddp_find_unused_parameters=False,  # there are none, and looking for them takes time
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         logging_steps=cfg.logging_steps,
@@ -223,6 +244,8 @@ def arguments(cfg, plan, validate, checkpointing):
         disable_tqdm=True,
     )
     args._n_gpu = min(args.n_gpu, 1)  # several cards are used by torchrun, one process each, never by DataParallel
+    if on_cpu and processes.strategy(cfg) == "FSDP2":  # accelerate knows FSDP on cards only, and would copy the model
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return args
 
 
@@ -259,21 +282,42 @@ def collate(rows, pad_id):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": tokens, "where": where}
 
 
-class LengthGroupedSampler(torch.utils.data.Sampler):
-    """Row numbers in batches of like length; the order depends on (seed, epoch) alone, so that a resume repeats it."""
+class RowsAndBlanks(torch.utils.data.Dataset):
+    """The rows, or packs, of `rows`; number BLANK is a row of one id that is not counted."""
 
-    def __init__(self, lengths, batch, seed):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, numbers):
+        kept = [number for number in numbers if number != BLANK]
+        blank = [BLANK_ROW] if isinstance(self.rows, packing.Packs) else BLANK_ROW
+        return (self.rows.__getitems__(kept) if kept else []) + [blank] * (len(numbers) - len(kept))
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """Row numbers in batches (of an optimizer step) of like length.
+
+    The order depends on lengths, batch, seed and epoch alone: a resume repeats it, and so does another split into micro
+    batches and processes. Blank rows at the end of an epoch make its rows a multiple of `multiple`.
+    """
+
+    def __init__(self, lengths, batch, seed, multiple=1):
         self.lengths, self.batch, self.seed, self.epoch = numpy.asarray(lengths), batch, seed, 0
+        self.blanks = -len(self.lengths) % multiple
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.lengths)
+        return len(self.lengths) + self.blanks
 
     def __iter__(self):
         for batch in self.batches():
             yield from batch
+        yield from [BLANK] * self.blanks
 
     def batches(self):
         """Lists of row numbers, shuffled; a smaller one, if any, comes last."""
@@ -303,9 +347,10 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         """Ids of a batch of these rows, padding included."""
         return math.prod(self.shape(numbers))
 
-    def padding(self):
-        """Share of the ids in an epoch that are padding."""
-        width = sum(map(self.ids_in, self.batches()))
+    def padding(self, micro):
+        """Share of the ids in an epoch that are padding, `micro` rows in one forward pass."""
+        parts = [batch[at : at + micro] for batch in self.batches() for at in range(0, len(batch), micro)]
+        width = sum(int(self.lengths[part].max()) * len(part) for part in parts)
         return 1 - int(self.lengths.sum()) / width
 
 
@@ -324,9 +369,13 @@ class SupervisedTrainer(Trainer):
         where, tokens = inputs.pop("where"), inputs.pop("tokens")
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
-            self.tokens += tokens
+            self.tokens += tokens - where.count("")
             self.guard.saw(result[0] if return_outputs else result, where)
         return result
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.guard.norm = super()._get_grad_norm(model, grad_norm)
+        return self.guard.norm
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -342,57 +391,96 @@ def _validation_loss(prediction):
 
 
 class Guard(TrainerCallback):
-    """Stops before a step that would spoil the weights, or that would train nothing."""
+    """Stops before a step that would spoil what is saved, or that would train nothing."""
 
-    def __init__(self, folder):
-        self.folder, self.losses, self.where, self.proven = folder, [], [], False
+    def __init__(self, folder, net):
+        self.folder, self.losses, self.where, self.norm = folder, [], [], None
+        self.gradients = Gradients(net)
 
     def saw(self, loss, where):
         """Remember a micro batch of the step under way."""
         self.losses.append(loss.detach())
         self.where += where
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        sizes = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
-        if not torch.stack([torch.as_tensor(value).float().cpu() for value in [*self.losses, *sizes]]).isfinite().all():
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        numbers = torch.stack([torch.as_tensor(value).float().cpu() for value in [*self.losses, self.norm]])
+        bad = not numbers.isfinite().all() or numbers[-1] < 0  # DeepSpeed's norm is -1 where it is not finite
+        if processes.largest(int(bad)):
             self._stop_non_finite(state.global_step + 1)
-        if not self.proven:
-            check_gradients(model)
-            self.proven = True
+        if self.gradients:
+            self.gradients.check()
+            self.gradients = None
         self.losses, self.where = [], []
 
     def _stop_non_finite(self, step):
-        last = run.last_whole_checkpoint(self.folder)
-        raise UserError(
-            f"第 {step} 步的损失或梯度不是有限数 non-finite loss or gradient at step {step}; "
-            f"losses {[round(float(loss), 4) for loss in self.losses]}; rows {', '.join(self.where[:8])}; "
-            "remedy: --dtype float32 or bfloat16, a lower --learning_rate, look at these rows; "
-            f"最近的检查点 last good checkpoint: {last or 'none'}"
-        )
+        """UserError naming the rows: those of the processes that have such a loss, or of all where only the norm is."""
+        found = processes.gather(([round(float(loss), 4) for loss in self.losses], self.where))
+        bad = [(losses, rows) for losses, rows in found if not numpy.isfinite(losses).all()] or found
+        rows = [row for _, rows in bad for row in rows if row]
+
+        def say():
+            raise UserError(
+                f"第 {step} 步的损失或梯度不是有限数 non-finite loss or gradient at step {step}; "
+                f"losses {[loss for losses, _ in bad for loss in losses]}; rows {', '.join(rows[:8])}; "
+                "remedy: --dtype float32 or bfloat16, a lower --learning_rate, look at these rows; "
+                f"最近的检查点 last good checkpoint: {run.last_whole_checkpoint(self.folder) or 'none'}"
+            )
+
+        processes.first(say)
 
 
-def check_gradients(model):
-    """After the first backward pass: each trainable tensor that can has a gradient that is neither zero nor missing.
+class Gradients:
+    """Which trainable tensors of `net` got a gradient that is not zero in the first step, whoever keeps it.
 
-    One factor of a LoRA layer has none while the other is zero, as it is at the start. UserError names the others.
+    DeepSpeed takes gradients away before the step, so hooks see them; FSDP2's do not pass by hooks, but stay.
     """
-    parameters = dict(model.named_parameters())
-    dead = []
-    for name, parameter in parameters.items():
-        partner = parameters.get(PARTNER.sub(lambda found: PARTNERS[found[0]], name))
-        waits = partner is not None and partner is not parameter and not partner.any()
-        if parameter.requires_grad and not waits and (parameter.grad is None or not parameter.grad.any()):
-            dead.append(name)
-    if dead:
-        raise UserError(
-            f"{len(dead)} 个可训练参数没有梯度 trainable tensors got no gradient in the first step, e.g. {dead[0]}: "
-            "they would never learn; is the adapter cut off from the loss (checkpointing over a frozen base)?"
-        )
+
+    def __init__(self, net):
+        self.net, self.reached, trained = net, set(), self._trained(net)
+        partners = {name: trained.get(PARTNER.sub(lambda found: PARTNERS[found[0]], name)) for name in trained}
+        self.waiting = {  # one factor of a LoRA layer has no gradient while the other is zero, as it is at the start
+            name
+            for name, partner in partners.items()
+            if partner is not None and partner is not trained[name] and not partner.any()
+        }
+        self.hooks = [p.register_hook(self._hook(name)) for name, p in trained.items()]
+
+    @staticmethod
+    def _trained(net):
+        return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+    def _hook(self, name):
+        def see(gradient):
+            if gradient.any():
+                self.reached.add(name)
+
+        return see
+
+    def check(self):
+        """UserError naming the tensors that no process saw a gradient for."""
+        trained = self._trained(self.net)  # FSDP2 has put others in the place of those at the start
+        for name, parameter in trained.items():
+            gradient = parameter.grad
+            if gradient is not None and getattr(gradient, "_local_tensor", gradient).any():
+                self.reached.add(name)
+        for hook in self.hooks:
+            hook.remove()
+        reached = self.waiting.union(*processes.gather(self.reached))
+        dead = [name for name in trained if name not in reached]
+        if dead:
+            raise UserError(
+                f"{len(dead)} 个可训练参数没有梯度 trainable tensors got no gradient in the first step, "
+                f"e.g. {dead[0]}: they would never learn; is the adapter cut off from the loss "
+                "(checkpointing over a frozen base)?"
+            )
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second signal ends at once."""
+    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second signal ends at once.
+
+    All processes stop together after the step in which one of them was told to. There a second signal is none: a
+    launcher hands on what the terminal has already sent to all, and ends them itself when they take too long.
+    """
 
     def __init__(self):
         self.received, self.earlier = None, {}
@@ -401,16 +489,20 @@ class StopOnSignal(TrainerCallback):
         self.earlier = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _receive(self, number, frame):
-        if self.received:
+        if self.received and not processes.together():
             raise KeyboardInterrupt
         self.received = number
-        print("\n收到信号，做完这一步就保存 finishing this step and saving; once more ends at once", flush=True)
+        if not processes.together():
+            print("\n收到信号，做完这一步就保存 finishing this step and saving; once more ends at once", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.received:
+        received = processes.largest(self.received or 0)
+        if received:
+            self.received = received
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def release(self):
+        """Give the signals back to those who had them."""
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
 
@@ -457,9 +549,10 @@ class StallWatch(TrainerCallback):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Marks each checkpoint as whole once all of it is written."""
+    """Marks each checkpoint as whole once all of it is written, by all processes."""
 
     def on_save(self, args, state, control, **kwargs):
+        processes.wait()
         if state.is_world_process_zero:
             run.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from common import processes
 from common.errors import UserError
+from common.launch import rank
 from common.model import linear_layers, resolve_dtype
 
 SAMPLE = 1024  # values of each trained tensor that are kept to tell whether it moved
@@ -25,7 +27,8 @@ def make_trainable(base, cfg):
     prepare = {"full": _train_all, "freeze": _train_last_layers}.get(cfg.tuning, _add_lora)
     net = prepare(base, cfg)
     for parameter in _trained(net).values():
-        parameter.data = parameter.data.float()
+        if not hasattr(parameter, "ds_id"):  # DeepSpeed keeps fp32 by itself
+            parameter.data = parameter.data.float()
     net.start = {name: _sample(parameter) for name, parameter in _trained(net).items()}
     return net
 
@@ -33,8 +36,11 @@ def make_trainable(base, cfg):
 def settle(net, cfg):
     """Bring a trained net into the state it is saved in: PiSSA as plain LoRA, trained base weights in the base's dtype.
 
-    UserError where no weight has moved: every step was too small, or nothing was learned.
+    UserError where no weight has moved: every step was too small, or nothing was learned. Of a model in parts nothing
+    is changed here: its parts are put together when it is saved.
     """
+    if processes.is_sharded(net):
+        return
     dtype, trained = resolve_dtype(cfg.dtype), _trained(net)
     for name, parameter in trained.items():
         if "lora_" not in name:
@@ -117,6 +123,10 @@ def _add_lora(base, cfg):
 
 def _check_pissa(base, config):
     """UserError where PiSSA cannot split a target: it takes linear layers, and changes their weights."""
+    if processes.shards_weights():
+        raise UserError(
+            "--use_pissa: 权重分片时不能用 splits whole weights: not with FSDP2 or ZeRO-3, whose processes hold parts"
+        )
     linear = linear_layers(base)
     other = [name for name in config.target_modules if name not in linear]
     if other:
@@ -138,7 +148,7 @@ def _pissa_start(net, file):
                 f"{file}: PiSSA 的起点与那次训练不同 starts elsewhere than the run to be resumed (another machine?); "
                 "--resume never 重新开始 starts anew"
             )
-    elif os.environ.get("RANK", "0") == "0":
+    elif rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: w.cpu().contiguous() for name, w in tensors.items()}, f"{file}.part")
         os.replace(f"{file}.part", file)

@@ -175,7 +175,7 @@ def test_an_adapter_cut_off_from_the_loss_is_caught(family, trained, monkeypatch
     monkeypatch.setattr(trainer.SupervisedTrainer, "compute_loss", compute_loss)
     with pytest.raises(UserError, match="got no gradient in the first step"):
         module(family, "train").main([*given, "--model_save_dir", str(tmp_path / "caught")])
-    monkeypatch.setattr(trainer, "check_gradients", lambda model: None)
+    monkeypatch.setattr(trainer.Gradients, "check", lambda self: None)
     with pytest.raises(UserError, match="nothing was learned"):
         module(family, "train").main([*given, "--model_save_dir", str(tmp_path / "unnoticed")])
     log = [json.loads(line) for line in (tmp_path / "unnoticed/trainer_log.jsonl").read_text().splitlines()]

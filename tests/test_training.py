@@ -156,7 +156,7 @@ def test_batches_are_of_like_length_and_repeat_by_seed_and_epoch():
     assert first == list(trainer.LengthGroupedSampler(lengths, 4, seed=1))
     sampler.set_epoch(1)
     assert list(sampler) != first
-    assert sampler.padding() < 0.05
+    assert sampler.padding(4) < 0.05
     spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in sampler.batches()]
     assert sum(spread) / len(spread) < 5
 

@@ -19,8 +19,9 @@ def main(argv=None):
     import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
 
     # torch is imported only now, so that --help answers at once
-    from common import check, dataset, evaluate, model, report, run, trainer, tuning
+    from common import check, dataset, evaluate, model, processes, report, run, trainer, tuning
 
+    processes.join(cfg)
     tokenizer = model.load_tokenizer(cfg.base, prompt)
     base = model.load_base(cfg.base, cfg.dtype, cfg.bits)
     if flags.print_targets:

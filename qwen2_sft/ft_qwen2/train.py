@@ -17,8 +17,9 @@ from qwen2_sft.ft_qwen2.config import Config
 def main(argv=None):
     cfg, flags = parse(Config, TrainFlags, argv)
     # torch is imported only now, so that --help answers at once
-    from common import check, dataset, evaluate, model, report, run, trainer, tuning
+    from common import check, dataset, evaluate, model, processes, report, run, trainer, tuning
 
+    processes.join(cfg)
     tokenizer = model.load_tokenizer(cfg.base, prompt)
     base = model.load_base(cfg.base, cfg.dtype, cfg.bits)
     if flags.print_targets:
