@@ -231,7 +231,7 @@ def test_killed_then_stopped_then_resumed(home, flags, start, finish):
     wait_for_steps(home / "stopped", 7, killed)
     os.kill(workers(killed)[1], signal.SIGKILL)
     _, errors = killed.communicate(timeout=60)
-    assert killed.returncode != 0 and "Traceback" not in errors.split("torch.distributed.elastic")[0]
+    assert killed.returncode != 0 and "[rank0]" not in errors  # torch puts it before a worker's traceback
     steps = len(log(home / "stopped"))
 
     stopped = start(TORCHRUN, TRAIN + long)
@@ -305,4 +305,4 @@ def test_an_error_of_one_process_is_said_and_ends_all(home, finish):
     (home / "one_fails.py").write_text(ONE_FAILS)
     code, output, errors = finish(TORCHRUN, [str(home / "one_fails.py")])
     assert code != 0 and error_lines(errors) == ["错误 error: only here"]
-    assert output.count("spoken by") == 1 and "RuntimeError" not in errors
+    assert output.count("spoken by") == 1 and "[rank0]" not in errors
