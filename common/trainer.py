@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -63,6 +64,7 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
         callbacks=[guard, stopper, recorder, WholeCheckpoints()],
     )
     trainer.remove_callback(PrinterCallback)
+    _keep_loss_exact(trainer)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError:
@@ -74,6 +76,13 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     if stopper.received:
         raise Stopped(stopper.received, folder)
     return recorder.summary() | {"padding": round(padding, 4)}
+
+
+def _keep_loss_exact(trainer):
+    """FSDP2 would hand the loss over as bf16, three digits of it, and add up the processes' gradients in bf16."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin and trainer.args.bf16:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def _multiple(cfg):
