@@ -1,5 +1,6 @@
 """Errors a user can act on: one line that says what, where and how to mend it."""
 
+import errno
 import sys
 
 
@@ -10,11 +11,19 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Call `main()` as a script: a UserError becomes one line on stderr and its exit code, Ctrl-C exit code 130."""
+    """Call `main()` as a script: a UserError or a full disk becomes one line on stderr, Ctrl-C exit code 130."""
     try:
         main()
     except UserError as error:
         print(f"错误 error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(
+            f"错误 error: {error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,13 +11,14 @@ SMOOTHING = 0.9  # of the running mean in the picture
 
 def leave(work, net, tokenizer, results):
     """Save and check the adapter, then manifest, all_results.json, rejected.jsonl's count, picture and model card."""
-    run.save_adapter(net, tokenizer, work.folder)
     trained, total = parameter_counts(net)
     results = results | {"trainable_params": trained, "all_params": total}
-    draw_loss(work.folder)
-    run.write_json(work.folder / "all_results.json", results)
-    write_card(work, results)
-    run.finish(work, results)
+    with run.told_when_full(work.folder):
+        run.save_adapter(net, tokenizer, work.folder)
+        draw_loss(work.folder)
+        run.write_json(work.folder / "all_results.json", results)
+        write_card(work, results)
+        run.finish(work, results)
     print(f"完成 done: 适配器与记录在 adapter and records in {work.folder}")
 
 

@@ -1,5 +1,6 @@
 """Training: transformers' Trainer with the chunked loss, batches of like length, and guards."""
 
+import contextlib
 import math
 import random
 import signal
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -54,7 +56,8 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     callbacks = [stopper, recorder, StallWatch(), EarlyStop(cfg.early_stopping_patience), WholeCheckpoints()]
     args = arguments(cfg, plan, bool(len(rows.validation)), checkpointing)
     trainer = make_trainer(net, args, rows.train, rows.validation, sampler, callbacks, tokenizer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with run.told_when_full(folder), contextlib.closing(recorder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopper.received:
         raise Stopped(stopper.received, folder)
     return recorder.summary() | _best(trainer.state, cfg) | {"padding": round(sampler.padding(), 4)}
@@ -415,9 +418,10 @@ class StallWatch(TrainerCallback):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Marks each checkpoint as whole once all of it is written."""
+    """Marks each checkpoint as whole once all of it is written, by every process."""
 
     def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             run.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
@@ -476,7 +480,11 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._flush(state)
-        self.bar.close()
+
+    def close(self):
+        """End the bar's line, also after an error."""
+        if self.bar is not None:
+            self.bar.close()
 
     def _flush(self, state):
         if self.pending and state.is_world_process_zero:
