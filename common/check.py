@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy
 
-from common import dataset, memory, model, rehearsal
+from common import dataset, memory, rehearsal, tuning
 from common.errors import UserError
 from common.pieces import IGNORED
 
@@ -278,7 +278,7 @@ def masked_tokens(tokenizer, row):
 def rehearse(cfg, base, tokenizer, rows):
     """({step, memory} of training on the heaviest micro batch of the run, what went wrong as a list of texts)."""
     try:
-        return rehearsal.rehearse(model.add_lora(base, cfg), rows, cfg, tokenizer, STEPS), []
+        return rehearsal.rehearse(tuning.make_trainable(base, cfg), rows, cfg, tokenizer, STEPS), []
     except UserError as problem:
         return {}, [str(problem)]
     except (MemoryError, RuntimeError) as problem:  # torch's own is a RuntimeError

@@ -46,7 +46,7 @@ def print_prompt(cfg, prompt, question, system=""):
         ids, _ = pieces.prompt_ids(tokenizer, prompt, turns, trained["prompt_style"], trained["max_length_q"])
     except pieces.TooLong as problem:
         raise UserError(str(problem)) from None
-    text = tokenizer.decode(ids, skip_special_tokens=False)
+    text = pieces.shown(tokenizer, ids)
     print(json.dumps({"text": text, "input_ids": ids}, ensure_ascii=False))
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import fsspec
 from filelock import FileLock
 
-from common import jsonl, pieces, reading, shapes
+from common import jsonl, pieces, processes, reading, shapes
 from common.errors import UserError
 
 
@@ -28,8 +28,13 @@ class Rows(NamedTuple):
 def prepare(cfg, tokenizer, prompt):
     """The Rows of `cfg.data_path`: mixed, sampled where `path#N` asks for it, the validation split taken out.
 
-    Raises UserError where nothing can be trained on, or more than `cfg.max_dropped` of the rows cannot.
+    Of several processes the first does it for all, and the others find its cache. Raises UserError where nothing can be
+    trained on, or more than `cfg.max_dropped` of the rows cannot.
     """
+    return processes.in_turn(lambda: _prepare(cfg, tokenizer, prompt))
+
+
+def _prepare(cfg, tokenizer, prompt):
     from datasets import concatenate_datasets
 
     sources, rejected, datasets, chosen, offsets, total = [], [], [], [], {}, 0
@@ -169,11 +174,20 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
         draft.mkdir()
         with ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer:
             with (draft / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
-                for row in tqdm(conversations(path, cfg), desc="编码 tokenising", unit="row", leave=False):
+                rows = _lessons(conversations(path, cfg), prompt.ONE_ANSWER and cfg.loss_on == "answer")
+                for row in tqdm(rows, desc="编码 tokenising", unit="row", leave=False):
                     _write_row(*row, cfg, tokenizer, prompt, writer, rejected, counts)
             writer.finalize()
         (draft / "record.json").write_text(json.dumps(counts), encoding="utf-8")
         draft.rename(folder)
+
+
+def _lessons(rows, one_answer):
+    """The rows; with `one_answer` a conversation gives one for each of its answers, which ends there."""
+    for where, found, reason in rows:
+        answers = [number for number, turn in enumerate(found, 1) if turn.role == "assistant"] if not reason else []
+        for end in answers if one_answer and answers else [None]:
+            yield where, found if end is None else found[:end], reason
 
 
 def _write_row(where, found, reason, cfg, tokenizer, prompt, writer, rejected, counts):
@@ -250,7 +264,7 @@ def show_first(rows, tokenizer):
     row = rows.train[0]
     supervised = [label for label in row["labels"] if label != pieces.IGNORED]
     print(f"第一条样本 first sample ({row['where']}):")
-    print("text:", repr(tokenizer.decode(row["input_ids"])))
+    print("text:", repr(pieces.shown(tokenizer, row["input_ids"])))
     print("input_ids:", row["input_ids"])
     print("labels:", row["labels"])
-    print("计损失的文字 supervised text:", repr(tokenizer.decode(supervised)))
+    print("计损失的文字 supervised text:", repr(pieces.shown(tokenizer, supervised)))

@@ -3,8 +3,10 @@
 import hashlib
 import importlib.metadata
 import math
+import random
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -12,77 +14,101 @@ from tqdm import tqdm
 from common import run
 from common.config import ROOT
 from common.loss import use_supervised_loss
-from common.pieces import IGNORED, encode_text
+from common.pieces import training_sample
+from common.shapes import Turn
+from common.trainer import collate
 
-BATCH, SEED, WARMUP = 16, 42, 200
-PHASES = [(60_000, 0.45, 3e-3), (34_000, 0.8, 2e-3), (44_000, 0.95, 2.5e-3)]  # documents, share of shop texts, rate
+BATCH, SEED, WARMUP, LIMIT = 16, 42, 200, 2048
 
 
-def build(make_tokenizer, make_model, folder):
+class Phase(NamedTuple):
+    """A part of the pre-training: how many documents, which shares of them are what, and the peak learning rate."""
+
+    documents: int
+    shop_share: float
+    names_share: float
+    learning_rate: float
+
+
+PHASES = (Phase(60_000, 0.45, 0, 3e-3), Phase(34_000, 0.8, 0, 2e-3), Phase(44_000, 0.95, 0, 2.5e-3))
+
+
+def as_text(document, rng):
+    """A document as one running text."""
+    return [Turn("text", document)]
+
+
+def build(make_tokenizer, make_model, prompt, folder, phases=PHASES, turns_of=as_text):
     """Pre-train `make_model(tokenizer)` on the documents of data/make_data.py and save it into `folder`.
 
-    make_tokenizer(characters) gets every character of the texts. The same seed, inputs and library versions give the
-    same weights; inputs.json records them. A test compares its hash of the inputs with what data/ would give now.
+    make_tokenizer(characters) gets every character of the texts. turns_of(document, rng) is a document as a
+    conversation, which `prompt` renders. The same seed, inputs and library versions give the same weights; inputs.json
+    records them. A test compares its hash of the inputs with what data/ would give now.
     """
-    phases = [list(documents(number)) for number in range(len(PHASES))]
-    tokenizer = make_tokenizer(sorted(set("".join(text for texts in phases for text in texts))))
+    texts = [list(documents(phases, number)) for number in range(len(phases))]
+    tokenizer = make_tokenizer(sorted(set("".join(text for part in texts for text in part))))
     torch.manual_seed(SEED)
     model = make_model(tokenizer)
     use_supervised_loss(model)
-    for number, (texts, (_, _, learning_rate)) in enumerate(zip(phases, PHASES, strict=True)):
-        loss = pretrain(model, tokenizer, texts, learning_rate)
+    used = {tokenizer.pad_token_id}
+    for number, phase in enumerate(phases):
+        rng = random.Random(SEED + number)
+        samples = [
+            training_sample(tokenizer, prompt, turns_of(text, rng), "chat", "answer", LIMIT, LIMIT)
+            for text in texts[number]
+        ]
+        used.update(id_ for sample in samples for id_ in sample.input_ids)
+        loss = pretrain(model, samples, phase.learning_rate)
         model.to(torch.bfloat16).float()  # a phase goes on from what would be shipped,
         torch.manual_seed(SEED + number + 1)  # in an order that does not depend on what came before
-    tell_control_tokens_apart(model, tokenizer)
+    tell_control_tokens_apart(model, set(tokenizer.all_special_ids) - used)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = {"phases": PHASES, "inputs_sha256": inputs_hash(), "seed": SEED, "final_loss": round(loss, 4)}
+    record = {"phases": phases, "inputs_sha256": inputs_hash(phases), "seed": SEED, "final_loss": round(loss, 4)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     run.write_json(Path(folder) / "inputs.json", record | {"versions": versions})
 
 
-def tell_control_tokens_apart(model, tokenizer):
-    """Give each control token a direction of its own: rows that no text used have all drifted to the same place.
+def tell_control_tokens_apart(model, unused):
+    """Give each control token no text `used` a direction of its own: their rows have all drifted to the same place.
 
     Without it an adapter cannot ask for <end_of_turn> and not for some other unused row.
     """
     rows = model.get_input_embeddings().weight.data
     size = rows[len(rows) // 2 :].norm(dim=1).mean()
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    for id_ in sorted(set(tokenizer.all_special_ids) - used):
+    for id_ in sorted(unused):
         noise = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(SEED + id_))
         rows[id_] += (noise / noise.norm() * size).to(rows.dtype)
 
 
-def documents(phase):
+def documents(phases, number):
     """The pre-training texts of a phase, none of which is a row of a fine-tuning task."""
     sys.path.insert(0, str(ROOT))
     from data.make_data import pretrain_documents
 
-    count, shop_share, _ = PHASES[phase]
-    return pretrain_documents(count, SEED + phase, shop_share)
+    phase = phases[number]
+    return pretrain_documents(phase.documents, SEED + number, phase.shop_share, phase.names_share)
 
 
-def inputs_hash():
+def inputs_hash(phases=PHASES):
     """sha256, hex, of what the pre-training reads: the first 1,000 documents of each phase, and the plan."""
-    digest = hashlib.sha256(repr((PHASES, BATCH, WARMUP, SEED)).encode())
-    for phase in range(len(PHASES)):
-        for text, _ in zip(documents(phase), range(1000), strict=False):
+    digest = hashlib.sha256(repr(([tuple(phase) for phase in phases], BATCH, WARMUP, SEED)).encode())
+    for number in range(len(phases)):
+        for text, _ in zip(documents(phases, number), range(1000), strict=False):
             digest.update(text.encode())
     return digest.hexdigest()
 
 
-def pretrain(model, tokenizer, texts, learning_rate):
-    """One pass over `texts` with AdamW and a cosine schedule; the mean loss of the last 100 steps in nats a token."""
-    batches = list(_batches(tokenizer, texts))
+def pretrain(model, samples, learning_rate):
+    """One pass over `samples` with AdamW and a cosine schedule; the mean loss of the last 100 steps in nats a token."""
+    batches = list(_batches(samples))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
     losses = []
     model.train()
     with tqdm(batches, desc="预训练 pre-training") as bar:
-        for ids in bar:
-            mask = (ids != IGNORED).long()
-            loss = model(input_ids=ids.clamp(min=0), attention_mask=mask, labels=ids).loss
+        for batch in bar:
+            loss = model(**batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -100,14 +126,14 @@ def _rate(step, steps):
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
-def _batches(tokenizer, texts):
-    """Batches [B, T] of documents of like length in a random order, `bos text eos`, padded with -100."""
-    rows = [[tokenizer.bos_token_id, *encode_text(tokenizer, text), tokenizer.eos_token_id] for text in texts]
+def _batches(samples):
+    """Batches of samples of like length in a random order: input_ids, attention_mask, labels [B, T]."""
     window = BATCH * 100
     found = []
-    for start in range(0, len(rows), window):
-        part = sorted(rows[start : start + window], key=len)
+    for start in range(0, len(samples), window):
+        part = sorted(samples[start : start + window], key=lambda sample: len(sample.input_ids))
         found += [part[at : at + BATCH] for at in range(0, len(part), BATCH)]
     for number in torch.randperm(len(found)).tolist():
-        longest = max(map(len, found[number]))
-        yield torch.tensor([row + [IGNORED] * (longest - len(row)) for row in found[number]])
+        rows = [{"input_ids": s.input_ids, "labels": s.labels, "where": ""} for s in found[number]]
+        batch = collate(rows, pad_id=0)
+        yield {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}

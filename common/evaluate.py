@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from common.answer import Sampling, trained_with
 from common.errors import UserError
 from common.model import base_hash
 
-SHOWN = ("bleu-4", "rouge-1-f", "rouge-2-f", "rouge-l-f", "attributes")
+HIDDEN = re.compile(r"rouge-.-[rp]")  # kept in all_results.json; a table shows F alone
 
 
 def held_out_rows(cfg, rows=None):
@@ -107,13 +108,18 @@ def compare(answer, rows, cfg):
     return save_results(cfg, rows, scores)
 
 
+def shown(scores):
+    """Names of the metrics a table of {model: {metric: value}} shows."""
+    first, *others = scores.values()
+    return [name for name in first if not HIDDEN.fullmatch(name) and all(name in values for values in others)]
+
+
 def show_table(scores, count):
     """Print one line a metric, one column a model."""
     print(f"\n留出数据 held-out rows: {count}")
-    print(f"{'metric':<12}" + "".join(f"{name:>10}" for name in scores))
-    for metric in SHOWN:
-        if all(metric in values for values in scores.values()):
-            print(f"{metric:<12}" + "".join(f"{values[metric]:>10.4f}" for values in scores.values()))
+    print(f"{'metric':<16}" + "".join(f"{name:>10}" for name in scores))
+    for metric in shown(scores):
+        print(f"{metric:<16}" + "".join(f"{values[metric]:>10.4f}" for values in scores.values()))
     print(metrics.signature())
 
 
@@ -166,9 +172,8 @@ def _done(path, key):
 def _key(cfg, rows, sampling, base):
     """Names the model, the rows and the settings a prediction depends on."""
     trained = trained_with(cfg, run.read_manifest(cfg.model_save_dir), base)
-    adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
     weights = [base_hash(trained["path_model_pretrain"])]
-    if adapter.exists() and not base:
-        weights.append(dataset.file_hash(str(adapter)))
+    if not base:
+        weights += [base_hash(cfg.model_save_dir)]
     parts = [weights, trained, rows, vars(sampling), cfg.dtype, cfg.seed, metrics.signature(), base]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]

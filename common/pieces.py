@@ -129,6 +129,17 @@ def _labels(pieces, loss_on):
     return [IGNORED, *labels[1:]]
 
 
+def shown(tokenizer, ids):
+    """The text of ids with their control tokens, also those that the tokenizer's own decode leaves out."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    hidden = [bool(token.strip("▁")) and not tokenizer.decode([id_]) for token, id_ in zip(tokens, ids, strict=True)]
+    text, start = "", 0
+    for number in [number for number, hide in enumerate(hidden) if hide]:
+        text += tokenizer.decode(ids[start:number]) + tokens[number]
+        start = number + 1
+    return text + tokenizer.decode(ids[start:])
+
+
 def template_text(tokenizer, prompt, style):
     """A fixed conversation as this style renders it: what the manifest keeps, and what must not change."""
     turns = [
@@ -138,4 +149,4 @@ def template_text(tokenizer, prompt, style):
         Turn("user", "{question 2}"),
         Turn("assistant", "{answer 2}"),
     ]
-    return tokenizer.decode(_joined(prompt.render(tokenizer, turns, style)), skip_special_tokens=False)
+    return shown(tokenizer, _joined(prompt.render(tokenizer, turns, style)))

@@ -22,11 +22,11 @@ def rehearse(net, rows, cfg, tokenizer, steps):
     free, estimate, gradient_checkpointing}}, bytes; measured and estimate are without what was loaded before. The first
     step of each is not timed. Raises UserError as `fit` does. Leaves no files, and weights that mean nothing.
     """
-    use_supervised_loss(net.train())
-    plan, sampler = trainer.make_plan(cfg, len(rows.train)), trainer.sampler_of(rows, cfg)
+    use_supervised_loss(net.train(), cfg.label_smoothing_factor)
+    plan, sampler = trainer.make_plan(cfg, len(rows.train)), trainer.sampler_of(rows.train["length"], cfg)
     micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
     heaviest, ordinary = rows.train.select(micro[-1]), rows.train.select(micro[len(micro) // 2])
-    step = trainer.step_memory(cfg, net, rows, tokenizer, heaviest)
+    step = trainer.step_memory(cfg, net, rows, tokenizer, sampler.shape(micro[-1]))
     others = _seconds_a_step(net, cfg, tokenizer, ordinary, steps, step.checkpointing)
     with memory.Peak() as used:
         seconds = _seconds_a_step(net, cfg, tokenizer, heaviest, steps, step.checkpointing)
@@ -44,11 +44,12 @@ def _seconds_a_step(net, cfg, tokenizer, rows, steps, checkpointing):
     """Mean seconds of a step on the micro batch `rows`, the first left out."""
     again = rows.select(list(range(len(rows))) * steps * world_size())
     watch = StopWatch()
-    plan = {"accumulation": 1, "warmup_steps": 0}
+    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": steps}
     with tempfile.TemporaryDirectory() as folder:
         args = trainer.arguments(replace(cfg, model_save_dir=folder, max_steps=steps), plan, False, checkpointing)
         args.save_strategy = "no"
-        trainer.make_trainer(net, args, again, again.select([]), range(len(again)), [watch], tokenizer).train()
+        again, order = again.with_format("numpy"), range(len(again))
+        trainer.make_trainer(net, args, again, again.select([]), order, [watch], tokenizer).train()
     return sum(watch.seconds[1:]) / len(watch.seconds[1:])
 
 

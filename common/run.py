@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from common import dataset, jsonl, model, pieces
+from common import dataset, jsonl, model, pieces, processes
 from common.config import ROOT
 from common.errors import UserError
+from common.launch import rank
 
 AROUND = 12  # characters shown before and after a difference
 MANIFEST, WHOLE, DRAFT = "run_manifest.json", "whole.json", "adapter.part"
@@ -28,23 +29,30 @@ DISK_FULL = re.compile(
 FREE = set(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
     "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
-    "repetition_penalty num_beams eval_batch_size host port given".split()
+    "repetition_penalty num_beams eval_batch_size host port deepspeed given".split()
 )
-SHAPING = {"base", "lora_r", "target_modules", "modules_to_save"}  # without the same of these, weights do not load
+# without the same of these, a checkpoint's weights do not load
+SHAPING = set(
+    "base tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules "
+    "modules_to_save".split()
+)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
 
 
 class Run(NamedTuple):
-    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from."""
+    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from.
+
+    Only the first of several processes has the lock and writes.
+    """
 
     folder: Path
     manifest: dict
-    lock: FileLock
+    lock: FileLock | None
     checkpoint: Path | None
 
 
 def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
-    """Open the run's folder for this process alone and write its manifest and rejected.jsonl: the Run.
+    """Open the run's folder for this run alone and write its manifest and rejected.jsonl: the Run.
 
     resume: "auto" goes on from the last whole checkpoint of an unfinished run; "never" starts anew; or a checkpoint's
     folder. An earlier run's files are moved aside, never overwritten. UserError where the data or options differ from
@@ -52,6 +60,13 @@ def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
     folder.
     """
     folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
+    opened = processes.first(lambda: _open(folder, manifest, resume, rows, resume_anyway))
+    lock, checkpoint = opened or (None, None)
+    return Run(folder, _seen_by_all(folder, manifest), lock, processes.share(checkpoint))
+
+
+def _open(folder, manifest, resume, rows, resume_anyway):
+    """(lock, checkpoint to go on from or None), the folder being ready to be written to."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -60,13 +75,27 @@ def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
         raise UserError(
             f"{folder}: 另一个训练正在写入 another run is writing here; give another --model_save_dir"
         ) from None
-    if resume in ("auto", "never"):
-        checkpoint = _checkpoint_in(folder, manifest, resume, resume_anyway)
-    else:
-        checkpoint = _chosen_checkpoint(Path(resume), manifest, resume_anyway)
+    try:
+        if resume in ("auto", "never"):
+            checkpoint = _checkpoint_in(folder, manifest, resume, resume_anyway)
+        else:
+            checkpoint = _chosen_checkpoint(Path(resume), manifest, resume_anyway)
+    except UserError:
+        lock.release()
+        raise
     write_json(folder / MANIFEST, manifest)
     jsonl.write(folder / "rejected.jsonl", rows.rejected)
-    return Run(folder, manifest, lock, checkpoint)
+    return lock, checkpoint
+
+
+def _seen_by_all(folder, manifest):
+    """The first process's manifest; UserError in a process that does not find it in its own `folder`."""
+    written = processes.share(manifest)
+    if (read_manifest(folder) or {}).get("started") != written["started"]:
+        raise UserError(
+            f"{folder}: 各机器看到的不是同一个文件夹 not one folder for all machines; put it on a shared disk"
+        )
+    return written
 
 
 def describe(cfg, tokenizer, prompt, rows):
@@ -85,8 +114,9 @@ def describe(cfg, tokenizer, prompt, rows):
         },
         "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
         "data": rows.sources,
+        "processes": processes.describe(cfg),
         "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {n: importlib.metadata.version(n) for n in (*PACKAGES, *(["bitsandbytes"] if cfg.bits else []))},
         "git_commit": _git_commit(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
@@ -125,12 +155,19 @@ def last_whole_checkpoint(folder):
     return None
 
 
-def save_adapter(net, tokenizer, folder):
-    """Save adapter and tokenizer into `folder` and check them there; each file appears whole or not at all."""
+def save_tuned(net, tokenizer, folder):
+    """Save adapter or whole model, and tokenizer, into `folder`; check them; each file appears whole or not at all.
+
+    All processes call it, the first one writes.
+    """
+    state = model.whole_state(net) if processes.is_sharded(net) else None
+    if rank():
+        return
     draft = Path(folder) / DRAFT
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
-    net.save_pretrained(draft)
-    model.verify_adapter(net, draft)
+    net.save_pretrained(draft, **({"state_dict": state} if state else {}))
+    verify = model.verify_adapter if hasattr(net, "peft_config") else model.verify_whole
+    verify(net, draft, state)
     tokenizer.save_pretrained(draft)
     for file in draft.iterdir():
         os.replace(file, Path(folder) / file.name)
@@ -175,8 +212,10 @@ def told_when_full(folder):
     except Exception as problem:  # safetensors and torch raise errors of their own for a failed write
         if isinstance(problem, UserError) or not DISK_FULL.search(f"{problem} {problem.__context__}"):
             raise
-        shutil.rmtree(Path(folder) / DRAFT, ignore_errors=True)
-        last = last_whole_checkpoint(folder)
+        last = None
+        if rank() == 0:
+            shutil.rmtree(Path(folder) / DRAFT, ignore_errors=True)
+            last = last_whole_checkpoint(folder)
         reason = " ".join(str(problem).split())[:120]
         raise UserError(
             f"{folder}: 写不下了，磁盘已满？ cannot be written, the disk is full? ({reason}); "
@@ -252,7 +291,8 @@ def _flat(manifest):
     knobs = {name: value for name, value in manifest["config"].items() if name not in FREE}
     data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
     base, tokenizer, template = manifest["base"], manifest["tokenizer_sha256"], manifest["template"]["sha256"]
-    return knobs | data | {"base": base, "tokenizer": tokenizer, "template": template}
+    shared = {"processes": manifest.get("processes", "1")}
+    return knobs | data | shared | {"base": base, "tokenizer": tokenizer, "template": template}
 
 
 def _move_aside(folder):

@@ -62,6 +62,14 @@ def fill_identity(turns, name, author):
     return [Turn(turn.role, PLACEHOLDER.sub(value, turn.text)) for turn in turns]
 
 
+def fold_system(turns):
+    """The turns with the system text before the first question, an empty line between: for models without that role."""
+    if turns[0].role != "system":
+        return turns
+    system, first, *rest = turns
+    return [first._replace(text=f"{system.text.strip()}\n\n{first.text.lstrip()}"), *rest]
+
+
 def _shape_of(row):
     """The one shape whose keys the row has; a shape within another (input+output in alpaca) gives way to it."""
     keys = {key for key, value in row.items() if value is not None}

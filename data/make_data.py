@@ -164,8 +164,11 @@ def has_heldout(document: str, names: frozenset[str], starts: frozenset[str]) ->
     return False
 
 
-def pretrain_documents(count: int, seed: int, shop_share: float = pretrain.SHOP_SHARE) -> Iterator[str]:
-    """Yield ``count`` plain-text documents: ``shop_share`` shop texts; of the rest half garments, a fifth copying."""
+def pretrain_documents(
+    count: int, seed: int, shop_share: float = pretrain.SHOP_SHARE, names_share: float = 0.0
+) -> Iterator[str]:
+    """Yield ``count`` plain-text documents: shares of shop texts and of names found in sentences; of the rest half
+    are about garments, a fifth is copying."""
     rng = random.Random(seed)
     names, texts = heldout_texts()
     guarded = names | {text[:10] for text in texts}
@@ -181,6 +184,8 @@ def pretrain_documents(count: int, seed: int, shop_share: float = pretrain.SHOP_
             document = pretrain.alphabet_document(characters, position, rng)
         elif roll < pretrain.ALPHABET_SHARE + shop_share:
             document = pretrain.shop_document(barred, rng)
+        elif roll < pretrain.ALPHABET_SHARE + shop_share + names_share:
+            document = pretrain.names_document(rng)
         else:
             maker = rng.choices(makers, cum_weights=cumulative)[0]
             document = maker(rng)

@@ -52,4 +52,4 @@ def make_model(tokenizer):
 
 
 if __name__ == "__main__":
-    embedded.build(make_tokenizer, make_model, Config.EMBEDDED_DIR)
+    embedded.build(make_tokenizer, make_model, prompt, Config.EMBEDDED_DIR)

@@ -8,8 +8,12 @@ here it is put before the first question with an empty line between, as Gemma 3'
 """
 
 from common.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.shapes import fold_system
 
 STYLES = ("chat", "log", "plain")
+ONE_ANSWER = False
+ENGINES = ("vllm", "llama.cpp", "ollama", "mlx", "keras")  # besides transformers, what runs an exported folder
+UNTIED_ENGINES = ()  # of these, what runs a head of its own: vLLM refuses it, llama.cpp would drop it without a word
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}{% else %}"
@@ -28,10 +32,15 @@ def render(tokenizer, turns, style):
     if turns[0].role == "text":
         return [*pieces, Piece([*encode_text(tokenizer, turns[0].text), tokenizer.eos_token_id], ANSWER)]
     render_turn = _chat_turn if style == "chat" else _plain_turn
-    *earlier, last = _fold_system(turns)
+    *earlier, last = fold_system(turns)
     for turn in earlier:
         pieces += render_turn(tokenizer, turn, last=False)
     return pieces + render_turn(tokenizer, last, last=True)
+
+
+def clean(text, ended=True):
+    """An answer as it is shown: as generated."""
+    return text.strip()
 
 
 def stop_ids(tokenizer, style):
@@ -54,11 +63,3 @@ def _chat_turn(tokenizer, turn, last):
 def _plain_turn(tokenizer, turn, last):
     text = encode_text(tokenizer, turn.text)
     return [Piece(text, QUESTION) if turn.role == "user" else Piece([*text, tokenizer.eos_token_id], ANSWER)]
-
-
-def _fold_system(turns):
-    """The turns with the system text before the first question: Gemma has no system role."""
-    if turns[0].role != "system":
-        return turns
-    system, first, *rest = turns
-    return [first._replace(text=f"{system.text.strip()}\n\n{first.text.lstrip()}"), *rest]

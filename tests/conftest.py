@@ -29,12 +29,15 @@ def gemma_tokenizer(fixtures):
     return AutoTokenizer.from_pretrained(fixtures / "tokenizers/gemma")
 
 
+CHARACTERS = [" ", "\n", *"abcdefghijklmnopqrstuvwxyz0123456789的一是不了人我在有他这问答"]
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A Gemma tokenizer made here: one piece a character, everything else as bytes."""
     from gemma_sft.make_embedded import make_tokenizer
 
-    return make_tokenizer([" ", "\n", *"abcdefghijklmnopqrstuvwxyz0123456789的一是不了人我在有他这问答"])
+    return make_tokenizer(CHARACTERS)
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +60,50 @@ def small_gemma(tmp_path_factory, tokenizer):
         tie_word_embeddings=True,
     )
     GemmaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_qwen(tmp_path_factory):
+    """A folder with a random Qwen2ForCausalLM of 30,000 parameters and its tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from qwen2_sft.make_embedded import make_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("small_qwen"), make_tokenizer(CHARACTERS)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_chatglm(tmp_path_factory):
+    """A folder with a random ChatGLM of 40,000 parameters and its SentencePiece tokenizer."""
+    import torch
+
+    from chatglm_sft.make_embedded import make_model, make_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("small_chatglm"), make_tokenizer(CHARACTERS)
+    torch.manual_seed(0)
+    config = make_model(tokenizer).config
+    config.update({"hidden_size": 32, "inner_hidden_size": 64, "num_layers": 2, "num_attention_heads": 2})
+    config.update({"alpha_num_layers": 2})
+    from chatglm_sft.models.chatglm import ChatGLMForCausalLM
+
+    ChatGLMForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

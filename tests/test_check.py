@@ -156,7 +156,7 @@ class Endless:
     """Gemma's prompt without the end of an answer."""
 
     __file__ = prompt.__file__
-    CHAT_TEMPLATE, stop_ids = prompt.CHAT_TEMPLATE, staticmethod(prompt.stop_ids)
+    CHAT_TEMPLATE, stop_ids, ONE_ANSWER = prompt.CHAT_TEMPLATE, staticmethod(prompt.stop_ids), False
 
     @staticmethod
     def render(tokenizer, turns, style):

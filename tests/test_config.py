@@ -164,7 +164,7 @@ def test_own_data_is_not_scored_on_the_shipped_rows(tmp_path):
         ("lora_target", "x,y", "target_modules", ("x", "y")),
         ("lora_target_modules", "x", "target_modules", ("x",)),
         ("gradient_clipping", "0.5", "max_grad_norm", 0.5),
-        ("activation_checkpointing", "true", "gradient_checkpointing", True),
+        ("activation_checkpointing", "true", "gradient_checkpointing", "true"),
     ],
 )
 def test_aliases_as_flags_and_in_files(tmp_path, alias, typed, name, value):

@@ -5,26 +5,36 @@ import json
 import pytest
 import torch
 
+from chatglm_sft import make_embedded as chatglm
+from chatglm_sft import prompt as chatglm_prompt
 from common import embedded
 from common.pieces import encode_text
-from gemma_sft.ft_gemma.config import Config
-from gemma_sft.make_embedded import make_model, make_tokenizer
+from gemma_sft import make_embedded as gemma
+from gemma_sft import prompt as gemma_prompt
+from qwen2_sft import make_embedded as qwen
+from qwen2_sft import prompt as qwen_prompt
 
-FOLDERS = {"gemma": Config.EMBEDDED_DIR}
+MAKERS = {"gemma": (gemma, gemma_prompt), "qwen": (qwen, qwen_prompt), "chatglm": (chatglm, chatglm_prompt)}
 
 
-@pytest.fixture(params=FOLDERS.values(), ids=FOLDERS, scope="module")
-def folder(request):
+@pytest.fixture(params=MAKERS.values(), ids=MAKERS, scope="module")
+def maker(request):
     return request.param
 
 
-def test_it_was_made_from_todays_data(folder):
+@pytest.fixture(scope="module")
+def folder(maker):
+    return maker[0].Config.EMBEDDED_DIR
+
+
+def test_it_was_made_from_todays_data(folder, maker):
     record = json.loads((folder / "inputs.json").read_text())
-    assert record["inputs_sha256"] == embedded.inputs_hash(), "data/ has changed: run make_embedded.py again"
+    phases = getattr(maker[0], "PHASES", embedded.PHASES)
+    assert record["inputs_sha256"] == embedded.inputs_hash(phases), "data/ has changed: run make_embedded.py again"
 
 
 def test_it_is_small(folder):
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 3_000_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 3 * 2**20
 
 
 def test_plain_transformers_loads_it(folder):
@@ -33,8 +43,9 @@ def test_plain_transformers_loads_it(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert 1_000_000 < model.num_parameters() < 3_000_000
+    pieces = [tokenizer.decode([id_]) for id_ in encode_text(tokenizer, "黑色连衣裙")]
+    assert [piece for piece in pieces if piece] == list("黑色连衣裙")
     ids = tokenizer("黑色连衣裙", return_tensors="pt").input_ids
-    assert len(set(ids[0].tolist()) - {tokenizer.bos_token_id}) == 5 and tokenizer.unk_token_id not in ids
     with torch.no_grad():
         assert torch.isfinite(model(ids).logits).all()
 
@@ -43,14 +54,16 @@ def test_its_tokenizer_loses_nothing(folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "类型#裙*颜色#黑色\nabc 123 😀 龘 <end_of_turn>"
+    text = "类型#裙*颜色#黑色\nabc 123 😀 龘 <end_of_turn> <|im_end|> <sop>"
     assert tokenizer.decode(encode_text(tokenizer, text)) == text
 
 
 @pytest.mark.slow
-def test_building_is_deterministic(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "PHASES", [(32, 0.45, 1e-3), (32, 0.8, 1e-3)])
+def test_building_is_deterministic(maker, tmp_path):
+    script, prompt = maker
+    phases = (embedded.Phase(32, 0.45, 0.1, 1e-3), embedded.Phase(32, 0.8, 0.1, 1e-3))
+    turns_of = getattr(script, "turns_of", embedded.as_text)
     for name in ("one", "two"):
-        embedded.build(make_tokenizer, make_model, tmp_path / name)
-    for file in ("model.safetensors", "tokenizer.json", "inputs.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+        embedded.build(script.make_tokenizer, script.make_model, prompt, tmp_path / name, phases, turns_of)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()

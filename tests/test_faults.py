@@ -40,7 +40,7 @@ def announced(holder, name, pipe, nth):
     setattr(holder, name, wrapper)
 
 MOMENTS = {"training": (trainer.SupervisedTrainer, "training_step"),
-           "checkpoint": (trainer.SupervisedTrainer, "_save_checkpoint"), "final": (run, "save_adapter")}
+           "checkpoint": (trainer.SupervisedTrainer, "_save_checkpoint"), "final": (run, "save_tuned")}
 
 def child(job, pipe):
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -69,7 +69,20 @@ for line in sys.stdin:
     os.close(reader)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-STEPS = ["--max_steps", 8, "--save_steps", 2, "--logging_steps", 1, "--save_total_limit", 2, "--lora_dropout", 0.1]
+STEPS = [
+    "--lr_scheduler_type",
+    "constant",
+    "--max_steps",
+    8,
+    "--save_steps",
+    2,
+    "--logging_steps",
+    1,
+    "--save_total_limit",
+    2,
+    "--lora_dropout",
+    0.1,
+]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +154,7 @@ def test_a_killed_run_is_never_taken_for_good(server, flags, reference, tmp_path
         assert server(flags(folder), log) == 0, log.read_text()
     assert (folder / "adapter_model.safetensors").read_bytes() == reference
     steps = [json.loads(line)["step"] for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 9))
+    assert steps == list(range(1, 9)), "no step is lost or made twice"
     assert list(folder.glob("*.part")) == []
 
 
@@ -189,14 +202,14 @@ sys.path.insert(0, sys.argv[1])
 from common import run
 from common.errors import run_main
 from gemma_sft.ft_gemma import train
-holder, name, limit = {"checkpoint": (run, "mark_whole", 20000), "final": (run, "save_adapter", 20000)}[sys.argv[2]]
+holder, name, limit = {"checkpoint": (run, "mark_whole", 20000), "final": (run, "save_tuned", 20000)}[sys.argv[2]]
 whole = getattr(run, name)
 
 def then_full(*args):
     if name == "mark_whole":
         whole(*args)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if name == "save_adapter":
+    if name == "save_tuned":
         whole(*args)
 
 setattr(run, name, then_full)

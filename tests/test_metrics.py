@@ -1,6 +1,7 @@
 """Scores of answers: the numbers are nltk's and rouge's own, and every odd answer has one."""
 
 import importlib.metadata
+import random
 import sys
 
 import pytest
@@ -128,3 +129,47 @@ def test_signature_says_what_was_measured():
         assert f"{package} {importlib.metadata.version(package)}" in signature
     for word in ("characters", "BLEU-4", "method1", "ROUGE", "attributes", "mean", "empty answer = 0", "answers only"):
         assert word in signature
+
+
+ENTITY_ROWS = [  # reference, prediction
+    ("高海立_人名\n福溪乡_地名", "高海立_人名\n福溪乡_地名"),  # order, repetition and blanks do not count
+    ("吴芳_人名\n松宁市排球队_机构名", "松宁市排球队_机构名 \n\n松宁市排球队_机构名\n吴芳_地名"),
+    ("没有", "云门县_地名"),
+    ("没有", "没有"),
+    ("云门县_地名", ""),
+    ("云门县_地名", "答案是云门县"),
+]
+
+
+def test_entity_f1_is_over_exact_names_and_types():
+    scores = metrics.average([metrics.score(prediction, reference) for reference, prediction in ENTITY_ROWS])
+    assert scores["entity-p"] == 3 / 5  # right: 高海立, 福溪乡, 松宁市排球队; wrong: 吴芳_地名, 云门县_地名
+    assert scores["entity-r"] == 3 / 6
+    assert scores["entity-f1"] == pytest.approx(2 * 0.6 * 0.5 / 1.1)
+    assert scores["entity-f1 人名"] == pytest.approx(2 / 3)  # right 1, predicted 1, expected 2
+    assert scores["entity-f1 地名"] == pytest.approx(2 / 6)  # right 1, predicted 3, expected 3
+    assert scores["entity-f1 机构名"] == 1.0
+    assert scores["bleu-4"] == pytest.approx(sum(metrics.score(p, r)["bleu-4"] for r, p in ENTITY_ROWS) / 6)
+
+
+def test_entity_f1_agrees_with_counting_by_hand():
+    """Micro F1 recounted entity by entity over random rows."""
+    rng = random.Random(0)
+    names = [(f"名{number}", kind) for number in range(4) for kind in ("人名", "地名")]
+    rows = [(rng.sample(names, rng.randrange(1, 5)), rng.sample(names, rng.randrange(5))) for _ in range(50)]
+    right = sum(len(set(expected) & set(found)) for expected, found in rows)
+    f1 = 2 * right / sum(len(expected) + len(found) for expected, found in rows)
+    scored = [
+        metrics.score("\n".join(map("_".join, found)) or "没有", "\n".join(map("_".join, expected)))
+        for expected, found in rows
+    ]
+    assert metrics.average(scored)["entity-f1"] == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("reference", ["这是一句话。", "foo_bar 是变量名", "人名_\n_地名", "高海立_人名\n其他"])
+def test_other_references_have_no_entity_scores(reference):
+    assert not [name for name in metrics.average([metrics.score("高海立_人名", reference)]) if "entity" in name]
+
+
+def test_rows_that_all_say_none_have_no_entity_scores():
+    assert "entity-f1" not in metrics.average([metrics.score("没有", "没有")])

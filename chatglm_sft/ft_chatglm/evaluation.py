@@ -1,0 +1,26 @@
+"""Score the tuned ChatGLM on held-out rows: entity F1, BLEU-4 and ROUGE of its greedy answers.
+
+python chatglm_sft/ft_chatglm/evaluation.py --model_save_dir out --data_path held_out.jsonl --compare
+"""
+
+import sys
+
+if __name__ == "__main__":  # finds common/ from any directory
+    sys.path[0] = __file__.rpartition("chatglm_sft")[0] or "."
+
+from chatglm_sft.ft_chatglm.config import Config
+from chatglm_sft.ft_chatglm.predict import load_answer
+from common.config import EvaluationFlags, parse
+from common.errors import run_main
+
+
+def main(argv=None):
+    cfg, flags = parse(Config, EvaluationFlags, argv)
+    from common import evaluate
+
+    rows = evaluate.rows_to_score(cfg, flags.limit)
+    evaluate.report(load_answer(cfg, flags.base and not flags.compare), rows, cfg, flags)
+
+
+if __name__ == "__main__":
+    run_main(main)

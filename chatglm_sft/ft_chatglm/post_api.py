@@ -1,0 +1,26 @@
+"""Serve the tuned ChatGLM over HTTP: POST /nlg/text_generate, GET /health.
+
+python chatglm_sft/ft_chatglm/post_api.py --model_save_dir out --port 8033
+"""
+
+import sys
+
+if __name__ == "__main__":  # finds common/ from any directory
+    sys.path[0] = __file__.rpartition("chatglm_sft")[0] or "."
+
+from chatglm_sft.ft_chatglm.config import Config
+from chatglm_sft.ft_chatglm.predict import load_answer
+from common.config import ServeFlags, parse
+from common.errors import run_main
+
+
+def main(argv=None):
+    cfg, flags = parse(Config, ServeFlags, argv)
+    from common import serve
+
+    app = serve.create_app(load_answer(cfg, flags.base), model_name=cfg.model_save_dir, base=flags.base)
+    serve.serve(app, cfg.host, cfg.port)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,44 @@
+"""Fine-tune ChatGLM on instructions with LoRA.
+
+python chatglm_sft/ft_chatglm/train.py --path_model_pretrain THUDM/chatglm-6b --data_path my.jsonl --model_save_dir out
+"""
+
+import sys
+
+if __name__ == "__main__":  # finds common/ from any directory
+    sys.path[0] = __file__.rpartition("chatglm_sft")[0] or "."
+
+from chatglm_sft import prompt
+from chatglm_sft.ft_chatglm.config import Config
+from common.config import TrainFlags, parse
+from common.errors import run_main
+
+
+def main(argv=None):
+    cfg, flags = parse(Config, TrainFlags, argv)
+    import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
+
+    # torch is imported only now, so that --help answers at once
+    from common import check, dataset, evaluate, model, processes, report, run, trainer, tuning
+
+    processes.join(cfg)
+    tokenizer = model.load_tokenizer(cfg.base, prompt)
+    base = model.load_base(cfg.base, cfg.dtype, cfg.bits)
+    if flags.print_targets:
+        return model.show_targets(base)
+    if flags.check:
+        return check.run(cfg, flags, base, tokenizer, prompt)
+    rows = dataset.prepare(cfg, tokenizer, prompt)
+    dataset.show_counts(rows)
+    dataset.show_first(rows, tokenizer)
+    held_out = evaluate.held_out_rows(cfg, rows)
+    work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway)
+    net = tuning.make_trainable(base, cfg)
+    model.show_parameters(net)
+    results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
+    report.leave(work, net, tokenizer, results)
+    report.compare(work, held_out, net, tokenizer, prompt, cfg)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,74 @@
+"""ChatGLM-6B's prompt, the only place that knows it: training, chat, evaluation and service render through `render`.
+
+    chat   {question}[gMASK]<sop>{answer}<eop>                                          without history
+           [Round 0]\n问：{question}\n答：{answer}\n[Round 1]\n问：{question}\n答：[gMASK]<sop>{answer}<eop>
+
+[gMASK] and <sop> are put there as ids: written in a text they are ordinary characters. Everything before <sop> sees
+itself in both directions, so that a sequence can teach only its last answer. ChatGLM has no system role: a system text
+is put before the first question with an empty line between.
+Source: `build_prompt`, `stream_chat` and `process_response` of THUDM/chatglm-6b, as described in FACTS of its port.
+"""
+
+import re
+
+from common.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text
+from common.shapes import fold_system
+
+STYLES = ("chat",)
+ONE_ANSWER = True
+ENGINES = UNTIED_ENGINES = ()  # besides transformers with the model of this folder, nothing runs it
+CHAT_TEMPLATE = (  # the prompt's text; calling the tokenizer on it adds [gMASK] and <sop>
+    "{% set ns = namespace(system='', round=0) %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\n\n' %}"
+    "{% elif message['role'] == 'user' %}"
+    "{% if messages | selectattr('role', 'equalto', 'user') | list | length > 1 %}"
+    "{{ '[Round ' ~ ns.round ~ ']\n问：' + ns.system + message['content'] + '\n答：' }}"
+    "{% else %}{{ ns.system + message['content'] }}{% endif %}{% set ns.system = '' %}"
+    "{% elif not loop.last %}{{ message['content'] + '\n' }}{% set ns.round = ns.round + 1 %}{% endif %}{% endfor %}"
+)
+
+
+def render(tokenizer, turns, style):
+    """The Pieces of a conversation (Turns), in order: the prompt, [gMASK] and <sop>, and the answer if it is there."""
+    ask = Piece([tokenizer.gmask_token_id, tokenizer.bos_token_id], FRAME)
+    if turns[0].role == "text":
+        return [ask, _answer(tokenizer, turns[0].text)]
+    turns = fold_system(turns)
+    answered = [_answer(tokenizer, turns[-1].text)] if turns[-1].role == "assistant" else []
+    asked = turns[: len(turns) - len(answered)]
+    return [Piece(encode_text(tokenizer, prompt_text(asked)), QUESTION), ask, *answered]
+
+
+def prompt_text(turns):
+    """The text that asks for the answer to `turns`, user and assistant in turn, the last one a question."""
+    if len(turns) == 1:
+        return turns[0].text
+    text = ""
+    for number, turn in enumerate(turns):
+        text += f"{turn.text}\n" if number % 2 else f"[Round {number // 2}]\n问：{turn.text}\n答："
+    return text
+
+
+def stop_ids(tokenizer, style):
+    """Ids that end an answer."""
+    return [tokenizer.eos_token_id]
+
+
+def clean(text, ended=True):
+    """An answer as the original's chat shows it: punctuation beside Chinese is full-width, [[训练时间]] is a year.
+
+    Until the answer has `ended`, its last characters are kept back where what follows could change them.
+    """
+    if not ended:
+        text = UNSETTLED.sub("", text)
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    return HALF_WIDTH.sub(lambda found: FULL_WIDTH[found[0]], text)
+
+
+def _answer(tokenizer, text):
+    return Piece([*encode_text(tokenizer, text), tokenizer.eos_token_id], ANSWER)
+
+
+FULL_WIDTH = dict(zip(",!:;?", "，！：；？", strict=True))
+HALF_WIDTH = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
+UNSETTLED = re.compile(r"(\[\[?[训练时间]*\]?|[,!:;?])$")

@@ -1,0 +1,26 @@
+"""Serve the tuned Qwen over HTTP: POST /nlg/text_generate, GET /health.
+
+python qwen2_sft/ft_qwen2/post_api.py --model_save_dir out --port 8036
+"""
+
+import sys
+
+if __name__ == "__main__":  # finds common/ from any directory
+    sys.path[0] = __file__.rpartition("qwen2_sft")[0] or "."
+
+from common.config import ServeFlags, parse
+from common.errors import run_main
+from qwen2_sft.ft_qwen2.config import Config
+from qwen2_sft.ft_qwen2.predict import load_answer
+
+
+def main(argv=None):
+    cfg, flags = parse(Config, ServeFlags, argv)
+    from common import serve
+
+    app = serve.create_app(load_answer(cfg, flags.base), model_name=cfg.model_save_dir, base=flags.base)
+    serve.serve(app, cfg.host, cfg.port)
+
+
+if __name__ == "__main__":
+    run_main(main)

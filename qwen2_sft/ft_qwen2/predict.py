@@ -1,0 +1,38 @@
+"""Talk to the tuned Qwen in the console; --query for one answer, --base for the model without its adapter.
+
+python qwen2_sft/ft_qwen2/predict.py --model_save_dir out
+"""
+
+import sys
+
+if __name__ == "__main__":  # finds common/ from any directory
+    sys.path[0] = __file__.rpartition("qwen2_sft")[0] or "."
+
+from common.config import PredictFlags, parse
+from common.errors import run_main
+from qwen2_sft import prompt
+from qwen2_sft.ft_qwen2.config import Config
+
+
+def load_answer(cfg, base=False):
+    """The Answerer of the run in `cfg.model_save_dir`; evaluation.py and post_api.py use it too."""
+    from common import answer
+
+    return answer.load(cfg, prompt, base)
+
+
+def main(argv=None):
+    cfg, flags = parse(Config, PredictFlags, argv)
+    from common import console
+    from common.answer import Sampling
+
+    if flags.print_prompt:
+        return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
+    answer = load_answer(cfg, flags.base and not flags.compare)
+    if flags.query:
+        return console.ask_once(answer, Sampling.of(cfg), flags)
+    console.chat(answer, Sampling.of(cfg), flags)
+
+
+if __name__ == "__main__":
+    run_main(main)

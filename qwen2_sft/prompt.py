@@ -1,0 +1,84 @@
+"""Qwen's prompt (ChatML), the only place that knows it: training, chat, evaluation and service render through `render`.
+
+    chat   <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n
+           {answer}<|im_end|>            (one text; the line is broken here to be read)
+    log    the same, but the newline after `assistant` belongs to the answer, as the logs of qwen1.5-sft show
+    plain  {question}{answer}<|endoftext|>
+
+Source of chat: the chat template in Qwen/Qwen1.5-0.5B-Chat's tokenizer_config.json. The system text of a conversation
+without one is what the tokenizer's own template puts there: Qwen2.5 has another than Qwen1.5, Qwen3 has none.
+"""
+
+from functools import lru_cache
+
+from common.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.shapes import Turn
+
+STYLES = ("chat", "log", "plain")
+ONE_ANSWER = False
+ENGINES = ("vllm", "llama.cpp", "ollama", "mlx")  # besides transformers, what runs an exported folder
+UNTIED_ENGINES = ENGINES  # of these, what runs a head of its own: the larger Qwen have one
+SYSTEM = "You are a helpful assistant."
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def render(tokenizer, turns, style):
+    """The Pieces of a conversation (Turns), in order; after a question comes the header that asks for an answer.
+
+    Qwen has no bos. Each answer's last id is one of `stop_ids`. Typed control tokens stay text.
+    """
+    if turns[0].role == "text":
+        return [Piece([*encode_text(tokenizer, turns[0].text), special_id(tokenizer, "<|endoftext|>")], ANSWER)]
+    if style == "plain":
+        return [_plain_turn(tokenizer, turn) for turn in turns]
+    if turns[0].role != "system":
+        turns = [*_default_system(tokenizer, style), *turns]
+    *earlier, last = turns
+    pieces = [piece for turn in earlier for piece in _chat_turn(tokenizer, turn, style, last=False)]
+    return pieces + _chat_turn(tokenizer, last, style, last=True)
+
+
+def stop_ids(tokenizer, style):
+    """Ids that end an answer, the trained one first."""
+    ends = [special_id(tokenizer, token) for token in ("<|im_end|>", "<|endoftext|>")]
+    return ends[::-1] if style == "plain" else ends
+
+
+def clean(text, ended=True):
+    """An answer as it is shown: as generated."""
+    return text.strip()
+
+
+def _chat_turn(tokenizer, turn, style, last):
+    start, end = special_id(tokenizer, "<|im_start|>"), special_id(tokenizer, "<|im_end|>")
+    newline = frame_ids(tokenizer, "\n")
+    if turn.role == "assistant":
+        text = "\n" + turn.text if style == "log" else turn.text
+        return [Piece([*encode_text(tokenizer, text), end], ANSWER)] + ([] if last else [Piece([*newline], FRAME)])
+    # role and text are encoded as one, as in the official template's text: a text's own newlines join the header's
+    said = [start, *encode_text(tokenizer, f"{turn.role}\n{turn.text}"), end, *newline]
+    if turn.role == "system":
+        return [Piece(said, FRAME)]
+    header = frame_ids(tokenizer, "assistant" if style == "log" else "assistant\n")
+    return [Piece(said, QUESTION), Piece([start, *header], FRAME)]
+
+
+def _plain_turn(tokenizer, turn):
+    if turn.role == "assistant":
+        return Piece([*encode_text(tokenizer, turn.text), special_id(tokenizer, "<|endoftext|>")], ANSWER)
+    return Piece(encode_text(tokenizer, turn.text + ("\n" if turn.role == "system" else "")), QUESTION)
+
+
+@lru_cache(maxsize=8)
+def _default_system(tokenizer, style):
+    """The system turn of a conversation without one, as a tuple: none, or one Turn."""
+    if style == "log":
+        return (Turn("system", SYSTEM),)
+    shown = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    header, mark, rest = shown.partition("<|im_start|>system\n")
+    return (Turn("system", rest.partition("<|im_end|>")[0]),) if mark and not header else ()
