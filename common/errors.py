@@ -1,5 +1,6 @@
 """Errors a user can act on: one line that says what, where and how to mend it, whatever the number of processes."""
 
+import errno
 import sys
 import time
 
@@ -14,7 +15,7 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Call `main()` as a script: a UserError becomes one line on stderr and its exit code, Ctrl-C exit code 130.
+    """Call `main()` as a script: a UserError or a full disk becomes one line on stderr, Ctrl-C exit code 130.
 
     Of several processes the first prints; another one only an error that the first does not have.
     """
@@ -27,6 +28,14 @@ def run_main(main):
         if not (launch.rank() and error.everywhere):
             print(f"错误 error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(
+            f"错误 error: {error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -16,15 +16,17 @@ def leave(work, net, tokenizer, results):
 
     Here several processes part: what comes now the first one does alone.
     """
-    run.save_tuned(net, tokenizer, work.folder)
+    with run.told_when_full(work.folder):
+        run.save_tuned(net, tokenizer, work.folder)
     processes.part()
     if rank():
         return
     results = results | {"serving": serving(net)}
-    draw_loss(work.folder)
-    run.write_json(work.folder / "all_results.json", results)
-    write_card(work, results)
-    run.finish(work, results)
+    with run.told_when_full(work.folder):
+        draw_loss(work.folder)
+        run.write_json(work.folder / "all_results.json", results)
+        write_card(work, results)
+        run.finish(work, results)
     print(f"部署 serving: {results['serving']}")
     print(f"完成 done: 模型与记录在 model and records in {work.folder}")
 

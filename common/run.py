@@ -1,13 +1,14 @@
 """A run's folder: its manifest, its lock, its whole checkpoints, and what of it may be resumed."""
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +21,21 @@ from common.errors import UserError
 from common.launch import rank
 
 AROUND = 12  # characters shown before and after a difference
-MANIFEST, WHOLE = "run_manifest.json", "whole.json"
+MANIFEST, WHOLE, DRAFT = "run_manifest.json", "whole.json", "adapter.part"
+DISK_FULL = re.compile(
+    "No space left|File too large|Disk quota|os error (27|28|122)|PytorchStreamWriter|unexpected pos"
+)
 # knobs that may change between a stop and a resume without changing what is trained
 FREE = set(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
     "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
     "repetition_penalty num_beams eval_batch_size host port deepspeed given".split()
 )
-SHAPING = {"base", "lora_r", "target_modules", "modules_to_save"}  # without the same of these, weights do not load
+# without the same of these, a checkpoint's weights do not load
+SHAPING = set(
+    "base tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules "
+    "modules_to_save".split()
+)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
 
 
@@ -132,19 +140,19 @@ def write_json(path, value):
 
 
 def mark_whole(checkpoint):
-    """Record a checkpoint's files and sizes: one without this record was cut off while being written."""
-    files = [file for file in Path(checkpoint).rglob("*") if file.is_file() and file.name != WHOLE]
-    write_json(Path(checkpoint) / WHOLE, {str(file.relative_to(checkpoint)): file.stat().st_size for file in files})
+    """Record the sha256 of a checkpoint's files: one without this record was cut off while being written."""
+    write_json(Path(checkpoint) / WHOLE, _hashes(checkpoint))
 
 
 def last_whole_checkpoint(folder):
-    """The newest checkpoint whose files are all there, or None; those cut off while being written are removed."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in [path for path in found if not _is_whole(path)]:
-        print(f"删除不完整的检查点 removing a checkpoint that was cut off: {checkpoint}")
+    """The newest checkpoint whose files are what was written, or None; those cut off or damaged are removed."""
+    found = Path(folder).glob("checkpoint-*")
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if _is_whole(checkpoint):
+            return checkpoint
+        print(f"删除不完整的检查点 removing a checkpoint that was cut off or damaged: {checkpoint}")
         shutil.rmtree(checkpoint)
-        found.remove(checkpoint)
-    return found[-1] if found else None
+    return None
 
 
 def save_tuned(net, tokenizer, folder):
@@ -155,13 +163,15 @@ def save_tuned(net, tokenizer, folder):
     state = model.whole_state(net) if processes.is_sharded(net) else None
     if rank():
         return
-    with tempfile.TemporaryDirectory(dir=folder) as draft:
-        net.save_pretrained(draft, **({"state_dict": state} if state else {}))
-        verify = model.verify_adapter if hasattr(net, "peft_config") else model.verify_whole
-        verify(net, draft, state)
-        tokenizer.save_pretrained(draft)
-        for file in Path(draft).iterdir():
-            os.replace(file, Path(folder) / file.name)
+    draft = Path(folder) / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
+    net.save_pretrained(draft, **({"state_dict": state} if state else {}))
+    verify = model.verify_adapter if hasattr(net, "peft_config") else model.verify_whole
+    verify(net, draft, state)
+    tokenizer.save_pretrained(draft)
+    for file in draft.iterdir():
+        os.replace(file, Path(folder) / file.name)
+    draft.rmdir()
 
 
 def check_fits(manifest, base, tokenizer, prompt):
@@ -194,6 +204,25 @@ def differing_parts(trained, now):
     return quoted
 
 
+@contextlib.contextmanager
+def told_when_full(folder):
+    """UserError of one line where writing into `folder` fails because the disk is full; what is half written goes."""
+    try:
+        yield
+    except Exception as problem:  # safetensors and torch raise errors of their own for a failed write
+        if isinstance(problem, UserError) or not DISK_FULL.search(f"{problem} {problem.__context__}"):
+            raise
+        last = None
+        if rank() == 0:
+            shutil.rmtree(Path(folder) / DRAFT, ignore_errors=True)
+            last = last_whole_checkpoint(folder)
+        reason = " ".join(str(problem).split())[:120]
+        raise UserError(
+            f"{folder}: 写不下了，磁盘已满？ cannot be written, the disk is full? ({reason}); "
+            f"最近的检查点 last good checkpoint: {last or 'none'}; make room, then the same command resumes"
+        ) from None
+
+
 def finish(work, results):
     """Mark the run as finished: from now on predict, evaluation and service take its adapter."""
     write_json(work.folder / MANIFEST, work.manifest | {"results": results, "state": "finished"})
@@ -207,7 +236,7 @@ def _checkpoint_in(folder, manifest, resume, anyway):
         _check_same(earlier, manifest, checkpoint, anyway)
         print(f"从检查点继续 resuming from {checkpoint}")
         return checkpoint
-    if earlier:
+    if earlier or any(folder.glob("checkpoint-*")):  # without a manifest: a run that was killed while moved aside
         _move_aside(folder)
     return None
 
@@ -223,10 +252,17 @@ def _chosen_checkpoint(checkpoint, manifest, anyway):
 
 def _is_whole(checkpoint):
     try:
-        sizes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+        written, found = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8")), _hashes(checkpoint)
     except (OSError, ValueError):
         return False
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == sizes[name] for name in sizes)
+    return all(found.get(name) == value for name, value in written.items())
+
+
+def _hashes(checkpoint):
+    """{file: sha256 in hex} of a checkpoint's files, those in its folders too, the record of them left out."""
+    files = sorted(file for file in Path(checkpoint).rglob("*") if file.is_file())
+    relative = {file.relative_to(checkpoint).as_posix(): file for file in files}
+    return {name: dataset.file_hash(str(file)) for name, file in relative.items() if not name.startswith(WHOLE)}
 
 
 def _check_same(earlier, manifest, checkpoint, anyway):
@@ -264,7 +300,7 @@ def _move_aside(folder):
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     aside.mkdir()
-    for file in folder.iterdir():
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):  # it says what the others are: last
         if file.name != ".lock":
             file.rename(aside / file.name)
     print(f"旧的训练结果移到 the earlier run is kept in {aside}")

@@ -1,5 +1,6 @@
 """Training: transformers' Trainer with the chunked loss, batches of like length, and guards."""
 
+import contextlib
 import math
 import random
 import re
@@ -67,7 +68,8 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     callbacks = [stopper, recorder, StallWatch(), EarlyStop(cfg.early_stopping_patience), WholeCheckpoints()]
     args = arguments(cfg, plan, bool(len(rows.validation)), checkpointing)
     trainer = make_trainer(net, args, data, rows.validation, sampler, callbacks, tokenizer)
-    _train(trainer, stopper, checkpoint)
+    with run.told_when_full(folder), contextlib.closing(recorder):
+        _train(trainer, stopper, checkpoint)
     if stopper.received:
         raise Stopped(stopper.received, folder)
     trained, total = models.parameter_counts(net)
@@ -76,9 +78,16 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     return recorder.summary() | _best(trainer.state, cfg) | counts
 
 
+class NothingLeft(Exception):
+    """The checkpoint that a run was resumed from was its last."""
+
+
 def _train(trainer, stopper, checkpoint):
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NothingLeft:  # its weights are loaded; the Trainer would make one step more
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
     except RuntimeError:
         if stopper.received and processes.together():  # the launcher ends this process: another one has failed
             raise SystemExit(128 + stopper.received) from None
@@ -517,20 +526,33 @@ class StopOnSignal(TrainerCallback):
 
 
 class EarlyStop(TrainerCallback):
-    """Stops when `patience` validation losses in a row were no new best; 0 never does. A resume counts on."""
+    """Stops when `patience` validation losses in a row were no new best; 0 never does. A resume counts on.
+
+    Raises NothingLeft where the run that is resumed has stopped so, or has made its last step.
+    """
 
     def __init__(self, patience):
         self.patience = patience
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps or self._over(_validation_losses(state)):
+            raise NothingLeft
+
     def on_evaluate(self, args, state, control, **kwargs):
-        losses = [record["eval_token_loss"] for record in state.log_history if "eval_token_loss" in record]
-        since_best = len(losses) - 1 - losses.index(min(losses))
-        if self.patience and since_best >= self.patience:
+        losses = _validation_losses(state)
+        if self._over(losses):
             control.should_training_stop = control.should_save = True
             print(
-                f"\n验证损失 {since_best} 次没有变好，提前停止 early stop: no new best in {since_best} validations; "
+                f"\n验证损失没有变好，提前停止 early stop: no new best in {self.patience} validations; "
                 f"best {min(losses):.4f}, now {losses[-1]:.4f}"
             )
+
+    def _over(self, losses):
+        return bool(self.patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
+
+
+def _validation_losses(state):
+    return [record["eval_token_loss"] for record in state.log_history if "eval_token_loss" in record]
 
 
 class StallWatch(TrainerCallback):
@@ -620,7 +642,11 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._flush(state)
-        self.bar.close()
+
+    def close(self):
+        """End the bar's line, also after an error."""
+        if self.bar is not None:
+            self.bar.close()
 
     def _flush(self, state):
         if self.pending and state.is_world_process_zero:

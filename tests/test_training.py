@@ -495,6 +495,24 @@ def test_resume_refuses_changed_options(flags, tmp_path):
     assert (tmp_path / "out.1/checkpoint-1").is_dir() and (tmp_path / "out/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("patience", [0, 2], ids=["last step", "early stop"])
+def test_a_run_that_died_after_its_last_step_makes_no_other(flags, tmp_path, monkeypatch, validations, patience):
+    more = ["--lr_scheduler_type", "constant", "--max_steps", 6 if patience else 3, *EVERY_STEP]
+    more += ["--early_stopping_patience", patience]
+    validations(3.0, 4.0, 5.0)
+    train.main(flags("whole", *more))
+    validations(3.0, 4.0, 5.0)
+    with monkeypatch.context() as dying:
+        dying.setattr(run, "save_tuned", lambda *args: fail_at(TrainerState(global_step=1), 1))
+        with pytest.raises(RuntimeError, match="died"):
+            train.main(flags("out", *more))
+    validations()
+    train.main(flags("out", *more))
+    assert results_of(tmp_path / "out")["steps"] == 3 == len(steps_logged(tmp_path / "out"))
+    assert results_of(tmp_path / "out")["adapter_of_step"] == (1 if patience else 3)
+    assert same_adapter(tmp_path / "out", tmp_path / "whole")
+
+
 def test_resume_anyway_goes_on_with_changed_data_and_options(flags, tmp_path, rows_file, capsys):
     more = ["--save_steps", 1, "--learning_rate", 1e30]
     with pytest.raises(UserError, match="non-finite loss or gradient at step 2"):
