@@ -26,6 +26,11 @@ def commands(readme):
 
 DEFAULT_RUN, TESTS = commands("README.md")[0], "pip install -r requirements-dev.txt && python -m pytest"
 SERVER = "post_api.py"
+STARTERS = {
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +59,8 @@ def command_of(small_gemma, small_qwen, small_chatglm, port):
         line = line.replace("google/gemma-2b-it", str(small_gemma)).replace("8044", str(port))
         line = line.replace("Qwen/Qwen1.5-0.5B-Chat", str(small_qwen))
         line = line.replace("THUDM/chatglm-6b", str(small_chatglm))
-        words = shlex.split(line)
-        return [sys.executable if word == "python" else word for word in words]
+        first, *words = shlex.split(line)
+        return [*STARTERS.get(first, [first]), *words]
 
     return make
 
