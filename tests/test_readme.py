@@ -159,12 +159,13 @@ def check_chatglm(folder):
 
 def test_what_the_readmes_promise_is_in_the_code():
     """Shapes shown as JSON are read; knobs named as flags exist."""
-    from common.config import ALIASES, EvaluationFlags, PredictFlags, ServeFlags, TrainFlags
+    from common.config import ALIASES, EvaluationFlags, ExportFlags, PredictFlags, ServeFlags, TrainFlags
     from common.shapes import turns_of
     from gemma_sft.ft_gemma.config import Config
 
     known = {*ALIASES, "config", "help"}
-    for cls in (Config, TrainFlags, PredictFlags, EvaluationFlags, ServeFlags):
+    known |= {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "config_file"}  # the launchers'
+    for cls in (Config, TrainFlags, PredictFlags, EvaluationFlags, ServeFlags, ExportFlags):
         known |= set(cls.__dataclass_fields__)
     for name in ("README.md", "README_zh.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
