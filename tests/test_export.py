@@ -20,7 +20,8 @@ from common.shapes import Turn
 from gemma_sft import prompt as gemma_prompt
 from gemma_sft.ft_gemma import config as gemma_config
 
-FAMILIES = ["gemma_sft.ft_gemma"]  # a family more is one entry more: its embedded base goes all the way
+# families whose exported folder plain transformers loads; a family more is one entry more
+FAMILIES = ["gemma_sft.ft_gemma", "qwen2_sft.ft_qwen2"]
 DATA = Path(__file__).resolve().parents[1] / "data"
 ROWS, QUESTIONS = f"{DATA / 'product_train.jsonl'}#80", str(DATA / "product_heldout.jsonl")
 
