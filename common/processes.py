@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.launch import rank, world_size
 
 PATIENCE = datetime.timedelta(hours=24)  # the others may wait so long while the first reads and tokenises
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by DeepSpeed's names
 _own = {}  # our gloo group: PATIENCE is not for the training's collectives, and its messages stay off the GPU
 
 
@@ -27,6 +28,8 @@ def join(cfg):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would guess, and warn on the console
     if cfg.deepspeed:
         _prepare_deepspeed(cfg)
+    if strategy(cfg) == "FSDP2" and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("FSDP: 请用第 2 版 use version 2: configs/accelerate/fsdp2.yaml")
     if "RANK" not in os.environ:
         return
     if torch.cuda.is_available():
@@ -34,7 +37,7 @@ def join(cfg):
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     _own["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     if strategy(cfg) == "ZeRO-3":
-        _zero3(cfg.deepspeed, cfg.micro_batch_size)
+        _zero3(cfg.deepspeed, cfg.micro_batch_size, cfg.dtype)
 
 
 def part():
@@ -168,10 +171,13 @@ def _json(path):
 
 
 @functools.cache  # transformers looks at it through a weak reference, for as long as it lives
-def _zero3(path, micro_batch_size):
+def _zero3(path, micro_batch_size, dtype):
     """Tell transformers to load a model in shards from now on."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+    from common.model import resolve_dtype
+
     plan = _json(path) | {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": 1}
+    plan |= {name: {"enabled": resolve_dtype(dtype) == kind} for name, kind in PRECISIONS.items()}
     plan.pop("train_batch_size", None)
     return HfDeepSpeedConfig(plan)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -128,6 +129,7 @@ def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
         callbacks=[guard, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    _keep_loss_exact(trainer)
     return trainer
 
 
@@ -147,6 +149,13 @@ def sampler_of(lengths, cfg):
     """The order in which a run of `cfg` takes rows of these lengths."""
     together = cfg.micro_batch_size * world_size() if world_size() > 1 else 1  # one process takes what is left
     return LengthGroupedSampler(lengths, cfg.batch_size, cfg.seed, together)
+
+
+def _keep_loss_exact(trainer):
+    """FSDP2 would hand the loss over as bf16, three digits of it, and add up the processes' gradients in bf16."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin and trainer.args.bf16:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def make_plan(cfg, rows):

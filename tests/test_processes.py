@@ -71,7 +71,11 @@ def finish(start):
 
     def finish(launcher, command):
         process = start(launcher, command)
-        output, errors = process.communicate(timeout=300)
+        try:
+            output, errors = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher ends its processes
+            output, errors = process.communicate()
         return process.returncode, output, errors
 
     return finish
@@ -171,15 +175,6 @@ def test_ddp_trains_what_one_process_does(home, flags, finish, alone):
     assert manifest["state"] == "finished" and manifest["processes"] == "2 DDP"
 
 
-SEVERAL = f"""
-import json, sys
-sys.path[0] = {str(ROOT)!r}
-from common.errors import run_main
-from gemma_sft.ft_gemma import train
-run_main(lambda: [train.main(argv) for argv in json.loads(sys.argv[1])])
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, launcher, more",
@@ -190,22 +185,23 @@ run_main(lambda: [train.main(argv) for argv in json.loads(sys.argv[1])])
     ],
 )
 def test_parts_in_each_process_train_what_one_does(home, flags, finish, alone, name, launcher, more):
-    """Also from a checkpoint in the middle, in another folder."""
-    (home / "several.py").write_text(SEVERAL)
-    again = ["--resume", home / name / "checkpoint-4"]
-    runs = [flags(name, *more, "--eval_rows", 2, "--max_new_tokens", 4), flags(f"{name}_resumed", *more, *again)]
-    code, output, errors = finish(launcher, [str(home / "several.py"), json.dumps(runs)])
+    """Then from the checkpoint in the middle, in another folder."""
+    code, output, errors = finish(launcher, TRAIN + flags(name, *more, "--eval_rows", 2, "--max_new_tokens", 4))
     assert code == 0, errors
-    assert output.count("完成 done") == 2 and output.count("留出数据 held-out rows: 2") == 1
+    assert output.count("完成 done") == 1 and output.count("留出数据 held-out rows: 2") == 1
     assert_same_training(home / name, alone, 1e-4)
+    kind = json.loads((home / name / "run_manifest.json").read_text())["processes"]
+    assert kind == {"zero2": "2 ZeRO-2", "zero3": "2 ZeRO-3", "fsdp2": "2 FSDP2"}[name]
+
+    again = ["--resume", home / name / "checkpoint-4"]
+    code, output, errors = finish(launcher, TRAIN + flags(f"{name}_resumed", *more, *again))
+    assert code == 0, errors
     resumed, whole = log(home / f"{name}_resumed"), log(home / name)[4:]
     assert [record["step"] for record in resumed] == [5, 6, 7, 8, 9]
     assert [record["loss"] for record in resumed] == pytest.approx([record["loss"] for record in whole], abs=1e-6)
     first, second = adapter(home / name), adapter(home / f"{name}_resumed")
     for tensor in first:
         torch.testing.assert_close(first[tensor], second[tensor], rtol=0, atol=1e-6)
-    kind = json.loads((home / name / "run_manifest.json").read_text())["processes"]
-    assert kind == {"zero2": "2 ZeRO-2", "zero3": "2 ZeRO-3", "fsdp2": "2 FSDP2"}[name]
 
 
 def workers(launcher):
@@ -235,7 +231,7 @@ def test_killed_then_stopped_then_resumed(home, flags, start, finish):
     wait_for_steps(home / "stopped", 7, killed)
     os.kill(workers(killed)[1], signal.SIGKILL)
     _, errors = killed.communicate(timeout=60)
-    assert killed.returncode != 0 and "Traceback" not in errors.split("torch.distributed.elastic")[0]
+    assert killed.returncode != 0 and "[rank0]" not in errors  # torch puts it before a worker's traceback
     steps = len(log(home / "stopped"))
 
     stopped = start(TORCHRUN, TRAIN + long)
@@ -309,4 +305,4 @@ def test_an_error_of_one_process_is_said_and_ends_all(home, finish):
     (home / "one_fails.py").write_text(ONE_FAILS)
     code, output, errors = finish(TORCHRUN, [str(home / "one_fails.py")])
     assert code != 0 and error_lines(errors) == ["错误 error: only here"]
-    assert output.count("spoken by") == 1 and "RuntimeError" not in errors
+    assert output.count("spoken by") == 1 and "[rank0]" not in errors
