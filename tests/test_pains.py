@@ -14,13 +14,28 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import answer, dataset, evaluate, loss, metrics, model, pieces, reading, run, shapes, trainer
+from common import (
+    answer,
+    dataset,
+    evaluate,
+    export,
+    loss,
+    metrics,
+    model,
+    packing,
+    pieces,
+    reading,
+    run,
+    shapes,
+    trainer,
+)
 from common.config import TrainFlags, parse
 from common.errors import UserError
 from common.loss import IGNORED
 from common.pieces import TooLong
 from common.shapes import Turn
 from gemma_sft import prompt
+from gemma_sft.ft_gemma import export as export_recipe
 from gemma_sft.ft_gemma import predict, train
 from gemma_sft.ft_gemma.config import Config
 
@@ -82,8 +97,7 @@ def batch_of(*lengths):
         labels = [IGNORED] * (length // 2) + ids[length // 2 :]
         rows.append({"input_ids": ids, "labels": labels, "where": f"f:{number}"})
     batch = trainer.collate(rows, pad_id=0)
-    batch.pop("where")
-    return batch
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
 
 def off(monkeypatch, holder, name):
@@ -199,7 +213,8 @@ def test_pain_08_an_adapter_without_gradient_stops_the_run(flags, tmp_path, monk
 
 def test_pain_08_without_the_guard_a_run_that_learns_nothing_ends_well(flags, tmp_path, monkeypatch):
     cut_off(monkeypatch)
-    off(monkeypatch, trainer, "check_gradients")
+    off(monkeypatch, trainer.Gradients, "check")
+    off(monkeypatch, trainer.tuning, "settle")  # these two would see it at the end, after all the hours
     off(monkeypatch, model, "verify_adapter")
     train.main(flags(tmp_path / "out"))
     saved = load_file(tmp_path / "out/adapter_model.safetensors")
@@ -309,6 +324,45 @@ def test_pain_15_without_the_guard_the_saved_adapter_does_nothing(flags, tmp_pat
     assert not any(p.any() for name, p in loaded.named_parameters() if "lora_B" in name)
 
 
+def exported(run_folder, folder, prompts):
+    """Export the run into `folder`, proven on the questions in the file `prompts`."""
+    export_recipe.main(
+        ["--model_save_dir", str(run_folder), "--output_dir", str(folder), "--eval_data_path", str(prompts)]
+    )
+
+
+def forget_the_adapter(monkeypatch):
+    whole = export.merge
+
+    def merge(tuned):
+        whole(tuned)
+        return export.model.load_base(tuned.manifest["base"]["path"], "float32")
+
+    monkeypatch.setattr(export, "merge", merge)
+
+
+def test_pain_16_a_merged_model_that_answers_otherwise_is_refused(trained, tmp_path, rows_file, monkeypatch):
+    forget_the_adapter(monkeypatch)
+    with pytest.raises(UserError, match="the exported model differs: a logit by"):
+        exported(trained, tmp_path / "whole", rows_file)
+    assert not (tmp_path / "whole").exists()
+
+
+def test_pain_16_without_the_guard_it_is_written(trained, tmp_path, rows_file, monkeypatch, small_gemma):
+    forget_the_adapter(monkeypatch)
+    off(monkeypatch, export, "compare")
+    exported(trained, tmp_path / "whole", rows_file)
+    written, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", small_gemma))
+    assert all(torch.equal(tensor.float(), base[name]) for name, tensor in written.items())
+
+
+def test_pain_17_saving_says_whether_the_adapter_serves_as_it_is(flags, tmp_path, trained):
+    assert "can serve it beside its base" in results_of(trained)["serving"]
+    train.main(flags(tmp_path / "out", "--modules_to_save", "lm_head"))
+    serving = results_of(tmp_path / "out")["serving"]
+    assert "merge it by export.py first" in serving and "modules_to_save" in serving
+
+
 def test_pain_18_what_is_wrong_is_named_with_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "1", "response": "2"}\n{"query": "1", "response": \n{"query": "1", "respnse": "2"}\n')
@@ -372,6 +426,22 @@ def test_pain_25_padding_changes_no_loss(small_net):
     alone = {name: tensor[1:, :9] for name, tensor in batch.items()}
     sums = small_net.eval()(**batch).logits
     torch.testing.assert_close(sums[1:], small_net(**alone).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_pain_25_packed_rows_that_see_each_other_are_refused(tmp_path, tokenizer, small_net, monkeypatch):
+    rows = prepared(tmp_path, [{"query": f"{n}", "response": f"{n}" * n} for n in range(1, 6)], tokenizer).train
+    packs = packing.Packs(rows, 300, seed=1)
+    assert len(packs) == 1
+    packing.check_apart(small_net, packs, torch.float32)
+    whole = packing.collate
+
+    def one_row(packs, pad_id):
+        batch = whole(packs, pad_id)
+        return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
+
+    monkeypatch.setattr(packing, "collate", one_row)
+    with pytest.raises(UserError, match="--packing: 样本互相可见 rows see each other"):
+        packing.check_apart(small_net, packs, torch.float32)
 
 
 def test_pain_26_answers_alone_are_scored_and_failures_count(tmp_path):
