@@ -373,7 +373,7 @@ def interrupted_at(number):
             raise KeyboardInterrupt
         return prompt.render(*args)
 
-    return SimpleNamespace(__file__=prompt.__file__, render=render)
+    return SimpleNamespace(__file__=prompt.__file__, ONE_ANSWER=False, render=render)
 
 
 def test_an_interrupted_tokenisation_is_not_taken_for_good(tmp_path, prepare, arrows):
@@ -404,7 +404,7 @@ def test_two_at_once_tokenise_once(tmp_path, tokenizer):
         rendered.append(args)
         return prompt.render(*args)
 
-    family = SimpleNamespace(__file__=prompt.__file__, render=render)
+    family = SimpleNamespace(__file__=prompt.__file__, ONE_ANSWER=False, render=render)
     cfg = settings(tmp_path, path)
     threads = [
         threading.Thread(target=lambda: found.append(len(dataset.prepare(cfg, tokenizer, family).train)))
