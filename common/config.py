@@ -117,9 +117,12 @@ class PredictFlags:
 class EvaluationFlags:
     """What evaluation.py takes beside the knobs; --data_path is the held-out file here."""
 
-    limit: int = 0  # score only the first rows; 0: all
+    limit: int = 0  # score only the first rows (of each subject); 0: all
     base: bool = False  # score the base model without the adapter
     compare: bool = False  # score both, side by side
+    tasks: tuple[str, ...] = ()  # benchmarks instead of held-out rows: ceval cmmlu mmlu arc gsm8k probe
+    task_dir: str = ""  # folder with their files; the probe is shipped in data/
+    shots: int = 0  # examples before each question
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ ALIASES = {
     "activation_checkpointing": "gradient_checkpointing",
 }
 
+TASKS = ("ceval", "cmmlu", "mmlu", "arc", "gsm8k", "probe")
+
 # name: (test, what is allowed)
 _AT_LEAST_1 = (lambda v: v >= 1, "1 or more")
 _NOT_NEGATIVE = (lambda v: 0 <= v < float("inf"), "0 or more")
@@ -155,7 +160,7 @@ RANGES = {
         "max_new_tokens num_beams eval_batch_size".split(),
         _AT_LEAST_1,
     ),
-    **dict.fromkeys("eval_rows val_set_size weight_decay top_k limit".split(), _NOT_NEGATIVE),
+    **dict.fromkeys("eval_rows val_set_size weight_decay top_k limit shots".split(), _NOT_NEGATIVE),
     **dict.fromkeys("warmup_ratio lora_dropout".split(), _SHARE),
     **dict.fromkeys("learning_rate max_grad_norm temperature repetition_penalty".split(), _ABOVE_0),
     "max_steps": (lambda v: v == -1 or v >= 1, "-1 or at least 1"),
@@ -166,6 +171,7 @@ RANGES = {
     "seed": (lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
     "data_path": (lambda v: len(v) > 0, "at least one file"),
     "target_modules": (lambda v: len(v) > 0, "at least one module"),
+    "tasks": (lambda v: set(v) <= set(TASKS), f"some of {' '.join(TASKS)}"),
 }
 
 

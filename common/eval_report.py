@@ -126,8 +126,8 @@ def _worst_part(base, tuned):
 
 def _task_part(tasks):
     models = [name for name in ("base", "tuned") if name in tasks]
-    lines = [f"- {tasks[models[-1]][task]['method']}" for task in tasks[models[-1]]]
-    title = "## Benchmarks: accuracy\n\n" + "\n".join(lines) + "\n\n"
+    lines = [f"- {found['method']}" for found in tasks[models[-1]].values()]
+    title = "## Benchmarks: accuracy; loss in nats an id\n\n" + "\n".join(lines) + "\n\n"
     return title + _table(["task", "questions", *heads(models)], task_rows(tasks, models))
 
 
@@ -140,6 +140,8 @@ def task_rows(tasks, models):
         if len(found) == 2:
             cells.append(cell(found[1]["accuracy"] - found[0]["accuracy"], tasks["change"][task], "+"))
         rows.append([task, str(found[0]["questions"]), *cells])
+        if all("loss" in each for each in found):
+            rows.append([f"{task}: loss of right answers", "", *_plain([each["loss"] for each in found])])
         if len(found[0]["subjects"]) > 1:
             rows.append([f"{task}: mean of subjects", "", *_plain([each["average"] for each in found])])
             for subject, part in found[0]["subjects"].items():

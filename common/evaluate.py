@@ -90,7 +90,7 @@ def evaluate(answer, rows, cfg, base=False, processes=ALONE):
         _path(cfg, base),
         key_of(cfg, base, [rows, vars(sampling), metrics.signature()]),
         sorted(range(len(rows)), key=lambda number: sum(len(turn.text) for turn in rows[number][1])),
-        lambda numbers: _predict(answer, [(number, *rows[number]) for number in numbers], sampling, base),
+        lambda numbers: predict(answer, [(number, *rows[number]) for number in numbers], sampling, base),
         cfg,
         ("评估基座 base" if base else "评估微调 tuned", "bleu-4"),
         processes,
@@ -99,7 +99,7 @@ def evaluate(answer, rows, cfg, base=False, processes=ALONE):
 
 
 def score_rows(path, key, order, predict, cfg, shown, processes=ALONE):
-    """The records of the row numbers in `order`, by number; `predict(numbers)` yields those of a batch.
+    """The records of the row numbers in `order`, sorted by number; `predict(numbers)` yields those of a batch.
 
     Each batch is appended to `path` as it is done; what an earlier call under the same `key` left there is not done
     again. Batches and their seeds do not depend on where that call stopped, nor on the number of processes.
@@ -129,12 +129,17 @@ def score_rows(path, key, order, predict, cfg, shown, processes=ALONE):
     if processes.rank == 0:
         _gather(path, key)
     processes.wait()
+    return records_in(path)
+
+
+def records_in(path):
+    """The records `score_rows` left in a file, by row number."""
     return sorted(jsonl.read(path), key=lambda record: record["row"])
 
 
 def predictions(cfg, base=False):
-    """The records of the last evaluation, by row number."""
-    return {record["row"]: record for record in jsonl.read(_path(cfg, base))}
+    """{row number: record} of the last evaluation, in that order."""
+    return {record["row"]: record for record in records_in(_path(cfg, base))}
 
 
 def save_results(cfg, rows, scores, apart=False):
@@ -151,7 +156,7 @@ def save_results(cfg, rows, scores, apart=False):
     held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(_sampling(cfg)), "overlap": found}
     results |= {**scores, "held_out": held_out, "signature": metrics.signature()}
     each = {
-        name: [record["scores"] for _, record in sorted(predictions(cfg, name == "base").items())]
+        name: [record["scores"] for record in predictions(cfg, name == "base").values()]
         for name in ("base", "tuned")
         if name in results
     }
@@ -204,8 +209,11 @@ def show_worst(cfg):
         print(f"  {change:+.3f}  {before:.3f} → {after:.3f}  {tuned[row]['where']}")
 
 
-def _predict(answer, batch, sampling, base):
-    """Records of a batch of (row number, where, turns); a row that cannot be asked scores 0 and says why."""
+def predict(answer, batch, sampling, base, score=metrics.score):
+    """Records of a batch of (row number, where, turns); a row that cannot be asked scores 0 and says why.
+
+    score(answer, reference, question) gives {name: value}; whether it "stopped" by itself is added.
+    """
     started = time.monotonic()
     questions = [turns[:-1] for _, _, turns in batch]
     try:
@@ -213,7 +221,7 @@ def _predict(answer, batch, sampling, base):
     except UserError as problem:
         if len(batch) > 1:
             for row in batch:
-                yield from _predict(answer, [row], sampling, base)
+                yield from predict(answer, [row], sampling, base, score)
             return
         answers = [("", f"error: {problem}", 0)]
     seconds = (time.monotonic() - started) / len(batch)
@@ -223,14 +231,14 @@ def _predict(answer, batch, sampling, base):
         yield {
             "row": number,
             "where": where,
-            "prompt": [turn._asdict() for turn in turns[:-1]],
+            "prompt": [{"role": turn.role, "content": turn.text} for turn in turns[:-1]],
             "question": question,
             "reference": reference,
             "answer": text,
             "stop": stop,
             "tokens": tokens,
             "seconds": round(seconds, 3),
-            "scores": metrics.score(text, reference, question) | ended,
+            "scores": score(text, reference, question) | ended,
         }
 
 

@@ -24,7 +24,9 @@ def start():
     """The Processes torchrun started, each with a device of its own; one alone where there is no torchrun."""
     if world_size() == 1:
         return Processes()
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(timeout=datetime.timedelta(days=1))  # a process waits until the slowest has answered its rows
+    patience = datetime.timedelta(days=1)  # a process waits until the slowest one has done its share
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
     return Processes(state.process_index, state.num_processes)
