@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from common import bootstrap, eval_report, evaluate, likelihood, parallel, run, tasks
+from common import bootstrap, eval_report, evaluate, likelihood, run, tasks
 from common.answer import Sampling
 from common.errors import UserError
 from common.shapes import Turn
@@ -22,20 +22,19 @@ def report(answer, questions, cfg, flags):
 
     Under torchrun each process asks its share, and the first one prints and writes.
     """
-    processes = parallel.start()
     if "max_length_q" not in cfg.given:
         answer.max_length_q = PROMPT_LIMIT
     models = evaluate.models_of(flags)
     for model in models:
         for task, asked in questions.items():
-            run_task(answer, task, asked, cfg, model == "base", processes)
-    if processes.rank == 0:
+            run_task(answer, task, asked, cfg, model == "base")
+    if evaluate.is_first():
         results = save_results(questions, models, cfg, flags)
         evaluate.leave_report(cfg, results)
         show_table(results["tasks"], models, questions)
 
 
-def run_task(answer, task, questions, cfg, base=False, processes=evaluate.ALONE):
+def run_task(answer, task, questions, cfg, base=False):
     """The records of a task's `questions`, in order; kept in a file, and gone on with, as an evaluation's are."""
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens)
     settings = [questions, vars(sampling), answer.max_length_q, "likelihood an id"]
@@ -54,7 +53,6 @@ def run_task(answer, task, questions, cfg, base=False, processes=evaluate.ALONE)
         predict,
         cfg,
         (f"{task} {'基座 base' if base else '微调 tuned'}", "accuracy"),
-        processes,
     )
 
 

@@ -8,12 +8,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import bootstrap, dataset, eval_report, jsonl, metrics, overlap, parallel, run
+from common import bootstrap, dataset, eval_report, jsonl, launch, metrics, overlap, processes, run
 from common.answer import Sampling, trained_with
 from common.errors import UserError
 from common.model import base_hash
-
-ALONE = parallel.Processes()
 
 
 def held_out_rows(cfg, rows=None):
@@ -48,10 +46,14 @@ def report(answer, rows, cfg, flags):
 
     Under torchrun each process scores its share of the rows, and the first one prints and writes.
     """
-    processes = parallel.start()
-    scores = {name: evaluate(answer, rows, cfg, name == "base", processes) for name in models_of(flags)}
-    if processes.rank == 0:
+    scores = {name: evaluate(answer, rows, cfg, name == "base") for name in models_of(flags)}
+    if is_first():
         conclude(cfg, rows, scores)
+
+
+def is_first():
+    """Whether this process is the one that prints and writes: the first of those that work together, or one alone."""
+    return not (processes.together() and launch.rank())
 
 
 def models_of(flags):
@@ -79,7 +81,7 @@ def conclude(cfg, rows, scores, apart=False):
     return results
 
 
-def evaluate(answer, rows, cfg, base=False, processes=ALONE):
+def evaluate(answer, rows, cfg, base=False):
     """Score `answer` (an Answerer, or anything called like one) on rows [(where, turns)]: {metric: mean}.
 
     Predictions go to predictions.jsonl (predictions_base.jsonl) in `cfg.model_save_dir`, a line each as they are made;
@@ -93,28 +95,29 @@ def evaluate(answer, rows, cfg, base=False, processes=ALONE):
         lambda numbers: predict(answer, [(number, *rows[number]) for number in numbers], sampling, base),
         cfg,
         ("评估基座 base" if base else "评估微调 tuned", "bleu-4"),
-        processes,
     )
     return metrics.average([record["scores"] for record in records])
 
 
-def score_rows(path, key, order, predict, cfg, shown, processes=ALONE):
+def score_rows(path, key, order, predict, cfg, shown):
     """The records of the row numbers in `order`, sorted by number; `predict(numbers)` yields those of a batch.
 
     Each batch is appended to `path` as it is done; what an earlier call under the same `key` left there is not done
     again. Batches and their seeds do not depend on where that call stopped, nor on the number of processes.
     shown: the title of the progress bar, and the score whose mean it shows.
     """
-    if processes.rank == 0:
-        _gather(path, key)
-    processes.wait()
+    processes.first(lambda: _gather(path, key))
     done = {record["row"]: record for record in jsonl.read(path)}
     processes.wait()
     batches = [order[start : start + cfg.eval_batch_size] for start in range(0, len(order), cfg.eval_batch_size)]
     running = [record["scores"][shown[1]] for record in done.values()]
-    mine = path if processes.rank == 0 else path.with_suffix(f".{processes.rank}.part")
-    with mine.open("a", encoding="utf-8", newline="\n") as file, _bar(len(order), done, shown[0], processes) as bar:
-        for number in range(processes.rank, len(batches), processes.count):
+    rank, count = (launch.rank(), launch.world_size()) if processes.together() else (0, 1)
+    mine = path.with_suffix(f".{rank}.part") if rank else path
+    with (
+        mine.open("a", encoding="utf-8", newline="\n") as file,
+        tqdm(total=len(order), initial=len(done), desc=shown[0]) as bar,
+    ):
+        for number in range(rank, len(batches), count):
             left = [row for row in batches[number] if row not in done]
             if not left:
                 continue
@@ -126,9 +129,7 @@ def score_rows(path, key, order, predict, cfg, shown, processes=ALONE):
             bar.update(len(left))
             bar.set_postfix_str(f"{shown[1]} {sum(running) / len(running):.3f}")
     processes.wait()
-    if processes.rank == 0:
-        _gather(path, key)
-    processes.wait()
+    processes.first(lambda: _gather(path, key))
     return records_in(path)
 
 
@@ -242,10 +243,6 @@ def predict(answer, batch, sampling, base, score=metrics.score):
         }
 
 
-def _bar(total, done, title, processes):
-    return tqdm(total=total, initial=len(done), desc=title, disable=processes.rank > 0)
-
-
 def _gather(path, key):
     """Put the records made under `key` by all processes into `path`, without a line cut off by a kill; drop others."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,9 +277,8 @@ def _decoding(sampling):
 def key_of(cfg, base, parts):
     """Names the model, and in `parts` the rows and settings, that a prediction depends on."""
     trained = trained_with(cfg, run.read_manifest(cfg.model_save_dir), base)
-    adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
     weights = [base_hash(trained["path_model_pretrain"])]
-    if adapter.exists() and not base:
-        weights.append(dataset.file_hash(str(adapter)))
+    if not base:
+        weights += [base_hash(cfg.model_save_dir)]
     parts = [weights, trained, cfg.dtype, cfg.seed, base, *parts]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]

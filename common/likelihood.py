@@ -1,6 +1,5 @@
 """How likely a model finds given answers: their log probability after the very prompt it was trained with."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -73,8 +72,7 @@ def _answer_ids(answerer, question, text):
 
 def _losses(answerer, sequences, base):
     """The loss in nats of each target of each sequence, in order."""
-    net, device = answerer.net, answerer.net.device
-    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+    device = answerer.net.device
     longest = max(len(sequence.ids) for sequence in sequences)
     ids = torch.full((len(sequences), longest), answerer.pad_id)
     mask = torch.zeros_like(ids)
@@ -85,14 +83,14 @@ def _losses(answerer, sequences, base):
         *((row, place, id_) for row, sequence in enumerate(sequences) for _, place, id_ in sequence.targets),
         strict=True,
     )
-    without = net.disable_adapter() if base and hasattr(net, "disable_adapter") else contextlib.nullcontext()
-    with answerer.lock, torch.inference_mode(), without:
+    with answerer.lock, torch.inference_mode(), answerer.chosen(base) as net:
+        causal = net.get_base_model() if hasattr(net, "get_base_model") else net
         trunk = causal.get_decoder()
         hidden = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
         found = token_losses(
             hidden[list(rows), list(positions)],
             torch.tensor(targets, device=device),
             causal.get_output_embeddings(),
-            getattr(causal.config, "final_logit_softcapping", None),
+            softcap=getattr(causal.config, "final_logit_softcapping", None),
         )
     return found.tolist()

@@ -131,7 +131,7 @@ def manifest(tmp_path):
     ]
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     source = {"path": str(path), "sha256": file_hash(str(path))}
-    return {"data": [source], "config": {"model_name": "", "model_author": ""}}
+    return {"data": [source], "config": {"model_name": [], "model_author": []}}
 
 
 def test_rows_that_were_trained_on_are_counted(manifest):

@@ -17,15 +17,16 @@ from common.errors import run_main
 
 def main(argv=None):
     cfg, flags = parse(Config, EvaluationFlags, argv)
-    from common import benchmark, evaluate, parallel, tasks
+    from common import benchmark, evaluate, processes, tasks
 
-    parallel.start()  # under torchrun: a device for each process
+    processes.join(cfg)
     rows = tasks.read(flags) if flags.tasks else evaluate.rows_to_score(cfg, flags.limit)
     answer = load_answer(cfg, flags.base and not flags.compare)
     if flags.tasks:
         benchmark.report(answer, rows, cfg, flags)
     else:
         evaluate.report(answer, rows, cfg, flags)
+    processes.part()
 
 
 if __name__ == "__main__":
