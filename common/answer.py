@@ -90,7 +90,7 @@ class Answerer:
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts], device=self.net.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.net.device)
-        with self.lock, torch.inference_mode(), self._chosen(base) as net:
+        with self.lock, torch.inference_mode(), self.chosen(base) as net:
             output = net.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -101,7 +101,7 @@ class Answerer:
         return output[:, width:].tolist()
 
     @contextlib.contextmanager
-    def _chosen(self, base):
+    def chosen(self, base):
         """The net that answers: the tuned one, its adapter switched off for `base`, or the base loaded beside it."""
         if base and hasattr(self.net, "disable_adapter"):
             with self.net.disable_adapter():

@@ -153,9 +153,12 @@ class PredictFlags:
 class EvaluationFlags:
     """What evaluation.py takes beside the knobs; --data_path is the held-out file here."""
 
-    limit: int = 0  # score only the first rows; 0: all
+    limit: int = 0  # score only the first rows (of each subject); 0: all
     base: bool = False  # score the base model without the adapter
     compare: bool = False  # score both, side by side
+    tasks: tuple[str, ...] = ()  # benchmarks instead of held-out rows: ceval cmmlu mmlu arc gsm8k probe
+    task_dir: str = ""  # folder with their files; the probe is shipped in data/
+    shots: int = 0  # examples before each question
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,8 @@ ALIASES = {
     "activation_checkpointing": "gradient_checkpointing",
 }
 
+TASKS = ("ceval", "cmmlu", "mmlu", "arc", "gsm8k", "probe")
+
 # name: (test, what is allowed)
 _AT_LEAST_1 = (lambda v: v >= 1, "1 or more")
 _NOT_NEGATIVE = (lambda v: 0 <= v < float("inf"), "0 or more")
@@ -203,7 +208,7 @@ RANGES = {
         _AT_LEAST_1,
     ),
     **dict.fromkeys(
-        "eval_rows val_set_size early_stopping_patience weight_decay top_k limit neftune_noise_alpha".split(),
+        "eval_rows val_set_size early_stopping_patience weight_decay top_k limit shots neftune_noise_alpha".split(),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys("warmup_ratio lora_dropout adam_beta1 adam_beta2 label_smoothing_factor".split(), _SHARE),
@@ -219,6 +224,7 @@ RANGES = {
     "report_to": (lambda v: set(v) <= {"tensorboard", "wandb"}, "tensorboard, wandb or both"),
     "data_path": (lambda v: len(v) > 0, "at least one file"),
     "target_modules": (lambda v: len(v) > 0, "at least one module"),
+    "tasks": (lambda v: set(v) <= set(TASKS), f"some of {' '.join(TASKS)}"),
 }
 
 LORA = ("lora", "qlora")

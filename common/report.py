@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common import evaluate, jsonl, processes, run
+from common import eval_report, evaluate, jsonl, processes, run
 from common.answer import Answerer
 from common.config import BELONGS, LORA
 from common.launch import rank
@@ -43,7 +43,7 @@ def compare(work, rows, net, tokenizer, prompt, cfg):
         return load_base(cfg.base, cfg.dtype)
 
     answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned)
-    write_card(work, evaluate.compare(answer, rows, cfg))
+    write_card(work, evaluate.compare(answer, rows, cfg, apart=not cfg.eval_data_path))
 
 
 def draw_loss(folder):
@@ -174,7 +174,7 @@ def _score_table(results):
         return ""
     rows = [
         f"| {name} | {results['base'][name]:.4f} | {results['tuned'][name]:.4f} |"
-        for name in evaluate.shown({"base": results["base"], "tuned": results["tuned"]})
+        for name in eval_report.shown({"base": results["base"], "tuned": results["tuned"]})
     ]
     lines = [
         "",
