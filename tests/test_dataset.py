@@ -570,6 +570,8 @@ def test_counts_add_up(tmp_path, prepare, val_set_size):
 SILENT = """
 from common.pieces import ANSWER, FRAME, Piece, encode_text
 
+ONE_ANSWER = False
+
 def render(tokenizer, turns, style):
     part = FRAME if "a" in turns[-1].text else ANSWER
     return [Piece([tokenizer.bos_token_id], FRAME), Piece(encode_text(tokenizer, turns[-1].text), part)]
