@@ -84,14 +84,25 @@ def add_lora(model, cfg):
         ) from None
 
 
-def load_tuned(base, folder):
-    """`base` with the adapter saved in `folder`; UserError where a key is missing or left over."""
+def load_tuned(base, folder, name="default"):
+    """`base` with the adapter saved in `folder` under peft's `name`; UserError where a key is missing or left over.
+
+    base: a model, or a PeftModel that gets one more adapter.
+    """
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"{folder}: 没有适配器 there is no adapter; train first, or give --model_save_dir or --base")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of missing keys; the comparison below refuses them
-        model = PeftModel.from_pretrained(base, folder)
-    _compare(get_peft_model_state_dict(model), load_file(_weights(folder)), folder)
+        try:
+            if isinstance(base, PeftModel):
+                base.load_adapter(folder, adapter_name=name)
+                model = base
+            else:
+                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+        except (RuntimeError, ValueError) as problem:
+            reason = " ".join(str(problem).split())[:200]
+            raise UserError(f"{folder}: 适配器与模型不符 the adapter does not fit: {reason}") from None
+    _compare(get_peft_model_state_dict(model, adapter_name=name), load_file(_weights(folder)), folder)
     return model.eval()
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.answer import Sampling
+from common.answer import Sampling, decode
 from common.wording import Wording
 
 POLL = 0.2  # seconds between two looks whether a client is still there
@@ -98,6 +98,14 @@ class Ticket:
         """Ids generated so far, of all answers."""
         return sum(len(row.ids) for row in self.rows)
 
+    def texts(self):
+        """{"prompt": text, "texts": answers}, for a log that is asked to hold them."""
+        words = self.rows[0].words
+        return {
+            "prompt": decode(words.tokenizer, self.rows[0].ask.ids),
+            "texts": [row.words.shown for row in self.rows],
+        }
+
     def _next(self, gone):
         while True:
             try:
@@ -124,7 +132,7 @@ class Row:
         self.ticket, self.index, self.ask, self.stop_ids = ticket, index, ask, batcher.stop_ids
         self.words = Wording(batcher.tokenizer, batcher.clean if ask.clean else None, ask.stop)
         self.ids, self.counts, self.entries = self.words.ids, Counter(), []
-        self.random, self.sent, self.over = random.Random(ask.seed), 0, False
+        self.random, self.sent, self.stop, self.over = random.Random(ask.seed), 0, None, False
 
     @property
     def width(self):
@@ -150,8 +158,8 @@ class Row:
     def end(self, stop):
         """Hand over what is left of the text."""
         self.words.more(ended=True)
-        self.over = True
-        self._send("stop" if self.words.stopped else stop)
+        self.over, self.stop = True, "stop" if self.words.stopped else stop
+        self._send(self.stop)
 
     def fail(self, error):
         """End it with an exception."""
