@@ -132,7 +132,7 @@ def _before(service):
     path = request.url_rule.rule if request.url_rule else "other"
     request.environ["service.record"]["path"] = path
     if service.api_key and path not in OPEN and request.method != "OPTIONS":
-        given = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        given = request.headers.get("Authorization", "").encode("latin-1", "replace")
         if not hmac.compare_digest(given, f"Bearer {service.api_key}".encode()):
             why = "密钥不对 wrong or missing key; send Authorization: Bearer KEY"
             raise Refused(why, 401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
