@@ -15,7 +15,8 @@ class Refused(Exception):
 
     def __init__(self, message, status=400, param=None, code=None, headers=()):
         super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, dict(headers)
+        self.status, self.code, self.headers = status, code, dict(headers)
+        self.param = param and param[:64].encode("utf-8", "replace").decode()
 
 
 class Field(NamedTuple):
@@ -55,7 +56,7 @@ def values(body, fields, others=(), null=False):
     for name in body.keys() - fields.keys() - set(others):
         near = difflib.get_close_matches(name, [*fields, *others], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise Refused(f"未知字段 unknown field {shown(name)}{hint}", param=name[:64], code="unknown_field")
+        raise Refused(f"未知字段 unknown field {shown(name)}{hint}", param=name, code="unknown_field")
     found = {}
     for name, field in fields.items():
         value = body.get(name, field.default)

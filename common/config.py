@@ -111,6 +111,7 @@ class PredictFlags:
     compare: bool = False  # show the base's and the tuned model's answers side by side
     print_prompt: str = ""  # print the prompt's text and ids for this question as JSON; loads no weights
     system: str = ""  # system text put before the conversation
+    base_url: str = ""  # ask this OpenAI-compatible server (http://…/v1) instead of loading a model
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class EvaluationFlags:
     limit: int = 0  # score only the first rows; 0: all
     base: bool = False  # score the base model without the adapter
     compare: bool = False  # score both, side by side
+    base_url: str = ""  # ask this OpenAI-compatible server (http://…/v1) instead of loading a model
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def evaluate(answer, rows, cfg, base=False):
     sampling = Sampling.of(cfg, do_sample="do_sample" in cfg.given and cfg.do_sample)
     path = Path(cfg.model_save_dir) / f"predictions{'_base' if base else ''}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = _key(cfg, rows, sampling, base)
+    key = _key(cfg, rows, sampling, base) + getattr(answer, "origin", "")
     done = _done(path, key)
     left = [number for number in range(len(rows)) if number not in done]
     left.sort(key=lambda number: sum(len(turn.text) for turn in rows[number][1]))

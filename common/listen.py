@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 
 import waitress
 from waitress import wasyncore
@@ -27,7 +28,7 @@ class _ErrorTask(ErrorTask):
         problem = self.request.error
         body = json.dumps(error_object(str(problem.body), problem.code, code=problem.reason.lower().replace(" ", "_")))
         self.status = f"{problem.code} {problem.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
+        self.response_headers += [("Content-Type", "application/json"), ("X-Request-ID", uuid.uuid4().hex)]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body.encode())

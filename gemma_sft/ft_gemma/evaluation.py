@@ -19,7 +19,8 @@ def main(argv=None):
     from common import evaluate
 
     rows = evaluate.rows_to_score(cfg, flags.limit)
-    evaluate.report(load_answer(cfg, flags.base and not flags.compare), rows, cfg, flags)
+    answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
+    evaluate.report(answer, rows, cfg, flags)
 
 
 if __name__ == "__main__":
