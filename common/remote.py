@@ -25,10 +25,13 @@ class Remote:
     def __init__(self, url, tokenizer, prompt, style, max_length_q):
         self.url, self.tokenizer, self.prompt, self.style = url.rstrip("/"), tokenizer, prompt, style
         self.max_length_q, self.as_text = max_length_q, False
-        with self._open("/models") as response:
-            self.names = [one["id"] for one in json.load(response)["data"]]
+        try:
+            with self._open("/models") as response:
+                self.names = [one["id"] for one in json.load(response)["data"]]
+        except (ValueError, KeyError, TypeError):
+            self.names = []
         if not self.names:
-            raise UserError(f"--base_url {url}: 没有模型 the server serves no model")
+            raise UserError(f"--base_url {url}: 没有模型 no model is served there; the URL ends with /v1")
         self.origin = f"{self.url} {self.names[0]}"  # what predictions made by it are remembered under
 
     def __call__(self, conversations, sampling, base=False):
@@ -65,17 +68,18 @@ class Remote:
             ids, _ = pieces.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
         except pieces.TooLong as problem:
             raise UserError(str(problem)) from None
-        body = self._body(sampling, base) | {"stream": stream}
+        body, refused = self._body(sampling, base) | {"stream": stream}, None
         if not self.as_text:
             try:
                 return self._open("/completions", body | {"prompt": ids})
             except _Refused as problem:
                 refused = problem
-            text = self._open("/completions", body | {"prompt": pieces.shown(self.tokenizer, ids)}, refused)
-            print(f"{self.url}: 不接受 token id，改发文字 takes no token ids; prompts go as text: {refused}")
+        whole = ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids  # a server puts it before a text
+        response = self._open("/completions", body | {"prompt": pieces.shown(self.tokenizer, whole)}, refused)
+        if refused:
             self.as_text = True
-            return text
-        return self._open("/completions", body | {"prompt": pieces.shown(self.tokenizer, ids)})
+            print(f"{self.url}: 不接受 token id，改发文字 takes no token ids; prompts go as text: {refused}")
+        return response
 
     def _body(self, sampling, base):
         if sampling.num_beams > 1:
@@ -91,14 +95,13 @@ class Remote:
         return body
 
     def _open(self, path, body=None, refused=None, tries=8):
-        """The open response; waits and asks again where the server is busy. _Refused where it will not have the body."""
+        """The open response; asks again where the server is busy. _Refused where it does not take the body."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(self.url + path, data, headers)
         try:
-            return urllib.request.urlopen(request, timeout=600)
+            return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=600)
         except urllib.error.HTTPError as problem:
             with problem:
                 said = problem.read(2000).decode("utf-8", "replace")
