@@ -11,7 +11,7 @@ from pathlib import Path
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from common import adapters, api_docs, listen, openai_api
+from common import adapters, api_docs, listen, openai_api, tracing
 from common.answer import Sampling
 from common.batching import Batcher, Full
 from common.body import LIMIT, Field, Refused, read_json, values
@@ -81,7 +81,7 @@ def create_app(service):
         lambda: len(service.batcher.waiting) if service.batcher else 0,
         lambda: service.batcher.active_count if service.batcher else 0,
     )
-    app.wsgi_app = Watch(app.wsgi_app, counts)
+    app.wsgi_app = Watch(app.wsgi_app, counts, tracing.tracer())
     app.before_request(lambda: _before(service))
     app.after_request(lambda response: _with_cors(service, response))
     _add_errors(app)

@@ -50,8 +50,8 @@ class Counts:
 class Watch:
     """WSGI around the app. `environ["service.record"]` is a dict the app adds to; it becomes the log line."""
 
-    def __init__(self, app, counts):
-        self.app, self.counts = app, counts
+    def __init__(self, app, counts, tracer=None):
+        self.app, self.counts, self.tracer = app, counts, tracer
         self.lock, self.under_way = threading.Lock(), 0
 
     def __call__(self, environ, start_response):
@@ -75,6 +75,8 @@ class Watch:
             self.under_way -= 1
         record |= {"ms": round(seconds * 1000), **_about(environ.get("service.ticket"))}
         self.counts.add(record)
+        if self.tracer and record["path"] not in QUIET:
+            self.tracer.add(record, environ.get("HTTP_TRACEPARENT", ""))
         if environ.get("service.log_text"):
             record |= environ["service.ticket"].texts()
         log.log(logging.DEBUG if record["path"] in QUIET else logging.INFO, "%s", json.dumps(record))

@@ -1,6 +1,7 @@
 """OpenAI's API, used by OpenAI's client over real HTTP, on a small model of each family."""
 
 import contextlib
+import http.server
 import importlib
 import json
 import threading
@@ -415,3 +416,47 @@ def test_the_openapi_document_tells_the_truth(gemma):
         for name in [*schema["properties"], "no_such_field"]:
             error = flask.post(path, json={name: None if "v1" in path else {}}).json["error"]
             assert (error["code"] == "unknown_field") == (name == "no_such_field"), (path, name, error)
+
+
+class Collector(http.server.BaseHTTPRequestHandler):
+    """Takes OTLP over HTTP."""
+
+    got = []
+
+    def do_POST(self):
+        self.got.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_traces(gemma, monkeypatch):
+    """One span a request, below the client's own; no text of the user."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="opentelemetry is not installed")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        app = serve.create_app(gemma.service)
+        parent = {"traceparent": "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"}
+        body = {"messages": ASK, "max_tokens": 2}
+        app.test_client().post("/v1/chat/completions", json=body, headers=parent, buffered=True)
+        app.test_client().get("/health", buffered=True)
+        app.wsgi_app.tracer.provider.shutdown()
+        server.shutdown()
+    ((path, raw),) = Collector.got
+    (span,) = ExportTraceServiceRequest.FromString(raw).resource_spans[0].scope_spans[0].spans
+    values = {one.key: one.value.string_value or one.value.int_value for one in span.attributes}
+    assert path == "/v1/traces" and span.name == "POST /v1/chat/completions"
+    assert (span.trace_id, span.parent_span_id) == (b"\xab" * 16, b"\xcd" * 8)
+    assert values["http.response.status_code"] == 200 and values["gen_ai.request.model"] == "base"
+    assert values["gen_ai.usage.input_tokens"] > 2 and "有问答吗".encode() not in raw
+
+
+def test_no_endpoint_no_traces(gemma, monkeypatch):
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    assert serve.create_app(gemma.service).wsgi_app.tracer is None
