@@ -94,7 +94,7 @@ class Answerer:
             output = net.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=self._config(sampling),
+                generation_config=self.generation_config(sampling),
                 streamer=streamer,
                 stopping_criteria=[streamer.stopped] if streamer else None,
             )
@@ -114,7 +114,8 @@ class Answerer:
         else:
             yield self.net
 
-    def _config(self, sampling):
+    def generation_config(self, sampling):
+        """transformers' settings for a Sampling."""
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,

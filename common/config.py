@@ -147,6 +147,7 @@ class PredictFlags:
     compare: bool = False  # show the base's and the tuned model's answers side by side
     print_prompt: str = ""  # print the prompt's text and ids for this question as JSON; loads no weights
     system: str = ""  # system text put before the conversation
+    base_url: str = ""  # ask this OpenAI-compatible server (http://…/v1) instead of loading a model
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class EvaluationFlags:
     tasks: tuple[str, ...] = ()  # benchmarks instead of held-out rows: ceval cmmlu mmlu arc gsm8k probe
     task_dir: str = ""  # folder with their files; the probe is shipped in data/
     shots: int = 0  # examples before each question
+    base_url: str = ""  # ask this OpenAI-compatible server (http://…/v1) instead of loading a model
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,16 @@ class ServeFlags:
     """What post_api.py takes beside the knobs."""
 
     base: bool = False  # serve the base model without the adapter
+    adapters: tuple[str, ...] = ()  # more runs on the same base, name=folder each; requests choose by `model`
+    api_key: str = ""  # clients must send it as a Bearer token; a --config file keeps it off the process list
+    slots: int = 16  # answers generated together
+    queue: int = 128  # answers that may wait for a slot; beyond it requests get 429
+    request_tokens: int = 0  # longest prompt and answer together; 0: the model's context
+    total_tokens: int = 0  # most tokens in the cache of all slots, padding included; 0: no limit
+    request_seconds: float = 600.0  # time limit of one request
+    drain_seconds: float = 30.0  # after SIGTERM: time for answers under way
+    cors: str = ""  # origin of web pages that may call the service, or *; none may by default
+    log_text: bool = False  # write questions and answers into the log
 
 
 @dataclass(frozen=True)
@@ -204,15 +216,16 @@ _ABOVE_0 = (lambda v: 0 < v < float("inf"), "above 0")
 RANGES = {
     **dict.fromkeys(
         "max_length_q max_length_a epochs freeze_trainable_layers micro_batch_size batch_size logging_steps save_steps "
-        "lora_r lora_alpha max_new_tokens num_beams eval_batch_size".split(),
+        "lora_r lora_alpha max_new_tokens num_beams eval_batch_size slots".split(),
         _AT_LEAST_1,
     ),
     **dict.fromkeys(
-        "eval_rows val_set_size early_stopping_patience weight_decay top_k limit shots neftune_noise_alpha".split(),
+        "eval_rows val_set_size early_stopping_patience weight_decay top_k limit shots neftune_noise_alpha "
+        "queue request_tokens total_tokens drain_seconds".split(),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys("warmup_ratio lora_dropout adam_beta1 adam_beta2 label_smoothing_factor".split(), _SHARE),
-    **dict.fromkeys("learning_rate max_grad_norm temperature repetition_penalty".split(), _ABOVE_0),
+    **dict.fromkeys("learning_rate max_grad_norm temperature repetition_penalty request_seconds".split(), _ABOVE_0),
     "max_steps": (lambda v: v == -1 or v >= 1, "-1 or at least 1"),
     "save_total_limit": (lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),
     "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),

@@ -90,7 +90,7 @@ def evaluate(answer, rows, cfg, base=False):
     sampling = _sampling(cfg)
     records = score_rows(
         _path(cfg, base),
-        key_of(cfg, base, [rows, vars(sampling), metrics.signature()]),
+        key_of(cfg, base, [rows, vars(sampling), metrics.signature(), getattr(answer, "origin", "")]),
         sorted(range(len(rows)), key=lambda number: sum(len(turn.text) for turn in rows[number][1])),
         lambda numbers: predict(answer, [(number, *rows[number]) for number in numbers], sampling, base),
         cfg,

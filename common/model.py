@@ -103,19 +103,36 @@ def _from_modelscope(path):
 
 
 def load_tuned(trained, folder, dtype):
-    """The tuned model of `folder`, as `trained` (of answer.open_run) says: base and adapter, or the whole model there.
-
-    UserError where a key of the adapter is missing or left over.
-    """
+    """The tuned model in `folder`, as `trained` (of answer.open_run) says: base and adapter, or a whole model."""
     if trained["tuning"] not in LORA:
         return load_base(folder, dtype)
+    _check_adapter_is_there(folder)  # before a large base is loaded for nothing
+    return attach(load_base(trained["path_model_pretrain"], dtype, trained["bits"]), folder)
+
+
+def _check_adapter_is_there(folder):
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"{folder}: 没有适配器 there is no adapter; train first, or give --model_save_dir or --base")
-    base = load_base(trained["path_model_pretrain"], dtype, trained["bits"])
+
+
+def attach(base, folder, name="default"):
+    """`base` with the adapter saved in `folder` under peft's `name`; UserError where a key is missing or left over.
+
+    base: a model, or a PeftModel that gets one more adapter.
+    """
+    _check_adapter_is_there(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of missing keys; the comparison below refuses them
-        model = PeftModel.from_pretrained(base, folder)
-    _compare(_adapter_state(model), load_file(_weights(folder)), folder)
+        try:
+            if isinstance(base, PeftModel):
+                base.load_adapter(folder, adapter_name=name)
+                model = base
+            else:
+                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+        except (RuntimeError, ValueError) as problem:
+            reason = " ".join(str(problem).split())[:200]
+            raise UserError(f"{folder}: 适配器与模型不符 the adapter does not fit: {reason}") from None
+    _compare(_adapter_state(model, name=name), load_file(_weights(folder)), folder)
     return model.eval()
 
 
@@ -178,8 +195,8 @@ def verify_whole(model, folder, state=None):
         )
 
 
-def _adapter_state(model, state=None):
-    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+def _adapter_state(model, state=None, name="default"):
+    return get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
 
 
 def _weights(folder):

@@ -147,10 +147,15 @@ def test_evaluation_scores_base_and_tuned(family, trained):
 
 
 def test_the_service_answers(family, answer):
-    from common.serve import create_app
+    from common.batching import Batcher
+    from common.serve import Service, create_app
 
-    client = create_app(answer, "out").test_client()
-    response = client.post("/nlg/text_generate", json={"text": "1+1=", "do_sample": False, "max_new_tokens": 5})
+    batcher = Batcher(answer, {"tuned": "default", "base": None})
+    try:
+        client = create_app(Service("out", "tuned", batcher)).test_client()
+        response = client.post("/nlg/text_generate", json={"text": "1+1=", "do_sample": False, "max_new_tokens": 5})
+    finally:
+        batcher.close()
     assert response.status_code == 200
     assert response.get_json() == answer([[Turn("user", "1+1=")]], Sampling(max_new_tokens=5))[0].text
 

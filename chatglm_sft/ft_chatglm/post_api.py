@@ -1,4 +1,4 @@
-"""Serve the tuned ChatGLM over HTTP: POST /nlg/text_generate, GET /health.
+"""Serve the tuned ChatGLM over HTTP: OpenAI's API, POST /nlg/text_generate, a chat page.
 
 python chatglm_sft/ft_chatglm/post_api.py --model_save_dir out --port 8033
 """
@@ -18,8 +18,7 @@ def main(argv=None):
     cfg, flags = parse(Config, ServeFlags, argv)
     from common import serve
 
-    app = serve.create_app(load_answer(cfg, flags.base), model_name=cfg.model_save_dir, base=flags.base)
-    serve.serve(app, cfg.host, cfg.port)
+    serve.run(load_answer, cfg, flags)
 
 
 if __name__ == "__main__":

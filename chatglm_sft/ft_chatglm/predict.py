@@ -14,12 +14,11 @@ from common.config import PredictFlags, parse
 from common.errors import run_main
 
 
-def load_answer(cfg, base=False):
-    """The Answerer of the run in `cfg.model_save_dir`; evaluation.py and post_api.py use it too."""
-    import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
-    from common import answer
+def load_answer(cfg, base=False, base_url=""):
+    """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
+    from common import answer, remote
 
-    return answer.load(cfg, prompt, base)
+    return remote.load(cfg, prompt, base_url) if base_url else answer.load(cfg, prompt, base)
 
 
 def main(argv=None):
@@ -30,7 +29,7 @@ def main(argv=None):
 
     if flags.print_prompt:
         return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
-    answer = load_answer(cfg, flags.base and not flags.compare)
+    answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
     if flags.query:
         return console.ask_once(answer, Sampling.of(cfg), flags)
     console.chat(answer, Sampling.of(cfg), flags)

@@ -21,7 +21,7 @@ def main(argv=None):
 
     processes.join(cfg)
     rows = tasks.read(flags) if flags.tasks else evaluate.rows_to_score(cfg, flags.limit)
-    answer = load_answer(cfg, flags.base and not flags.compare)
+    answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
     if flags.tasks:
         benchmark.report(answer, rows, cfg, flags)
     else:

@@ -14,11 +14,11 @@ from qwen2_sft import prompt
 from qwen2_sft.ft_qwen2.config import Config
 
 
-def load_answer(cfg, base=False):
-    """The Answerer of the run in `cfg.model_save_dir`; evaluation.py and post_api.py use it too."""
-    from common import answer
+def load_answer(cfg, base=False, base_url=""):
+    """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
+    from common import answer, remote
 
-    return answer.load(cfg, prompt, base)
+    return remote.load(cfg, prompt, base_url) if base_url else answer.load(cfg, prompt, base)
 
 
 def main(argv=None):
@@ -28,7 +28,7 @@ def main(argv=None):
 
     if flags.print_prompt:
         return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
-    answer = load_answer(cfg, flags.base and not flags.compare)
+    answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
     if flags.query:
         return console.ask_once(answer, Sampling.of(cfg), flags)
     console.chat(answer, Sampling.of(cfg), flags)

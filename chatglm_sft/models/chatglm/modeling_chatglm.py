@@ -298,6 +298,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM with its language-model head, which shares the embedding's weight."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    whole_prompts = True  # a prompt attends to itself in both directions: it is read in one call
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
@@ -375,6 +376,14 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         if (position_ids := kwargs.pop("position_ids", None)) is not None:
             kwargs["prompt_position_ids"] = position_ids
         return super().generate(None, *args, **kwargs)
+
+    def prompt_positions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Positions of whole prompts [B, S] with a 0/1 mask: [B, 2, S], or [B, S] in 1-D mode."""
+        return build_position_ids(input_ids, attention_mask.bool(), self.config)
+
+    def next_positions(self, position_ids: Tensor) -> Tensor:
+        """Positions of one more token, from those of the last two: [B, 2, 1], or [B, 1] in 1-D mode."""
+        return grow_position_ids(position_ids)[..., -1:]
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
         """transformers calls this once the mask is known; the positions of the prompts go into `model_kwargs`."""

@@ -1,0 +1,73 @@
+"""The next id of each row of a batch: greedy or drawn, each row by its own settings and its own random numbers."""
+
+import torch
+
+
+def penalised(logits, row):
+    """A row's logits [V] after its penalties, changed in place.
+
+    Repetition penalty: Keskar et al. 2019, arXiv 1909.05858, over prompt and answer; presence and frequency penalty:
+    OpenAI's, over the answer.
+    """
+    ask = row.ask
+    if ask.sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*ask.ids, *row.ids}), device=logits.device)
+        scores, penalty = logits[seen], ask.sampling.repetition_penalty
+        logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    if row.counts and (ask.presence_penalty or ask.frequency_penalty):
+        ids = torch.tensor(list(row.counts), device=logits.device)
+        times = torch.tensor(list(row.counts.values()), device=logits.device, dtype=logits.dtype)
+        logits[ids] -= ask.presence_penalty + ask.frequency_penalty * times
+    return logits
+
+
+def next_ids(logits, rows):
+    """The next id of each row, as a list. logits [B, V] are changed; rows have `ask`, `ids`, `counts`, `random`."""
+    for number, row in enumerate(rows):
+        penalised(logits[number], row)
+    chosen = logits.argmax(-1)
+    drawn = [number for number, row in enumerate(rows) if row.ask.sampling.do_sample]
+    if drawn:
+        chosen[drawn] = draw(
+            logits[drawn],
+            [rows[number].ask.sampling for number in drawn],
+            [rows[number].random.random() for number in drawn],
+        )
+    return chosen.tolist()
+
+
+def draw(logits, samplings, numbers):
+    """Ids [B] drawn from logits [B, V] by temperature, top_k, top_p and one random number in [0, 1) a row.
+
+    The same row with the same number draws the same id in whatever batch it stands.
+    """
+    device, size = logits.device, logits.shape[-1]
+    top_k = torch.tensor([min(s.top_k or size, size) for s in samplings], device=device)[:, None]
+    top_p = torch.tensor([s.top_p for s in samplings], device=device, dtype=torch.float64)[:, None]
+    temperature = torch.tensor([s.temperature for s in samplings], device=device)[:, None]
+    scores, ids = logits.topk(int(top_k.max()))  # falling
+    scores = (scores - scores[:, :1]) / temperature
+    scores = scores.masked_fill(torch.arange(scores.shape[1], device=device) >= top_k, float("-inf"))
+    chances = scores.double().softmax(-1)
+    sums = chances.cumsum(-1)
+    chances = chances.masked_fill((sums - chances >= top_p) & (sums > chances), 0)  # the first always stays
+    sums = chances.cumsum(-1)
+    numbers = torch.tensor(numbers, device=device, dtype=torch.float64)[:, None] * sums[:, -1:]
+    picked = torch.searchsorted(sums, numbers, right=True)
+    possible = (chances > 0).sum(-1, keepdim=True)
+    return ids.gather(1, torch.minimum(picked, possible - 1))[:, 0]
+
+
+def logprobs(logits, chosen, alternatives):
+    """Per row None or (log probability of the chosen id, [(id, log probability)] of the most probable ones).
+
+    logits [B, V] as the model gave them; alternatives: how many a row wants, None for no log probabilities at all.
+    """
+    found = [None] * len(chosen)
+    for number, count in enumerate(alternatives):
+        if count is not None:
+            scores = logits[number].log_softmax(-1)
+            best = scores.topk(count) if count else None
+            top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if count else []
+            found[number] = (scores[chosen[number]].item(), top)
+    return found

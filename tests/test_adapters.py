@@ -1,0 +1,87 @@
+"""Several adapters in one process: each name answers as its run does alone, whatever the others are doing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from common import adapters, model
+from common.answer import Answerer, Sampling
+from common.batching import Batcher
+from common.errors import UserError
+from common.shapes import Turn
+from common.ticket import Ask
+from gemma_sft import prompt
+
+QUESTIONS = [f"{n}+{n}=有他问答" for n in range(6)]
+
+
+@pytest.fixture(scope="module")
+def runs(small_gemma, tmp_path_factory):
+    """Folders of three adapters that make a difference."""
+    folders = []
+    for seed, modules in ((1, None), (2, None), (3, ["norm"])):
+        folders.append(tmp_path_factory.mktemp("run"))
+        torch.manual_seed(seed)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=modules)
+        net = get_peft_model(model.load_base(small_gemma, "float32"), lora)
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        net.save_pretrained(folders[-1])
+    return folders
+
+
+def answerer(base, *folders):
+    net = model.load_base(base, "float32")
+    if folders:
+        net = model.attach(net, folders[0])
+    return Answerer(net, model.load_tokenizer(base, prompt), prompt, "chat", 512)
+
+
+def test_each_name_answers_as_its_run_alone(small_gemma, runs):
+    greedy = Sampling(max_new_tokens=16)
+    alone = {"base": answerer(small_gemma), "tuned": answerer(small_gemma, runs[0])}
+    alone |= {name: answerer(small_gemma, run) for name, run in zip("ab", runs[1:], strict=True)}
+    expected = {
+        name: [one([[Turn("user", question)]], greedy)[0].text for question in QUESTIONS] for name, one in alone.items()
+    }
+    assert len({tuple(texts) for texts in expected.values()}) == 4
+    answer = answerer(small_gemma, runs[0])
+    names = adapters.load(answer, [f"a={runs[1]}", f"b={runs[2]}"])
+    assert names == {"tuned": "default", "base": None, "a": "a", "b": "b"}
+    batcher = Batcher(answer, names)
+    ids = [batcher.prompt_ids([Turn("user", question)]) for question in QUESTIONS]
+    tickets = [(name, batcher.submit(name, [Ask(one, greedy)])) for one in ids for name in names]
+    found = {name: [] for name in names}
+    for name, ticket in tickets:
+        found[name].append("".join(part.text for parts in ticket.parts() for part in parts))
+    batcher.close()
+    assert found == expected
+
+
+def test_adapters_beside_the_base_alone(small_gemma, runs):
+    answer = answerer(small_gemma)
+    assert adapters.load(answer, [f"a={runs[1]}"], "base") == {"base": None, "a": "a"}
+
+
+@pytest.mark.parametrize("spec", ["a", "=x", "base=x", "tuned=x", "a b=x", "default=x", "a/b=x"])
+def test_names(small_gemma, runs, spec):
+    with pytest.raises(UserError, match="name=folder"):
+        adapters.load(answerer(small_gemma, runs[0]), [spec])
+
+
+def test_what_does_not_fit_is_refused(small_gemma, runs, tmp_path):
+    answer = answerer(small_gemma, runs[0])
+    with pytest.raises(UserError, match="no adapter"):
+        adapters.load(answer, [f"a={tmp_path}"])
+    with pytest.raises(UserError, match="not yet taken"):
+        adapters.load(answer, [f"a={runs[1]}", f"a={runs[2]}"])
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    manifest = {"base": {"sha256": "0", "path": "another"}, "template": {"style": "chat"}}
+    (run / "run_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="trained on another"):
+        adapters.load(answer, [f"c={run}"])

@@ -1,0 +1,282 @@
+"""The slot batcher: what a request gets does not depend on who else is there."""
+
+import importlib
+import random
+import time
+from dataclasses import replace
+
+import pytest
+
+from common.answer import Sampling, decode
+from common.batching import Batcher, Full
+from common.shapes import Turn
+from common.ticket import Ask, Failed, Gone, TimedOut
+from common.wording import Wording
+
+FAMILIES = {
+    "gemma": "gemma_sft.ft_gemma",
+    "qwen": "qwen2_sft.ft_qwen2",
+    "chatglm": "chatglm_sft.ft_chatglm",
+}
+QUESTIONS = [f"{'他是不有的' * (n * 7 % 11)}问{n}+{n}=" for n in range(16)]
+
+
+def answerer(family, folder):
+    recipe = importlib.import_module(FAMILIES[family] + ".predict")
+    config = importlib.import_module(FAMILIES[family] + ".config").Config
+    return recipe.load_answer(config(path_model_pretrain=str(folder), model_save_dir="/nowhere"), base=True)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def answer(request):
+    return answerer(request.param, request.getfixturevalue(f"small_{request.param}"))
+
+
+@pytest.fixture(scope="module")
+def batcher(answer):
+    batcher = Batcher(answer, {"base": None}, slots=16)
+    yield batcher
+    batcher.close()
+
+
+@pytest.fixture(scope="module")
+def gemma(small_gemma):
+    return answerer("gemma", small_gemma)
+
+
+@pytest.fixture
+def batcher_of(gemma):
+    """batcher_of(**knobs): a Batcher on the random Gemma, closed after the test."""
+    made = []
+
+    def make(**knobs):
+        made.append(Batcher(gemma, {"base": None}, **knobs))
+        return made[-1]
+
+    yield make
+    for batcher in made:
+        batcher.close()
+
+
+def ask(batcher, text, tokens=12, **changes):
+    sampling = Sampling(max_new_tokens=tokens, **changes.pop("sampling", {}))
+    return Ask(batcher.prompt_ids([Turn("user", text)]), sampling, **changes)
+
+
+def ids_and_stop(ticket):
+    """[(ids, stop)] of the ticket's answers, once they have ended."""
+    stops = {part.index: part.stop for parts in ticket.parts() for part in parts if part.stop}
+    return [(row.ids, stops[row.index]) for row in ticket.rows]
+
+
+def text_of(ticket):
+    return "".join(part.text for parts in ticket.parts() for part in parts)
+
+
+def generated(answer, question, **sampling):
+    """(ids, stop) of transformers' generate for one question alone."""
+    (row,) = answer._generate([answer.prompt_ids([Turn("user", question)])], Sampling(**sampling))
+    ends = [number for number, id_ in enumerate(row) if id_ in answer.stop_ids]
+    return (row[: ends[0]], "stop") if ends else (row, "length")
+
+
+def test_together_as_one_by_one(answer, batcher):
+    """Greedy ids of 16 requests that come at different times are those of generate, one by one."""
+    lengths = [4 + n * 5 % 23 for n in range(16)]
+    expected = [generated(answer, q, max_new_tokens=n) for q, n in zip(QUESTIONS, lengths, strict=True)]
+    tickets = []
+    for number, (question, length) in enumerate(zip(QUESTIONS, lengths, strict=True)):
+        tickets.append(batcher.submit("base", [ask(batcher, question, length)]))
+        if number % 5 == 4:
+            time.sleep(0.02)  # some join while others are under way
+    assert [ids_and_stop(ticket)[0] for ticket in tickets] == expected
+    assert len({tuple(ids) for ids, _ in expected}) > 8  # and the model does not say the same to all
+
+
+def test_penalties_as_in_generate(answer, batcher):
+    expected = generated(answer, "有问答吗", max_new_tokens=24, repetition_penalty=1.7)
+    others = [batcher.submit("base", [ask(batcher, question, 30)]) for question in QUESTIONS[:5]]
+    asked = ask(batcher, "有问答吗", 24, sampling={"repetition_penalty": 1.7})
+    assert ids_and_stop(batcher.submit("base", [asked]))[0] == expected
+    for ticket in others:
+        ids_and_stop(ticket)
+
+
+def test_beams_as_in_generate(answer, batcher):
+    """Beams go through generate itself, in turn with the others."""
+    expected = generated(answer, "有问答吗", max_new_tokens=8, num_beams=3)
+    other = batcher.submit("base", [ask(batcher, QUESTIONS[3], 20)])
+    ticket = batcher.submit("base", [ask(batcher, "有问答吗", 8, sampling={"num_beams": 3})])
+    assert ids_and_stop(ticket)[0] == expected
+    assert ids_and_stop(other)[0] == generated(answer, QUESTIONS[3], max_new_tokens=20)
+
+
+def test_long_prompts_are_read_in_chunks(answer, batcher, monkeypatch):
+    """… where the model allows it; the answer is the same."""
+    monkeypatch.setattr("common.batching.CHUNK", 16)
+    question = "的一是不了人我在有他" * 10
+    expected = generated(answer, question, max_new_tokens=10)
+    short = batcher.submit("base", [ask(batcher, "有", 30)])
+    assert ids_and_stop(batcher.submit("base", [ask(batcher, question, 10)]))[0] == expected
+    assert ids_and_stop(short)[0] == generated(answer, "有", max_new_tokens=30)
+
+
+def test_sampling_depends_on_the_seed_alone(batcher):
+    drawn = {"do_sample": True, "temperature": 1.5, "top_k": 40, "top_p": 0.95}
+    asked = ask(batcher, "有问答吗", 16, sampling=drawn, seed=7)
+    alone = ids_and_stop(batcher.submit("base", [asked]))[0]
+    others = [batcher.submit("base", [ask(batcher, q, 20, sampling=drawn)]) for q in QUESTIONS[:6]]
+    assert ids_and_stop(batcher.submit("base", [asked]))[0] == alone
+    for ticket in others:
+        ids_and_stop(ticket)
+    different = ask(batcher, "有问答吗", 16, sampling=drawn, seed=8)
+    assert ids_and_stop(batcher.submit("base", [different]))[0] != alone
+
+
+def test_text_is_that_of_the_answerer(answer, batcher):
+    """Live or not, the parts make up the text the console shows."""
+    for question in QUESTIONS[:4]:
+        expected = answer([[Turn("user", question)]], Sampling(max_new_tokens=40))[0].text
+        for live in (False, True):
+            assert text_of(batcher.submit("base", [ask(batcher, question, 40, live=live)])) == expected
+
+
+def test_forward_passes_are_shared(batcher_of):
+    batcher = batcher_of(slots=16)
+    before = batcher.forwards
+    tickets = [batcher.submit("base", [ask(batcher, "有", 40, stop=("\x00",))]) for _ in range(16)]
+    total = sum(len(ids_and_stop(ticket)[0][0]) for ticket in tickets)
+    assert total > 100 and batcher.forwards - before < total / 4
+
+
+def test_a_slot_is_free_as_soon_as_a_client_leaves(batcher_of):
+    batcher = batcher_of(slots=1, queue=1)
+    long = batcher.submit("base", [ask(batcher, "有", 900)])
+    queued = batcher.submit("base", [ask(batcher, "有", 900)])
+    with pytest.raises(Full):
+        batcher.submit("base", [ask(batcher, "有")])
+    queued.cancel()
+    with pytest.raises(Gone):
+        list(long.parts(gone=lambda: True))
+    assert text_of(batcher.submit("base", [ask(batcher, "问", 4)])) is not None
+    assert len(long.rows[0].ids) < 900 and queued.rows[0].ids == [] and not batcher.waiting
+
+
+def test_a_time_limit(batcher_of):
+    batcher = batcher_of()
+    with pytest.raises(TimedOut):
+        list(batcher.submit("base", [ask(batcher, "有", 900)], seconds=0.05).parts())
+
+
+def test_total_tokens_bound_the_batch(batcher_of):
+    """Three of 40 columns do not fit in 100 tokens; one of more than 100 is answered alone."""
+    batcher, widest = batcher_of(total_tokens=100), 0
+    asks = [ask(batcher, "有", tokens) for tokens in (20, 20, 20, 200)]
+    tickets = [batcher.submit("base", [one]) for one in asks]
+    while any(row.ticket.ended is None and not row.over for ticket in tickets for row in ticket.rows):
+        widest = max(widest, batcher.active_count)
+        time.sleep(0.001)
+    assert widest <= 2 and all(ids_and_stop(ticket) for ticket in tickets)
+
+
+def test_several_answers_to_one_request(batcher_of):
+    batcher, drawn = batcher_of(), {"do_sample": True, "temperature": 2.0}
+    asks = [ask(batcher, "有问答吗", 12, sampling=drawn, seed=seed) for seed in (1, 2, 3)]
+    found = ids_and_stop(batcher.submit("base", asks))
+    assert len({tuple(ids) for ids, _ in found}) == 3
+    assert found == [ids_and_stop(batcher.submit("base", [one]))[0] for one in asks]
+
+
+def test_frequency_penalty_ends_a_loop(batcher_of):
+    """A random model says the same piece again and again, until it has become too dear."""
+    batcher = batcher_of()
+    plain = ids_and_stop(batcher.submit("base", [ask(batcher, "有", 60)]))[0][0]
+    dear = ids_and_stop(batcher.submit("base", [ask(batcher, "有", 60, frequency_penalty=2.0)]))[0][0]
+    once = ids_and_stop(batcher.submit("base", [ask(batcher, "有", 60, presence_penalty=100.0)]))[0][0]
+    assert max(map(dear.count, dear)) < max(map(plain.count, plain)) and len(set(once)) == len(once)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_stop_strings(batcher_of, live):
+    """The text ends before the first stop string, of which no part was ever sent; logprobs are those of the text."""
+    batcher = batcher_of()
+    sampling = Sampling(max_new_tokens=60, do_sample=True, temperature=3.0)
+    asked = Ask(batcher.prompt_ids([Turn("user", "有")]), sampling, clean=False, live=live)
+    seed, whole = next(
+        (seed, text)
+        for seed in range(50)
+        if len(text := text_of(batcher.submit("base", [replace(asked, seed=seed)]))) > 12
+    )
+    stop = whole[8:11]
+    stopping = replace(asked, seed=seed, stop=(stop, "没有"), logprobs=2)
+    parts = [part for parts in batcher.submit("base", [stopping]).parts() for part in parts]
+    expected = whole[: whole.index(stop)]
+    assert "".join(part.text for part in parts) == expected and parts[-1].stop == "stop"
+    assert all(expected.startswith("".join(part.text for part in parts[:n])) for n in range(len(parts)))
+    entries = [entry for part in parts for entry in part.entries]
+    assert decode(batcher.tokenizer, [entry.id for entry in entries]) == expected
+    assert all(len(e.top) == 2 and e.top[0][1] >= e.top[1][1] and e.logprob <= e.top[0][1] <= 0 for e in entries)
+
+
+def test_a_request_that_fails_harms_no_other(batcher_of):
+    """An id beyond the vocabulary fails in the model; those read with it are answered."""
+    batcher = batcher_of()
+    bad = batcher.submit("base", [Ask([10**6], Sampling(max_new_tokens=3))])
+    good = [batcher.submit("base", [ask(batcher, "有", 6)]) for _ in range(3)]
+    with pytest.raises(Failed):
+        list(bad.parts())
+    assert len({tuple(ids_and_stop(ticket)[0][0]) for ticket in good}) == 1 and batcher.alive
+
+
+def test_a_model_that_is_broken_is_not_alive(batcher_of, monkeypatch):
+    batcher = batcher_of()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(batcher.net, "forward", broken)
+    with pytest.raises(Failed):
+        list(batcher.submit("base", [ask(batcher, "有", 6)]).parts())
+    batcher.thread.join(10)
+    assert not batcher.alive
+    with pytest.raises(Failed):
+        batcher.submit("base", [ask(batcher, "有", 6)])
+
+
+def test_a_cache_with_windows(small_gemma, tmp_path):
+    """Gemma 2 sees only the last ids in every other layer; padded rows keep that."""
+    import torch
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(small_gemma)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), **sizes, **heads)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    answer = answerer("gemma", tmp_path)
+    batcher = Batcher(answer, {"base": None})
+    tickets = [batcher.submit("base", [ask(batcher, question, 20)]) for question in QUESTIONS[:6]]
+    expected = [generated(answer, question, max_new_tokens=20) for question in QUESTIONS[:6]]
+    assert [ids_and_stop(ticket)[0] for ticket in tickets] == expected
+    batcher.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_come_whole(family, request):
+    """Whatever ids: the parts are the text, and nothing that was shown changes."""
+    from transformers import AutoTokenizer
+
+    if family == "chatglm":
+        import chatglm_sft.models.chatglm  # noqa: F401
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(f"small_{family}"))
+    dice, special = random.Random(0), set(tokenizer.all_special_ids)
+    ordinary = [id_ for id_ in range(len(tokenizer)) if id_ not in special]
+    texts = [tokenizer.encode("你好，世界😀 一二 三\n\na  b", add_special_tokens=False)]
+    for ids in texts + [[dice.choice(ordinary) for _ in range(30)] for _ in range(60)]:
+        words, shown = Wording(tokenizer), ""
+        for id_ in ids:
+            words.ids.append(id_)
+            shown += words.more()
+            assert shown == words.shown
+        assert shown + words.more(ended=True) == decode(tokenizer, ids)
