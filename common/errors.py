@@ -1,5 +1,6 @@
 """Errors a user can act on: one line that says what, where and how to mend it, whatever the number of processes."""
 
+import os
 import sys
 import time
 
@@ -26,15 +27,28 @@ def run_main(main):
         launch.let_first_speak(launch.SHORT if error.everywhere else launch.GRACE)
         if not (launch.rank() and error.everywhere):
             print(f"错误 error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if launch.world_size() == 1:
+            raise
         if not _lost_another(error):
             launch.let_first_speak()
-            raise
+            sys.excepthook(*sys.exc_info())
+            _end(1)
         time.sleep(launch.GRACE)  # that one has its own error to show, and the launcher ends this one
-        sys.exit("错误 error: 另一个进程退出了 another process ended; its error, if it had time for one, is above")
+        print("错误 error: 另一个进程退出了 another process ended; its error, if any, is above", file=sys.stderr)
+        _end(1)
+
+
+def _end(code):
+    """Exit; one of several processes without tidying up, which takes time and may wait for those that are gone."""
+    if launch.world_size() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _lost_another(error):

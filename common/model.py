@@ -70,6 +70,11 @@ def add_lora(model, cfg):
 
     LoRA weights stay fp32 over a bf16 base. LoRA: Hu et al. 2021, arXiv 2106.09685.
     """
+    if cfg.modules_to_save and model.config.tie_word_embeddings and processes.strategy(cfg) == "FSDP2":
+        raise UserError(
+            f"--modules_to_save {' '.join(cfg.modules_to_save)}: FSDP2 不能拆分共享的权重 cannot split weights that "
+            "embedding and head share; use DDP or configs/deepspeed/zero3.json"
+        )
     targets = "all-linear" if cfg.target_modules == ("all-linear",) else list(cfg.target_modules)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
