@@ -17,7 +17,7 @@ from common.errors import UserError
 
 
 class Rows(NamedTuple):
-    """What there is to train on. `train` and `validation` are datasets of input_ids, labels, length and where."""
+    """What there is to train on: `train` and `validation` are datasets of input_ids, labels, length, cut and where."""
 
     train: object
     validation: object
@@ -41,7 +41,7 @@ def _prepare(cfg, tokenizer, prompt):
     rng, tokenizer_id = random.Random(cfg.seed), tokenizer_hash(tokenizer)
     for spec in cfg.data_path:
         path, wanted = split_sample(spec)
-        dataset, source, left_out = _tokenised(path, cfg, tokenizer, tokenizer_id, prompt)
+        dataset, source, left_out = tokenised(path, cfg, tokenizer, tokenizer_id, prompt)
         picked = _sample(len(dataset), wanted, rng)
         sources.append(source | {"used": len(picked)})
         rejected += left_out
@@ -128,7 +128,7 @@ def tokenizer_hash(tokenizer):
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
+def tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
     """(dataset, source, rejected) of one file, from the cache where its content and all that shapes it are the same."""
     from datasets import Dataset
 
@@ -147,7 +147,8 @@ def _tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
 
 
 def _cache_key(path, content, cfg, tokenizer_id, prompt):
-    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (reading, shapes, pieces, prompt)]
+    files = [__file__, *(module.__file__ for module in (reading, shapes, pieces, prompt))]
+    code = [Path(file).read_text(encoding="utf-8") for file in files]
     knobs = [cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a, cfg.model_name, cfg.model_author]
     parts = [path, content, tokenizer_id, code, knobs]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -161,7 +162,11 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
     from tqdm import tqdm
 
     features = Features(
-        input_ids=ListOf(Value("int32")), labels=ListOf(Value("int32")), length=Value("int32"), where=Value("string")
+        input_ids=ListOf(Value("int32")),
+        labels=ListOf(Value("int32")),
+        length=Value("int32"),
+        cut=Value("bool"),
+        where=Value("string"),
     )
     counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -195,7 +200,7 @@ def _write_row(where, found, reason, cfg, tokenizer, prompt, writer, rejected, c
     supervised = sum(label != pieces.IGNORED for label in sample.labels)
     counts.update(kept=1, cut=sample.cut, tokens=len(sample.input_ids), supervised=supervised)
     columns = {"input_ids": sample.input_ids, "labels": sample.labels, "length": len(sample.input_ids)}
-    writer.write(columns | {"where": where})
+    writer.write(columns | {"cut": sample.cut, "where": where})
 
 
 def _sample_of(turns, cfg, tokenizer, prompt):

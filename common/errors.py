@@ -1,5 +1,6 @@
 """Errors a user can act on: one line that says what, where and how to mend it, whatever the number of processes."""
 
+import errno
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Call `main()` as a script: a UserError becomes one line on stderr and its exit code, Ctrl-C exit code 130.
+    """Call `main()` as a script: a UserError or a full disk becomes one line on stderr, Ctrl-C exit code 130.
 
     Of several processes the first prints; another one only an error that the first does not have.
     """
@@ -31,15 +32,24 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if launch.world_size() == 1:
-            raise
-        if not _lost_another(error):
-            launch.let_first_speak()
-            sys.excepthook(*sys.exc_info())
-            _end(1)
-        time.sleep(launch.GRACE)  # that one has its own error to show, and the launcher ends this one
-        print("错误 error: 另一个进程退出了 another process ended; its error, if any, is above", file=sys.stderr)
+        _end_of(error)
+
+
+def _end_of(error):
+    """End with what is to be said of an error that is no UserError: a line for a full disk, or its traceback."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        line = f"{error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room"
+    elif launch.world_size() > 1 and _lost_another(error):
+        line = "另一个进程退出了 another process ended; its error, if any, is above"
+        time.sleep(launch.GRACE)  # its launcher ends this one too
+    elif launch.world_size() > 1:
+        launch.let_first_speak()
+        sys.excepthook(*sys.exc_info())
         _end(1)
+    else:
+        raise error
+    print(f"错误 error: {line}", file=sys.stderr)
+    _end(1)
 
 
 def _end(code):

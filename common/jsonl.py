@@ -1,6 +1,7 @@
 """JSON lines: one object a line, UTF-8, lines ended by \\n alone (texts may hold other line separators)."""
 
 import json
+import os
 from pathlib import Path
 
 
@@ -10,8 +11,10 @@ def read(path):
 
 
 def write(path, records):
-    """Replace the file's content by `records`."""
-    Path(path).write_text("".join(map(line_of, records)), encoding="utf-8", newline="\n")
+    """Replace the file's content by `records`: it is either the old file or the whole new one."""
+    draft = Path(f"{path}.part")
+    draft.write_text("".join(map(line_of, records)), encoding="utf-8", newline="\n")
+    os.replace(draft, path)
 
 
 def line_of(record):
