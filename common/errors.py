@@ -1,6 +1,7 @@
 """Errors a user can act on: one line that says what, where and how to mend it, whatever the number of processes."""
 
 import errno
+import os
 import sys
 import time
 
@@ -27,23 +28,37 @@ def run_main(main):
         launch.let_first_speak(launch.SHORT if error.everywhere else launch.GRACE)
         if not (launch.rank() and error.everywhere):
             print(f"错误 error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(
-            f"错误 error: {error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        _end(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not _lost_another(error):
-            launch.let_first_speak()
-            raise
-        time.sleep(launch.GRACE)  # that one has its own error to show, and the launcher ends this one
-        sys.exit("错误 error: 另一个进程退出了 another process ended; its error, if it had time for one, is above")
+        _end_of(error)
+
+
+def _end_of(error):
+    """End with what is to be said of an error that is no UserError: a line for a full disk, or its traceback."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        line = f"{error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room"
+    elif launch.world_size() > 1 and _lost_another(error):
+        line = "另一个进程退出了 another process ended; its error, if any, is above"
+        time.sleep(launch.GRACE)  # its launcher ends this one too
+    elif launch.world_size() > 1:
+        launch.let_first_speak()
+        sys.excepthook(*sys.exc_info())
+        _end(1)
+    else:
+        raise error
+    print(f"错误 error: {line}", file=sys.stderr)
+    _end(1)
+
+
+def _end(code):
+    """Exit; one of several processes without tidying up, which takes time and may wait for those that are gone."""
+    if launch.world_size() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _lost_another(error):

@@ -103,6 +103,11 @@ def _add_lora(base, cfg):
         target_modules=named(base, cfg.target_modules),
         modules_to_save=named(base, cfg.modules_to_save) or None,
     )
+    if cfg.modules_to_save and base.config.tie_word_embeddings and processes.strategy(cfg) == "FSDP2":
+        raise UserError(
+            f"--modules_to_save {' '.join(cfg.modules_to_save)}: FSDP2 不能拆分共享的权重 cannot split weights that "
+            "embedding and head share; use DDP or configs/deepspeed/zero3.json"
+        )
     if cfg.use_pissa:
         _check_pissa(base, config)
     try:
