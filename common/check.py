@@ -14,6 +14,7 @@ import numpy
 
 from common import dataset, memory, rehearsal, tuning
 from common.errors import UserError
+from common.launch import world_size
 from common.pieces import IGNORED
 
 SAMPLES = 3  # rows shown with their mask
@@ -71,6 +72,10 @@ REASONS = {
 
 def run(cfg, flags, base, tokenizer, prompt):
     """Print what --check found, with `flags.json` as one JSON object; SystemExit(1) where the verdict is bad."""
+    if world_size() > 1:
+        raise UserError(
+            "--check: 用一个进程运行 run it as one process, without a launcher; a step's memory is per process"
+        )
     with contextlib.redirect_stdout(sys.stderr) if flags.json else contextlib.nullcontext():
         rows, report = examine(cfg, tokenizer, prompt)
         show_rows(report)

@@ -9,7 +9,6 @@ import torch
 from transformers import TrainerCallback
 
 from common import memory, trainer
-from common.config import world_size
 from common.loss import use_supervised_loss
 
 PASSES = 3  # over the data, of which the heaviest micro batch is looked for
@@ -23,33 +22,34 @@ def rehearse(net, rows, cfg, tokenizer, steps):
     step of each is not timed. Raises UserError as `fit` does. Leaves no files, and weights that mean nothing.
     """
     use_supervised_loss(net.train(), cfg.label_smoothing_factor)
-    plan, sampler = trainer.make_plan(cfg, len(rows.train)), trainer.sampler_of(rows.train["length"], cfg)
+    data, lengths = trainer.training_data(net, rows.train, cfg)
+    plan, sampler = trainer.make_plan(cfg, len(data)), trainer.sampler_of(lengths, cfg)
     micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
-    heaviest, ordinary = rows.train.select(micro[-1]), rows.train.select(micro[len(micro) // 2])
-    step = trainer.step_memory(cfg, net, rows, tokenizer, sampler.shape(micro[-1]))
-    others = _seconds_a_step(net, cfg, tokenizer, ordinary, steps, step.checkpointing)
+    heaviest, ordinary = micro[-1], micro[len(micro) // 2]
+    step = trainer.step_memory(cfg, net, rows, tokenizer, sampler.shape(heaviest))
+    others = _seconds_a_step(net, cfg, tokenizer, data, ordinary * steps, step.checkpointing)
     with memory.Peak() as used:
-        seconds = _seconds_a_step(net, cfg, tokenizer, heaviest, steps, step.checkpointing)
+        seconds = _seconds_a_step(net, cfg, tokenizer, data, heaviest * steps, step.checkpointing)
     mean = numpy.mean([sampler.ids_in(numbers) for numbers in micro])
-    line = numpy.interp(mean, [sampler.ids_in(micro[len(micro) // 2]), sampler.ids_in(micro[-1])], [others, seconds])
+    line = numpy.interp(mean, [sampler.ids_in(ordinary), sampler.ids_in(heaviest)], [others, seconds])
     runs = plan["total_steps"] * plan["accumulation"] * float(line)
-    shape = {"where": heaviest["where"][:], "rows": len(heaviest), "length": max(heaviest["length"])}
+    where = trainer.collate(data.__getitems__(heaviest), pad_id=0)["where"]
+    shape = {"where": where, "rows": len(where), "length": sampler.shape(heaviest)[1]}
     taken = {"peak": used.peak, "measured": used.peak - used.before, "free": step.free}
     taken |= {"estimate": step.estimate.total(step.checkpointing), "gradient_checkpointing": step.checkpointing}
     times = {"seconds": seconds, "total_steps": plan["total_steps"], "run_seconds": runs}
     return {"step": shape | times, "memory": taken}
 
 
-def _seconds_a_step(net, cfg, tokenizer, rows, steps, checkpointing):
-    """Mean seconds of a step on the micro batch `rows`, the first left out."""
-    again = rows.select(list(range(len(rows))) * steps * world_size())
-    watch = StopWatch()
+def _seconds_a_step(net, cfg, tokenizer, data, order, checkpointing):
+    """Mean seconds of a step over `data` in `order`, a micro batch a step, the first left out."""
+    watch, steps = StopWatch(), len(order) // len(set(order))
     plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": steps}
     with tempfile.TemporaryDirectory() as folder:
         args = trainer.arguments(replace(cfg, model_save_dir=folder, max_steps=steps), plan, False, checkpointing)
+        args.per_device_train_batch_size = len(set(order))  # the last micro batch of an epoch may be smaller
         args.save_strategy = "no"
-        again, order = again.with_format("numpy"), range(len(again))
-        trainer.make_trainer(net, args, again, again.select([]), order, [watch], tokenizer).train()
+        trainer.make_trainer(net, args, data, [], order, [watch], tokenizer).train()
     return sum(watch.seconds[1:]) / len(watch.seconds[1:])
 
 

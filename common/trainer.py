@@ -56,9 +56,7 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     if cfg.early_stopping_patience and not len(rows.validation):
         raise UserError("--early_stopping_patience 需要验证数据 needs validation rows: --val_set_size above 0")
     use_supervised_loss(net, cfg.label_smoothing_factor)
-    data, lengths = rows.train.with_format("numpy"), rows.train["length"]
-    if cfg.packing:
-        data, lengths = _pack(net, rows.train, cfg)
+    data, lengths = training_data(net, rows.train, cfg)
     plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
     padding = sampler.padding(cfg.micro_batch_size)
     show_plan(cfg, plan, padding)
@@ -104,8 +102,10 @@ def _best(state, cfg):
     return {"best_step": state.best_global_step, "best_eval_loss": state.best_metric, "adapter_of_step": saved}
 
 
-def _pack(net, rows, cfg):
-    """(Packs, their lengths), proven on the first of them not to let rows see each other."""
+def training_data(net, rows, cfg):
+    """(what batches are made of, its lengths): rows, or packs proven on the first not to let rows see each other."""
+    if not cfg.packing:
+        return rows.with_format("numpy"), rows["length"]
     capacity = cfg.max_length_q + cfg.max_length_a
     packs = packing.Packs(rows, capacity, cfg.seed)
     print(f"打包 packing: {len(rows)} 行 rows → {len(packs)} 个序列 sequences of {capacity} ids at most")

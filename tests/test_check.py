@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common import check, rehearsal, trainer
+from common.errors import UserError
 from common.pieces import IGNORED
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import train
@@ -193,6 +194,19 @@ def test_the_heaviest_micro_batch_of_the_run_is_tried():
     sampler = trainer.LengthGroupedSampler(lengths, 4, seed=1)
     batches = sampler.by_weight(2, passes=2)
     assert sorted(batches[-1]) == [2, 7] and sampler.ids_in(batches[-1]) == 18 and len(batches) == 8
+
+
+def test_the_heaviest_packs_are_tried_where_rows_are_packed(report):
+    rows = [{"question": f"{n}+1=", "answer": str(n + 1)} for n in range(3, 20)]
+    found, code = report(rows, "--packing", "--micro_batch_size", 2, "--batch_size", 4)
+    assert code == 0 and found["step"]["rows"] > 4 and 80 < found["step"]["length"] <= 100
+    assert found["memory"]["peak"] > 0 and found["step"]["total_steps"] == 6
+
+
+def test_a_check_is_one_process(report, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--check: .* as one process"):
+        report([])
 
 
 def test_a_step_out_of_memory_is_a_line(report, monkeypatch):

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from common import memory, model, trainer
+from common import memory, model, trainer, tuning
 from common.loss import use_supervised_loss
 from gemma_sft.ft_gemma import train
 from gemma_sft.ft_gemma.config import Config
@@ -17,7 +17,7 @@ ROW = {"where": "f:1"}
 
 @pytest.fixture
 def net(small_gemma):
-    net = model.add_lora(model.load_base(small_gemma, "float32"), Config(lora_dropout=0.1))
+    net = tuning.make_trainable(model.load_base(small_gemma, "float32"), Config(lora_dropout=0.1))
     use_supervised_loss(net.train())
     return net
 
@@ -96,7 +96,7 @@ def fake_dataset(rows):
 
 
 def test_sharded_weights_are_recomputed(monkeypatch, capsys, net, tokenizer):
-    next(net.parameters()).ds_id = 0
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     sampler = trainer.LengthGroupedSampler([8], 1, seed=1)
     rows = SimpleNamespace(train=fake_dataset([{"length": 8}]))
     assert trainer.needs_checkpointing(Config(), net, rows, tokenizer, sampler) is True
