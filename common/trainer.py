@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from common import jsonl, run
 from common import model as models
 from common.config import world_size
+from common.dataset import lengths_of
 from common.errors import UserError
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED
@@ -42,8 +43,9 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     use_supervised_loss(net)
     pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
     plan = make_plan(cfg, len(rows.train))
-    sampler = LengthGroupedSampler(rows.train["length"], cfg.micro_batch_size * world_size(), cfg.seed)
-    show_plan(cfg, plan, sampler.padding())
+    sampler = LengthGroupedSampler(lengths_of(rows.train), cfg.micro_batch_size * world_size(), cfg.seed)
+    padding = sampler.padding()
+    show_plan(cfg, plan, padding)
     folder = Path(cfg.model_save_dir)
     guard, recorder, stopper = Guard(folder), Recorder(folder), StopOnSignal()
     trainer = SupervisedTrainer(
@@ -61,7 +63,7 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopper.received:
         raise Stopped(stopper.received, folder)
-    return recorder.summary() | {"padding": round(sampler.padding(), 4)}
+    return recorder.summary() | {"padding": round(padding, 4)}
 
 
 def make_plan(cfg, rows):

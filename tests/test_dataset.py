@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import dataset, pieces
+from common import dataset, parallel, pieces
 from common.errors import UserError
 from common.shapes import Turn
 from gemma_sft import prompt
@@ -244,7 +244,7 @@ def test_a_rejected_parquet_row_may_hold_a_date(tmp_path, prepare):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = prepare(str(tmp_path / "a.parquet"))
     assert lines(found.train) == [1, 3] and [row["where"][-2:] for row in found.rejected] == [":2"]
-    assert "2024" in json.dumps(found.rejected)
+    assert "2024" in json.dumps(list(found.rejected))
 
 
 def test_identity_rows_are_filled_or_reported(tmp_path, prepare, tokenizer):
@@ -313,7 +313,7 @@ def test_what_changes_the_ids_is_tokenised_again(tmp_path, prepare, arrows, knob
     filled = {"model_name": "a", "model_author": "b"}
     first, second = prepare(path, **filled), prepare(path, **filled | knobs)
     assert len(arrows()) == 2
-    assert (first.train[:], first.rejected) != (second.train[:], second.rejected)
+    assert (first.train[:], list(first.rejected)) != (second.train[:], list(second.rejected))
 
 
 def test_changed_content_is_tokenised_again(tmp_path, prepare, arrows):
@@ -368,7 +368,7 @@ def interrupted_at(number):
             raise KeyboardInterrupt
         return prompt.render(*args)
 
-    return SimpleNamespace(__file__=prompt.__file__, render=render)
+    return SimpleNamespace(__file__=prompt.__file__, ONE_ANSWER=False, render=render)
 
 
 def test_an_interrupted_tokenisation_is_not_taken_for_good(tmp_path, prepare, arrows):
@@ -399,7 +399,7 @@ def test_two_at_once_tokenise_once(tmp_path, tokenizer):
         rendered.append(args)
         return prompt.render(*args)
 
-    family = SimpleNamespace(__file__=prompt.__file__, render=render)
+    family = SimpleNamespace(__file__=prompt.__file__, ONE_ANSWER=False, render=render)
     cfg = settings(tmp_path, path)
     threads = [
         threading.Thread(target=lambda: found.append(len(dataset.prepare(cfg, tokenizer, family).train)))
@@ -410,6 +410,63 @@ def test_two_at_once_tokenise_once(tmp_path, tokenizer):
     for thread in threads:
         thread.join(timeout=60)
     assert found == [200] * 3 and len(rendered) == 200
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Files of more than seven rows are tokenised by two processes, three rows at a time."""
+    monkeypatch.setattr(dataset, "CHUNK", 3)
+    monkeypatch.setattr(parallel, "ALONE", 2)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
+
+
+MANY = [QA, EMPTY, {"question": "问" * 90, "answer": "答"}, '{"question": 坏', {"x": 1}, {"text": "一段"}]
+MANY += [
+    {"question": f"a{number}", "human_answers": ["b"] * (number % 3), "chatgpt_answers": ["c"]} for number in range(9)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma", "chatglm"])
+def test_several_processes_make_what_one_makes(tmp_path, tokenizer, family, monkeypatch, request):
+    path = write(tmp_path, "a.jsonl", MANY)
+    if family == "chatglm":
+        import chatglm_sft.prompt
+        from chatglm_sft.make_embedded import make_tokenizer
+
+        arguments = make_tokenizer(list("\nabcx0123456789问答一段")), chatglm_sft.prompt
+    else:
+        arguments = tokenizer, prompt
+    knobs = {"max_length_q": FRAME + 40, "max_dropped": 1.0}
+    alone = dataset.prepare(settings(tmp_path / "one", path, **knobs), *arguments)
+    request.getfixturevalue("processes")
+    together = dataset.prepare(settings(tmp_path / "two", path, **knobs), *arguments)
+    assert together.train[:] == alone.train[:] and len(alone.train) == 21
+    assert together.sources == alone.sources and alone.sources[0]["rows"] == 24 and alone.sources[0]["cut"] > 0
+    assert list(together.rejected) == list(alone.rejected)
+    assert [int(row["where"].rpartition(":")[2]) for row in alone.rejected] == [2, 4, 5]
+
+
+def die(chunk):
+    if chunk == [2]:
+        os._exit(9)
+    return chunk
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_told(processes):
+    found = parallel.map_chunks(die, [[0], [1], [3], [2], [4]])
+    with pytest.raises(UserError, match="a tokenising process died"):
+        list(found)
+
+
+def test_chunks_are_not_read_ahead_of_their_use():
+    read = []
+    chunks = (read.append(number) or [number] for number in range(100))
+    assert next(parallel.map_chunks(list, chunks)) == [0] and read == [0]
 
 
 # ---------------------------------------------------------------- labels, id by id
@@ -563,6 +620,8 @@ def test_counts_add_up(tmp_path, prepare, val_set_size):
 
 SILENT = """
 from common.pieces import ANSWER, FRAME, Piece, encode_text
+
+ONE_ANSWER = False
 
 def render(tokenizer, turns, style):
     part = FRAME if "a" in turns[-1].text else ANSWER

@@ -4,10 +4,11 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 
 import pytest
 
-from common import shapes
+from common import reading, shapes
 from common.errors import UserError
 from common.reading import read_records
 from common.shapes import ShapeError, Turn
@@ -521,6 +522,37 @@ def test_one_long_line(tmp_path):
     assert problems == [] and len(found) == 20_000
     assert {line for line, _ in found} == {1}
     assert [found[0][1][0].text, found[9_999][1][0].text, found[-1][1][0].text] == ["问0", "问9999", "问19999"]
+
+
+@pytest.mark.parametrize("joint, lines", [(",", [1] * 12), (",\n", range(1, 13)), ("\n , ", range(1, 13))], ids=repr)
+def test_arrays_longer_than_a_block(tmp_path, monkeypatch, joint, lines):
+    monkeypatch.setattr(reading, "BLOCK", 7)  # bytes: characters and numbers are cut somewhere
+    rows = [{"text": f"第{number}行，\n😀", "n": number * 10**number} for number in range(11)] + [123456789]
+    texts = joint.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    records = list(read_records(write(tmp_path, "a.json", f"\ufeff[{texts}]")))
+    assert [record.value for record in records] == rows
+    assert [record.line for record in records] == list(lines)
+
+
+def test_a_broken_array_is_not_read_to_its_end(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('[{"a": 1},\n{"a": 2,, "b": 3},\n' + '{"a": 1},\n' * 200_000, encoding="utf-8")
+    tracemalloc.start()
+    with pytest.raises(UserError, match='a.json:2: .*broken JSON: .*in \'{"a": 2,, '):
+        list(read_records(str(file)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * reading.BLOCK < file.stat().st_size
+
+
+def test_one_line_is_not_held_as_a_whole(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("[" + ",".join(['{"a": "文字"}'] * 200_000) + "]", encoding="utf-8")
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(str(file))) == 200_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * reading.BLOCK < file.stat().st_size
 
 
 def test_long_elements_over_many_lines(tmp_path):
