@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import json
 import os
+import pickle
 import threading
 from collections import Counter
 from pathlib import Path
@@ -430,24 +431,25 @@ MANY += [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma", "chatglm"])
-def test_several_processes_make_what_one_makes(tmp_path, tokenizer, family, monkeypatch, request):
-    path = write(tmp_path, "a.jsonl", MANY)
-    if family == "chatglm":
-        import chatglm_sft.prompt
-        from chatglm_sft.make_embedded import make_tokenizer
-
-        arguments = make_tokenizer(list("\nabcx0123456789问答一段")), chatglm_sft.prompt
-    else:
-        arguments = tokenizer, prompt
-    knobs = {"max_length_q": FRAME + 40, "max_dropped": 1.0}
-    alone = dataset.prepare(settings(tmp_path / "one", path, **knobs), *arguments)
+def test_several_processes_make_what_one_makes(tmp_path, tokenizer, request):
+    path, knobs = write(tmp_path, "a.jsonl", MANY), {"max_length_q": FRAME + 40, "max_dropped": 1.0}
+    alone = dataset.prepare(settings(tmp_path / "one", path, **knobs), tokenizer, prompt)
     request.getfixturevalue("processes")
-    together = dataset.prepare(settings(tmp_path / "two", path, **knobs), *arguments)
+    together = dataset.prepare(settings(tmp_path / "two", path, **knobs), tokenizer, prompt)
     assert together.train[:] == alone.train[:] and len(alone.train) == 21
     assert together.sources == alone.sources and alone.sources[0]["rows"] == 24 and alone.sources[0]["cut"] > 0
     assert list(together.rejected) == list(alone.rejected)
     assert [int(row["where"].rpartition(":")[2]) for row in alone.rejected] == [2, 4, 5]
+
+
+def test_a_sentencepiece_tokenizer_can_be_handed_to_a_process():
+    from chatglm_sft.make_embedded import make_tokenizer
+
+    tokenizer = make_tokenizer(list("\nab问答"))
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    for text in ("问 a\n[MASK]b", TYPED):
+        assert pieces.encode_text(copy, text) == pieces.encode_text(tokenizer, text)
+    assert dataset.tokenizer_hash(copy) == dataset.tokenizer_hash(tokenizer)
 
 
 def die(chunk):

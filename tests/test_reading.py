@@ -195,6 +195,70 @@ def test_shapes(row, turns):
     assert shapes.turns_of(row) == [turns]
 
 
+def moss(*texts, command="None"):
+    """Rounds of MOSS's chat, made up."""
+    rounds = zip(texts[::2], texts[1::2], strict=True)
+    return {
+        f"turn_{number}": {
+            "Human": f"<|Human|>: {question}<eoh>\n",
+            "Inner Thoughts": "<|Inner Thoughts|>: None<eot>\n",
+            "Commands": f"<|Commands|>: {command}<eoc>\n",
+            "Tool Responses": "<|Results|>: None<eor>\n",
+            "MOSS": f"<|MOSS|>: {answer}<eom>\n",
+        }
+        for number, (question, answer) in enumerate(rounds, 1)
+    }
+
+
+def said(role, text, *replies, **more):
+    """A message of an OpenAssistant tree, made up."""
+    return {"message_id": "1", "text": text, "role": role, "lang": "zh", "replies": list(replies)} | more
+
+
+WORSE, BETTER = said("assistant", "差", rank=1), said("assistant", "好", said("prompter", "三"), rank=0)
+
+
+@pytest.mark.parametrize(
+    "row, turns",
+    [
+        ({"prompt": "骂人", "response": "不妥。", "type": "Insult"}, talk("骂人", "不妥。")),
+        (
+            {
+                "textbox_q_instruction": "选一项",
+                "textbox_q_context": "",
+                "textbox_question": "一加一？ A 一 B 二",
+                "textbox_answer": "B",
+                "textbox_answer_analysis": "得二。",
+            },
+            talk("选一项\n一加一？ A 一 B 二", "B\n得二。"),
+        ),
+        (
+            {"conversation_id": 1, "meta_instruction": "", "num_turns": 2, "chat": moss("一 <1>", "二\n", "三", "四")},
+            talk("一 <1>", "二", "三", "四"),
+        ),
+        ({"meta_instruction": "简短", "num_turns": 1, "chat": moss("一", "二")}, talk("一", "二", system="简短")),
+        (
+            {"message_tree_id": "1", "prompt": said("prompter", "一", said("assistant", "二"))},
+            talk("一", "二"),
+        ),
+        ({"message_tree_id": "1", "prompt": said("prompter", "一", WORSE, BETTER)}, talk("一", "好")),
+        (
+            {
+                "dialogue": "<start_chat><Human 1>：（字数要求：20字）一？ <Assistant 1>:二。\n"
+                "<Human 2>:三 <Assistant 2>：四 <end_chat>",
+                "reference": "书",
+                "language": "zh",
+                "type": "fact",
+            },
+            talk("一？", "二。", "三", "四"),
+        ),
+    ],
+    ids=["Safety-Prompts", "COIG", "MOSS", "MOSS system", "OpenAssistant", "OpenAssistant rank", "RefGPT"],
+)
+def test_shapes_of_public_sets(row, turns):
+    assert shapes.turns_of(row) == [turns]
+
+
 def test_hc3_is_a_conversation_an_answer(tmp_path):
     rows = [
         {"question": "问", "human_answers": ["甲", "乙"], "chatgpt_answers": ["丙"]},
@@ -211,7 +275,7 @@ def test_hc3_is_a_conversation_an_answer(tmp_path):
     "row",
     [
         {"instruction": "问", "response": "答"},
-        {"prompt": "问", "response": "答"},
+        {"prompt": "问", "text": "答"},
         {"question": "问", "response": "答"},
         {"instruction": "问", "text": "答"},
     ],
@@ -292,6 +356,14 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ({"conversation": ["问"]}, ["conversation", "human", "assistant", "问"]),
         ({"conversation": [{"human": "问"}]}, ["assistant", "is empty"]),
         ({"conversation": []}, ["no question and answer"]),
+        ({"num_turns": 1, "chat": moss("一", "二", command='Search("一")')}, ["calls a plugin", "Search"]),
+        ({"num_turns": 1, "chat": {"turn_1": "一"}}, ["chat", "Human", "MOSS"]),
+        ({"num_turns": 0, "chat": {}}, ["no question and answer"]),
+        ({"message_tree_id": "1", "prompt": said("prompter", "一")}, ["no question and answer"]),
+        ({"message_tree_id": "1", "prompt": "一"}, ["prompt", "role", "replies"]),
+        ({"message_tree_id": "1", "prompt": said("bystander", "一")}, ["unknown role", "bystander"]),
+        ({"dialogue": "一二三", "reference": "书"}, ["dialogue", "<Human 1>"]),
+        ({"dialogue": "<Human 1>:一 <Human 2>:二", "reference": "书"}, ["last turn must be an answer"]),
     ],
 )
 def test_a_bad_row_is_named_and_its_neighbours_are_kept(tmp_path, row, words):
