@@ -228,6 +228,7 @@ def train_trl(which, net, rows, args):
         disable_tqdm=True,
         use_cpu=True,
         bf16=args.dtype == "bfloat16",
+        completion_only_loss=True,
         seed=SEED,
         **({"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"} if tuned else {}),
     )
