@@ -6,14 +6,19 @@ import random
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import fsspec
+import numpy
 from filelock import FileLock
 
-from common import jsonl, pieces, processes, reading, shapes
+from common import jsonl, parallel, pieces, processes, reading, shapes
 from common.errors import UserError
+
+CHUNK = 1000  # rows tokenised at a time: what a process is handed, and a record batch of rows.arrow
 
 
 class Rows(NamedTuple):
@@ -22,7 +27,24 @@ class Rows(NamedTuple):
     train: object
     validation: object
     sources: list  # one dict a file: path, sha256, rows and counts
-    rejected: list  # one dict a row that was left out: where, reason, row
+    rejected: "Rejected"
+
+
+class Rejected(Sequence):
+    """The rows left out, one dict each: where, reason, row. They stay in their files and are read when asked for."""
+
+    def __init__(self, files=()):
+        self.files = list(files)  # (path of a rejected.jsonl, its rows)
+
+    def __len__(self):
+        return sum(count for _, count in self.files)
+
+    def __iter__(self):
+        for path, _ in self.files:
+            yield from jsonl.stream(path)
+
+    def __getitem__(self, number):
+        return list(islice(self, number, number + 1))[0]
 
 
 def prepare(cfg, tokenizer, prompt):
@@ -37,25 +59,29 @@ def prepare(cfg, tokenizer, prompt):
 def _prepare(cfg, tokenizer, prompt):
     from datasets import concatenate_datasets
 
-    sources, rejected, datasets, chosen, offsets, total = [], [], [], [], {}, 0
+    sources, rejected, datasets, chosen, offsets, total = [], Rejected(), [], [], {}, 0
     rng, tokenizer_id = random.Random(cfg.seed), tokenizer_hash(tokenizer)
     for spec in cfg.data_path:
         path, wanted = split_sample(spec)
         dataset, source, left_out = tokenised(path, cfg, tokenizer, tokenizer_id, prompt)
         picked = _sample(len(dataset), wanted, rng)
         sources.append(source | {"used": len(picked)})
-        rejected += left_out
+        rejected.files += left_out.files
         if path not in offsets:  # a file named twice is the same rows once more
             offsets[path], total = total, total + len(dataset)
             datasets.append(dataset)
-        chosen += [offsets[path] + number for number in picked]
+        chosen.append(offsets[path] + picked)
     _check_counts(cfg, sources, rejected)
-    everything = concatenate_datasets(datasets)
-    where = everything["where"][:]  # several answers to a question stand in one line and stay on one side
-    held = _held_lines({where[number] for number in chosen}, cfg.val_set_size, rng)
-    train = [number for number in chosen if where[number] not in held]
-    validation = sorted({number for number in chosen if where[number] in held})
-    return Rows(everything.select(train), everything.select(validation), sources, rejected)
+    everything, chosen = concatenate_datasets(datasets), numpy.concatenate(chosen)
+    lines = _line_ranks(everything)[chosen]  # several answers to a question stand in one line and stay on one side
+    is_held = numpy.isin(lines, _held_lines(numpy.unique(lines), cfg.val_set_size, rng))
+    validation = numpy.unique(chosen[is_held])
+    return Rows(everything.select(chosen[~is_held]), everything.select(validation), sources, rejected)
+
+
+def lengths_of(dataset):
+    """The rows' lengths in ids, [N] int32, without a Python number for each."""
+    return dataset.with_format("arrow")["length"][:].to_numpy()
 
 
 def split_sample(spec):
@@ -71,19 +97,31 @@ def split_sample(spec):
 def conversations(path, cfg):
     """Yield (where, turns, None) for each conversation of a file and (where, row, reason) for each unusable row."""
     for record in reading.read_records(path):
-        where = f"{path}:{record.line}"
-        if record.problem:
-            yield where, record.value, record.problem
-            continue
-        try:
-            found = [
-                shapes.fill_identity(turns, cfg.model_name, cfg.model_author) for turns in shapes.turns_of(record.value)
-            ]
-        except shapes.ShapeError as problem:
-            yield where, record.value, str(problem)
-            continue
-        for turns in found:
-            yield where, turns, None
+        yield from _conversations_in(record, path, cfg)
+
+
+def _conversations_in(record, path, cfg):
+    where = f"{path}:{record.line}"
+    if record.problem:
+        yield where, record.value, record.problem
+        return
+    try:
+        found = [
+            shapes.fill_identity(turns, cfg.model_name, cfg.model_author) for turns in shapes.turns_of(record.value)
+        ]
+    except shapes.ShapeError as problem:
+        yield where, record.value, str(problem)
+        return
+    for turns in found:
+        yield where, turns, None
+
+
+def questions(path, cfg):
+    """Yield what `conversations` does; a text that asks nothing is unusable."""
+    for where, found, reason in conversations(path, cfg):
+        if reason is None and found[-1].role == "text":
+            reason = "没有提问 there is no question to ask"
+        yield where, found, reason
 
 
 def held_out(cfg, specs, limit):
@@ -92,9 +130,7 @@ def held_out(cfg, specs, limit):
     for spec in specs:
         path, wanted = split_sample(spec)
         rows = []
-        for where, found, reason in conversations(path, cfg):
-            if reason is None and found[-1].role == "text":
-                reason = "没有提问 there is no question to ask"
+        for where, found, reason in questions(path, cfg):
             if reason is None:
                 rows.append((where, found))
             else:
@@ -140,7 +176,7 @@ def tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
         if not folder.exists():
             _tokenise(path, cfg, tokenizer, prompt, folder)
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    rejected = jsonl.read(folder / "rejected.jsonl")
+    rejected = Rejected([(folder / "rejected.jsonl", record["rows"] - record["kept"])])
     if cfg.strict and rejected:
         raise UserError(f"{rejected[0]['where']}: {rejected[0]['reason']} (--strict)")
     return Dataset.from_file(str(folder / "rows.arrow")), {"path": path, "sha256": content, **record}, rejected
@@ -169,17 +205,36 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
         where=Value("string"),
     )
     counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
+    records = reading.read_records(path)
+    chunks = iter(lambda: list(islice(records, CHUNK)), [])
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         draft = Path(scratch) / folder.name
         draft.mkdir()
-        with ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer:
-            with (draft / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
-                rows = _lessons(conversations(path, cfg), prompt.ONE_ANSWER and cfg.loss_on == "answer")
-                for row in tqdm(rows, desc="编码 tokenising", unit="row", leave=False):
-                    _write_row(*row, cfg, tokenizer, prompt, writer, rejected, counts)
+        with (
+            ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer,
+            (draft / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as rejected,
+            tqdm(desc="编码 tokenising", unit="row", leave=False) as bar,
+        ):
+            schema = features.arrow_schema
+            for table, left_out, counted in parallel.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt):
+                writer.write_table(table)
+                rejected.writelines(left_out)
+                counts.update(counted)
+                bar.update(counted["rows"])
             writer.finalize()
         (draft / "record.json").write_text(json.dumps(counts), encoding="utf-8")
         draft.rename(folder)
+
+
+def _encode(records, path, schema, cfg, tokenizer, prompt):
+    """(table of samples, lines of rejected.jsonl, counts) of some Records of a file."""
+    import pyarrow
+
+    columns, rejected, counts = {name: [] for name in schema.names}, [], Counter()
+    found = (row for record in records for row in _conversations_in(record, path, cfg))
+    for row in _lessons(found, prompt.ONE_ANSWER and cfg.loss_on == "answer"):
+        _put_row(*row, cfg, tokenizer, prompt, columns, rejected, counts)
+    return pyarrow.table(columns, schema), rejected, counts
 
 
 def _lessons(rows, one_answer):
@@ -190,17 +245,19 @@ def _lessons(rows, one_answer):
             yield where, found if end is None else found[:end], reason
 
 
-def _write_row(where, found, reason, cfg, tokenizer, prompt, writer, rejected, counts):
+def _put_row(where, found, reason, cfg, tokenizer, prompt, columns, rejected, counts):
     """Put one row where it belongs, among the samples or the rejected, and count it."""
     counts["rows"] += 1
     sample, reason = (None, reason) if reason else _sample_of(found, cfg, tokenizer, prompt)
     if reason:
-        rejected.write(jsonl.line_of({"where": where, "reason": reason, "row": found}))
+        rejected.append(jsonl.line_of({"where": where, "reason": reason, "row": found}))
         return
-    supervised = sum(label != pieces.IGNORED for label in sample.labels)
-    counts.update(kept=1, cut=sample.cut, tokens=len(sample.input_ids), supervised=supervised)
-    columns = {"input_ids": sample.input_ids, "labels": sample.labels, "length": len(sample.input_ids)}
-    writer.write(columns | {"cut": sample.cut, "where": where})
+    length = len(sample.input_ids)
+    counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(pieces.IGNORED))
+    row = {"input_ids": sample.input_ids, "labels": sample.labels, "length": length}
+    row |= {"cut": sample.cut, "where": where}
+    for name, value in row.items():
+        columns[name].append(value)
 
 
 def _sample_of(turns, cfg, tokenizer, prompt):
@@ -211,25 +268,38 @@ def _sample_of(turns, cfg, tokenizer, prompt):
         )
     except pieces.TooLong as problem:
         return None, str(problem)
-    if all(label == pieces.IGNORED for label in sample.labels):
+    if sample.labels.count(pieces.IGNORED) == len(sample.labels):
         return None, "没有可训练的 token no id of the row is supervised"
     return sample, None
 
 
 def _sample(available, wanted, rng):
     """Row numbers: all in order, or `wanted` drawn without repetition until the file is used up, then again."""
+    everything = numpy.arange(available)
     if wanted is None or not available:
-        return list(range(available))
+        return everything
     rounds, rest = divmod(wanted, available)
-    return list(range(available)) * rounds + rng.sample(range(available), rest)
+    drawn = numpy.array(rng.sample(range(available), rest), dtype=everything.dtype)
+    return numpy.concatenate([everything] * rounds + [drawn])
+
+
+def _line_ranks(dataset):
+    """For each row, in which of the dataset's lines it stands: the line's rank in the order of their names, [N]."""
+    import pyarrow.compute
+
+    where = dataset.data.column("where").dictionary_encode().combine_chunks()
+    order = pyarrow.compute.sort_indices(where.dictionary).to_numpy()
+    ranks = numpy.empty_like(order)
+    ranks[order] = numpy.arange(len(order))
+    return ranks[where.indices.to_numpy()]
 
 
 def _held_lines(lines, size, rng):
-    """Which lines of the files are kept out of training: `size` of them, or that share."""
+    """Which of the lines are kept out of training: `size` of them, or that share."""
     count = int(size) if size >= 1 else max(round(size * len(lines)), 1 if size else 0)
     if count >= len(lines) > 0:
         raise UserError(f"--val_set_size {size:g} 不小于数据行数 leaves no row of {len(lines)} to train on")
-    return set(rng.sample(sorted(lines), count))
+    return lines[rng.sample(range(len(lines)), count)]
 
 
 def _check_counts(cfg, sources, rejected):

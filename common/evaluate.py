@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,8 +22,11 @@ def held_out_rows(cfg, rows=None):
     if cfg.eval_data_path:
         return dataset.held_out(cfg, cfg.eval_data_path, cfg.eval_rows)[0]
     wanted = set(rows.validation["where"]) if rows is not None else set()
-    found = dataset.held_out(cfg, [dataset.split_sample(spec)[0] for spec in cfg.data_path], 0)[0] if wanted else []
-    return [row for row in found if row[0] in wanted][: cfg.eval_rows]
+    paths = [dataset.split_sample(spec)[0] for spec in cfg.data_path] if wanted else []
+    found = (row for path in paths for row in dataset.questions(path, cfg))
+    return list(
+        islice(((where, turns) for where, turns, reason in found if not reason and where in wanted), cfg.eval_rows)
+    )
 
 
 def rows_to_score(cfg, limit):

@@ -7,13 +7,22 @@ from pathlib import Path
 
 def read(path):
     """The objects of a file, in order; a last line cut off by a kill is left out."""
-    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n")[:-1]]
+    return list(stream(path))
+
+
+def stream(path):
+    """Yield what `read` returns, one object at a time."""
+    with Path(path).open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
 
 
 def write(path, records):
-    """Replace the file's content by `records`: it is either the old file or the whole new one."""
+    """Replace the file's content by `records`, which may be many: it is either the old file or the whole new one."""
     draft = Path(f"{path}.part")
-    draft.write_text("".join(map(line_of, records)), encoding="utf-8", newline="\n")
+    with draft.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(map(line_of, records))
     os.replace(draft, path)
 
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common.pieces import IGNORED
 
-CHUNK = 128  # rows of logits alive at once; with 256,000 pieces in fp32 that is 128 MiB
+CHUNK = 64  # rows of logits alive at once; with 256,000 pieces in fp32 that is 64 MiB
 
 
 def use_supervised_loss(model, smoothing=0.0):
@@ -98,15 +98,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 logits.div_(softcap).tanh_()
                 slope = 1 - logits.square() if gradient is not None else None
                 logits.mul_(softcap)
-            norms = logits.logsumexp(dim=-1, keepdim=True)
-            wanted = targets[part, None]
-            losses[part] = (norms - (1 - smoothing) * logits.gather(1, wanted)).squeeze(1)
+            wanted, largest = targets[part, None], logits.amax(dim=-1, keepdim=True)
+            reached = (1 - smoothing) * logits.gather(1, wanted)
             if smoothing:
-                losses[part] -= smoothing * logits.mean(1)
+                reached += smoothing * logits.mean(dim=-1, keepdim=True)
+            error = logits.sub_(largest).exp_()  # softmax, in the logits' own memory
+            total = error.sum(dim=-1, keepdim=True)
+            losses[part] = (largest + total.log() - reached).squeeze(1)
             if gradient is None:
                 continue
-            error = logits.sub_(norms).exp_()  # softmax, in the logits' own memory
-            error.scatter_add_(1, wanted, torch.full_like(norms, smoothing - 1.0))
+            error.div_(total).scatter_add_(1, wanted, torch.full_like(total, smoothing - 1.0))
             if smoothing:
                 error.sub_(smoothing / weight.shape[0])
             if softcap:

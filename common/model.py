@@ -31,7 +31,10 @@ def device():
 
 
 def resolve_dtype(name):
-    """torch dtype of the knob `dtype`. auto: bfloat16 on a GPU that has it, or float32; never float16 unasked."""
+    """torch dtype of the knob `dtype`. auto: bfloat16 on a GPU that has it, or float32; never float16 unasked.
+
+    Not chosen by timing: one command would then compute differently from run to run (benchmarks/README.md).
+    """
     if name != "auto":
         return getattr(torch, name)
     has_bf16 = device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

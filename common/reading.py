@@ -1,5 +1,6 @@
 """Records out of files, each with its line number: JSON array, JSON lines, CSV, TSV or Parquet, told by content."""
 
+import codecs
 import csv
 import json
 import lzma
@@ -12,6 +13,9 @@ import fsspec
 from common.errors import UserError
 
 BLANKS = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder()
+BLOCK = 1 << 18  # bytes of a JSON array read at a time
+LONGEST_TOKEN = 16  # characters; a JSON error farther from the end of what was read is no matter of reading on
 
 
 class Record(NamedTuple):
@@ -44,14 +48,23 @@ def _records(file, path):
         return _parquet(file)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}:1: 编码是 UTF-16 the file is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+    if _first_byte(file) == b"[":
+        return _json_array(_Blocks(file, path))
     lines = _Lines(file, path)
     first = next((line for line in lines if line.strip()), "")
     lines.push_back(first)
-    if first.lstrip().startswith("["):
-        return _json_array(lines, path)
     if first.lstrip().startswith("{"):
         return _json_lines(lines)
     return _table(lines, path)
+
+
+def _first_byte(file):
+    """The first byte of a file that is neither BOM nor blank; the file is at its start afterwards."""
+    found = b""
+    while not found and (block := file.read(4096)):
+        found = block.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    file.seek(0)
+    return found
 
 
 class _Lines:
@@ -79,10 +92,34 @@ class _Lines:
             raise UserError(f"{self.path}:{self.number}: {_encoding_of(raw)}") from None
 
 
+class _Blocks:
+    """Text of a binary file, decoded a block at a time: one line may be the whole file."""
+
+    def __init__(self, file, path):
+        self.file, self.path, self.line = file, path, 1
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+
+    def read(self, size):
+        """The text of up to `size` further bytes; "" at the end."""
+        text = ""
+        while not text and (raw := self.file.read(size)):
+            try:
+                text = self.decoder.decode(raw)
+            except UnicodeDecodeError as problem:
+                raise self._not_utf8(problem) from None
+            self.line += raw.count(b"\n")
+        return text
+
+    def _not_utf8(self, problem):
+        line = self.line + problem.object.count(b"\n", 0, problem.start)
+        raw = problem.object[problem.object.rfind(b"\n", 0, problem.start) + 1 :].split(b"\n")[0]
+        return UserError(f"{self.path}:{line}: {_encoding_of(raw)}")
+
+
 def _encoding_of(raw):
     for name in ("gb18030", "big5"):
         try:
-            raw.decode(name)
+            codecs.getincrementaldecoder(name)().decode(raw)  # the last character may be cut off
             return f"不是 UTF-8，像是 {name} not UTF-8, looks like {name}; convert it: iconv -f {name} -t UTF-8"
         except UnicodeDecodeError:
             continue
@@ -99,47 +136,65 @@ def _json_lines(lines):
             yield Record(lines.number, text.rstrip("\n"), f"JSON 行有误 broken JSON line: {problem}; one object a line")
 
 
-def _json_array(lines, path):
+def _json_array(blocks):
     """The elements of one JSON array, decoded one at a time, so that the file is never a tree in memory."""
-    decoder, text, start, line, more = json.JSONDecoder(), next(lines).lstrip(), 1, lines.number, 1
-    after_element = False
+    text, start, line = "", 0, 1
+    place = "before"  # the array; then at an "element", "after" one, and "behind" the array
     while True:
         skipped = BLANKS.match(text, start).end()
         line += text.count("\n", start, skipped)
         start = skipped
         if start == len(text):
-            text, start = _next_lines(lines, 1), 0
+            text, start = blocks.read(BLOCK), 0
+            if not text and place == "behind":
+                return
             if not text:
-                raise UserError(f"{path}:{line}: JSON 数组没有结束 the JSON array does not end; is the file cut off?")
+                raise UserError(
+                    f"{blocks.path}:{line}: JSON 数组没有结束 the JSON array does not end; is the file cut off?"
+                )
+        elif place == "before":
+            start, place = start + 1, "element"
+        elif place == "behind":
+            found = text[start : start + 40]
+            raise UserError(f"{blocks.path}:{line}: 数组之后还有内容 something follows the JSON array: {found!r}")
         elif text[start] == "]":
-            rest = text[start + 1 :].lstrip() or next((more.lstrip() for more in lines if more.strip()), "")
-            if rest:
-                line = line if text[start + 1 :].strip() else lines.number
-                raise UserError(f"{path}:{line}: 数组之后还有内容 something follows the JSON array: {rest[:40]!r}")
-            return
-        elif after_element:
+            start, place = start + 1, "behind"
+        elif place == "after":
             if text[start] != ",":
-                raise UserError(f"{path}:{line}: 缺少逗号 a comma is missing before {text[start : start + 40]!r}")
-            start, after_element = start + 1, False
+                raise UserError(
+                    f"{blocks.path}:{line}: 缺少逗号 a comma is missing before {text[start : start + 40]!r}"
+                )
+            start, place = start + 1, "element"
         else:
-            try:
-                value, end = decoder.raw_decode(text, start)
-            except ValueError as problem:
-                added = _next_lines(lines, more)
-                if not added:
-                    found = text[start : start + 40]
-                    where = line + text.count("\n", start, getattr(problem, "pos", start))
-                    why = getattr(problem, "msg", problem)
-                    raise UserError(f"{path}:{where}: JSON 有误 broken JSON: {why} in {found!r}") from None
-                text, start, more = text[start:] + added, 0, more * 2
-                continue
+            value, text, start, end = _element(text, start, blocks, line)
             yield Record(line, value)
-            line += text.count("\n", start, end)
-            start, more, after_element = end, 1, True
+            line, start, place = line + text.count("\n", start, end), end, "after"
 
 
-def _next_lines(lines, count):
-    return "".join(line for _, line in zip(range(count), lines, strict=False))
+def _element(text, start, blocks, line):
+    """(value, text, start, end) of the element at text[start:end]; more is read where it is not whole."""
+    size = BLOCK
+    while True:
+        try:
+            value, end = DECODER.raw_decode(text, start)
+            if end < len(text) or text[end - 1] in '}]"':
+                return value, text, start, end
+            added = blocks.read(size)  # a number may have further digits
+            if not added:
+                return value, text, start, end
+        except ValueError as problem:
+            added = "" if _is_broken(problem, text) else blocks.read(size)
+            if not added:
+                where = line + text.count("\n", start, getattr(problem, "pos", start))
+                why, found = getattr(problem, "msg", problem), text[start : start + 40]
+                raise UserError(f"{blocks.path}:{where}: JSON 有误 broken JSON: {why} in {found!r}") from None
+        text, start, size = text[start:] + added, 0, size * 2
+
+
+def _is_broken(problem, text):
+    """Whether a JSON error stays an error whatever follows `text`."""
+    at = getattr(problem, "pos", len(text))
+    return at < len(text) - LONGEST_TOKEN and "Unterminated string" not in str(problem)
 
 
 def _table(lines, path):

@@ -20,6 +20,7 @@ ROLES = {
     "system": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "observation": "user",  # a tool's result is what the model is told
     "tool": "user",
     "assistant": "assistant",
@@ -29,6 +30,8 @@ ROLES = {
     "function_call": "assistant",  # and a call is what it says
 }
 CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+MOSS_MARKS = re.compile(r"^\s*<\|\w+\|>:\s*|\s*<eo\w>\s*$")
+SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要求|[Ww]ord count)[^）)]*[）)]\s*)?")
 PLACEHOLDER = re.compile(r"\{\{((?i:name|author))\}\}|<(NAME|AUTHOR)>")
 
 
@@ -187,6 +190,55 @@ def _many_answers(row):
     return [[question, Turn("assistant", _text({"answers": answer}, "answers"))] for answer in answers]
 
 
+def _exam(row):
+    """COIG's exam questions: task, text and question; answer and explanation."""
+    asked = [_text(row, f"textbox_{key}", required=False) for key in ("q_instruction", "q_context", "question")]
+    explained = _text(row, "textbox_answer_analysis", required=False)
+    answer = "\n".join(part for part in (_text(row, "textbox_answer"), explained) if part.strip())
+    return [[Turn("user", "\n".join(part for part in asked if part.strip())), Turn("assistant", answer)]]
+
+
+def _moss(row):
+    """MOSS's chats {turn_1: {Human, MOSS, Commands, …}}, each text between markers such as <|Human|>: and <eoh>."""
+    meta = _text(row, "meta_instruction", required=False)
+    turns = [Turn("system", meta)] if meta.strip() else []
+    chat = row["chat"] if isinstance(row["chat"], dict) else {}
+    for round_ in chat.values():
+        if not isinstance(round_, dict):
+            raise ShapeError(f"chat: 应有 Human 和 MOSS expected, found {str(round_)[:60]!r}")
+        command = MOSS_MARKS.sub("", _text(round_, "Commands", required=False)) or "None"
+        if command != "None":
+            raise ShapeError(f"chat 调用了插件 calls a plugin, which would be lost: {command[:40]!r}")
+        question, answer = (MOSS_MARKS.sub("", _text(round_, name)) for name in ("Human", "MOSS"))
+        turns += [Turn("user", question), Turn("assistant", answer)]
+    return [turns]
+
+
+def _best_thread(row):
+    """OpenAssistant's trees {prompt: {text, role, replies: [{…, rank}, …]}}: always the reply of the best rank."""
+    turns, messages = [], [row["prompt"]]
+    while messages:
+        if not all(isinstance(message, dict) and "role" in message for message in messages):
+            raise ShapeError(f"prompt: 应有 role, text 和 replies expected, found {str(messages)[:60]!r}")
+        best = min(messages, key=lambda message: (message.get("rank") is None, message.get("rank") or 0))
+        role = ROLES.get(best["role"] if isinstance(best["role"], str) else None)
+        if role is None:
+            raise ShapeError(f"prompt: 未知角色 unknown role {best['role']!r}; known: prompter, assistant")
+        turns.append(Turn(role, _text(best, "text")))
+        messages = _list(best, "replies")
+    return [turns[:-1] if turns[-1].role == "user" else turns]
+
+
+def _dialogue(row):
+    """RefGPT's dialogues, one text: <start_chat><Human 1>:…<Assistant 1>:…<end_chat>."""
+    text = _text(row, "dialogue").strip().removeprefix("<start_chat>").removesuffix("<end_chat>")
+    before, *parts = SPEAKER.split(text)
+    if before.strip() or not parts:
+        raise ShapeError(f"dialogue: 应以 <Human 1>: 开头 must begin with it, found {text[:40]!r}")
+    spoken = zip(parts[::2], parts[1::2], strict=True)
+    return [[Turn(ROLES[who.lower()], _text({"dialogue": said.strip()}, "dialogue")) for who, said in spoken]]
+
+
 def _plain_text(key):
     return lambda row: [[Turn("text", _text(row, key))]]
 
@@ -205,6 +257,11 @@ SHAPES = {
     frozenset({"question", "std_answer"}): _question_answer(("question",), "std_answer"),
     frozenset({"question", "human_answers", "chatgpt_answers"}): _many_answers,
     frozenset({"input", "target"}): _question_answer(("input",), "target"),
+    frozenset({"prompt", "response"}): _question_answer(("prompt",), "response"),
+    frozenset({"textbox_question", "textbox_answer"}): _exam,
+    frozenset({"chat", "num_turns"}): _moss,
+    frozenset({"message_tree_id", "prompt"}): _best_thread,
+    frozenset({"dialogue", "reference"}): _dialogue,
 }
 TEXT_SHAPES = {frozenset({key}): _plain_text(key) for key in ("response", "text")}  # pre-training text …
 ASKING = {"instruction", "instruct", "input", "query", "question", "prompt", "content", "history"}  # … unless asked for

@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import json
 import os
+import pickle
 import threading
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import dataset, pieces
+from common import dataset, parallel, pieces
 from common.errors import UserError
 from common.shapes import Turn
 from gemma_sft import prompt
@@ -244,7 +245,7 @@ def test_a_rejected_parquet_row_may_hold_a_date(tmp_path, prepare):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = prepare(str(tmp_path / "a.parquet"))
     assert lines(found.train) == [1, 3] and [row["where"][-2:] for row in found.rejected] == [":2"]
-    assert "2024" in json.dumps(found.rejected)
+    assert "2024" in json.dumps(list(found.rejected))
 
 
 def test_identity_rows_are_filled_or_reported(tmp_path, prepare, tokenizer):
@@ -318,7 +319,7 @@ def test_what_changes_the_ids_is_tokenised_again(tmp_path, prepare, arrows, knob
     filled = {"model_name": ("a", "a"), "model_author": ("b", "b")}
     first, second = prepare(path, **filled), prepare(path, **filled | knobs)
     assert len(arrows()) == 2
-    assert (first.train[:], first.rejected) != (second.train[:], second.rejected)
+    assert (first.train[:], list(first.rejected)) != (second.train[:], list(second.rejected))
 
 
 def test_changed_content_is_tokenised_again(tmp_path, prepare, arrows):
@@ -415,6 +416,64 @@ def test_two_at_once_tokenise_once(tmp_path, tokenizer):
     for thread in threads:
         thread.join(timeout=60)
     assert found == [200] * 3 and len(rendered) == 200
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Files of more than seven rows are tokenised by two processes, three rows at a time."""
+    monkeypatch.setattr(dataset, "CHUNK", 3)
+    monkeypatch.setattr(parallel, "ALONE", 2)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
+
+
+MANY = [QA, EMPTY, {"question": "问" * 90, "answer": "答"}, '{"question": 坏', {"x": 1}, {"text": "一段"}]
+MANY += [
+    {"question": f"a{number}", "human_answers": ["b"] * (number % 3), "chatgpt_answers": ["c"]} for number in range(9)
+]
+
+
+@pytest.mark.slow
+def test_several_processes_make_what_one_makes(tmp_path, tokenizer, request):
+    path, knobs = write(tmp_path, "a.jsonl", MANY), {"max_length_q": FRAME + 40, "max_dropped": 1.0}
+    alone = dataset.prepare(settings(tmp_path / "one", path, **knobs), tokenizer, prompt)
+    request.getfixturevalue("processes")
+    together = dataset.prepare(settings(tmp_path / "two", path, **knobs), tokenizer, prompt)
+    assert together.train[:] == alone.train[:] and len(alone.train) == 21
+    assert together.sources == alone.sources and alone.sources[0]["rows"] == 24 and alone.sources[0]["cut"] > 0
+    assert list(together.rejected) == list(alone.rejected)
+    assert [int(row["where"].rpartition(":")[2]) for row in alone.rejected] == [2, 4, 5]
+
+
+def test_a_sentencepiece_tokenizer_can_be_handed_to_a_process():
+    from chatglm_sft.make_embedded import make_tokenizer
+
+    tokenizer = make_tokenizer(list("\nab问答"))
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    for text in ("问 a\n[MASK]b", TYPED):
+        assert pieces.encode_text(copy, text) == pieces.encode_text(tokenizer, text)
+    assert dataset.tokenizer_hash(copy) == dataset.tokenizer_hash(tokenizer)
+
+
+def die(chunk):
+    if chunk == [2]:
+        os._exit(9)
+    return chunk
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_told(processes):
+    found = parallel.map_chunks(die, [[0], [1], [3], [2], [4]])
+    with pytest.raises(UserError, match="a tokenising process died"):
+        list(found)
+
+
+def test_chunks_are_not_read_ahead_of_their_use():
+    read = []
+    chunks = (read.append(number) or [number] for number in range(100))
+    assert next(parallel.map_chunks(list, chunks)) == [0] and read == [0]
 
 
 # ---------------------------------------------------------------- labels, id by id

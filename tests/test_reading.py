@@ -4,10 +4,11 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 
 import pytest
 
-from common import shapes
+from common import reading, shapes
 from common.errors import UserError
 from common.reading import read_records
 from common.shapes import ShapeError, Turn
@@ -194,6 +195,70 @@ def test_shapes(row, turns):
     assert shapes.turns_of(row) == [turns]
 
 
+def moss(*texts, command="None"):
+    """Rounds of MOSS's chat, made up."""
+    rounds = zip(texts[::2], texts[1::2], strict=True)
+    return {
+        f"turn_{number}": {
+            "Human": f"<|Human|>: {question}<eoh>\n",
+            "Inner Thoughts": "<|Inner Thoughts|>: None<eot>\n",
+            "Commands": f"<|Commands|>: {command}<eoc>\n",
+            "Tool Responses": "<|Results|>: None<eor>\n",
+            "MOSS": f"<|MOSS|>: {answer}<eom>\n",
+        }
+        for number, (question, answer) in enumerate(rounds, 1)
+    }
+
+
+def said(role, text, *replies, **more):
+    """A message of an OpenAssistant tree, made up."""
+    return {"message_id": "1", "text": text, "role": role, "lang": "zh", "replies": list(replies)} | more
+
+
+WORSE, BETTER = said("assistant", "差", rank=1), said("assistant", "好", said("prompter", "三"), rank=0)
+
+
+@pytest.mark.parametrize(
+    "row, turns",
+    [
+        ({"prompt": "骂人", "response": "不妥。", "type": "Insult"}, talk("骂人", "不妥。")),
+        (
+            {
+                "textbox_q_instruction": "选一项",
+                "textbox_q_context": "",
+                "textbox_question": "一加一？ A 一 B 二",
+                "textbox_answer": "B",
+                "textbox_answer_analysis": "得二。",
+            },
+            talk("选一项\n一加一？ A 一 B 二", "B\n得二。"),
+        ),
+        (
+            {"conversation_id": 1, "meta_instruction": "", "num_turns": 2, "chat": moss("一 <1>", "二\n", "三", "四")},
+            talk("一 <1>", "二", "三", "四"),
+        ),
+        ({"meta_instruction": "简短", "num_turns": 1, "chat": moss("一", "二")}, talk("一", "二", system="简短")),
+        (
+            {"message_tree_id": "1", "prompt": said("prompter", "一", said("assistant", "二"))},
+            talk("一", "二"),
+        ),
+        ({"message_tree_id": "1", "prompt": said("prompter", "一", WORSE, BETTER)}, talk("一", "好")),
+        (
+            {
+                "dialogue": "<start_chat><Human 1>：（字数要求：20字）一？ <Assistant 1>:二。\n"
+                "<Human 2>:三 <Assistant 2>：四 <end_chat>",
+                "reference": "书",
+                "language": "zh",
+                "type": "fact",
+            },
+            talk("一？", "二。", "三", "四"),
+        ),
+    ],
+    ids=["Safety-Prompts", "COIG", "MOSS", "MOSS system", "OpenAssistant", "OpenAssistant rank", "RefGPT"],
+)
+def test_shapes_of_public_sets(row, turns):
+    assert shapes.turns_of(row) == [turns]
+
+
 def test_hc3_is_a_conversation_an_answer(tmp_path):
     rows = [
         {"question": "问", "human_answers": ["甲", "乙"], "chatgpt_answers": ["丙"]},
@@ -210,7 +275,7 @@ def test_hc3_is_a_conversation_an_answer(tmp_path):
     "row",
     [
         {"instruction": "问", "response": "答"},
-        {"prompt": "问", "response": "答"},
+        {"prompt": "问", "text": "答"},
         {"question": "问", "response": "答"},
         {"instruction": "问", "text": "答"},
     ],
@@ -291,6 +356,14 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ({"conversation": ["问"]}, ["conversation", "human", "assistant", "问"]),
         ({"conversation": [{"human": "问"}]}, ["assistant", "is empty"]),
         ({"conversation": []}, ["no question and answer"]),
+        ({"num_turns": 1, "chat": moss("一", "二", command='Search("一")')}, ["calls a plugin", "Search"]),
+        ({"num_turns": 1, "chat": {"turn_1": "一"}}, ["chat", "Human", "MOSS"]),
+        ({"num_turns": 0, "chat": {}}, ["no question and answer"]),
+        ({"message_tree_id": "1", "prompt": said("prompter", "一")}, ["no question and answer"]),
+        ({"message_tree_id": "1", "prompt": "一"}, ["prompt", "role", "replies"]),
+        ({"message_tree_id": "1", "prompt": said("bystander", "一")}, ["unknown role", "bystander"]),
+        ({"dialogue": "一二三", "reference": "书"}, ["dialogue", "<Human 1>"]),
+        ({"dialogue": "<Human 1>:一 <Human 2>:二", "reference": "书"}, ["last turn must be an answer"]),
     ],
 )
 def test_a_bad_row_is_named_and_its_neighbours_are_kept(tmp_path, row, words):
@@ -521,6 +594,37 @@ def test_one_long_line(tmp_path):
     assert problems == [] and len(found) == 20_000
     assert {line for line, _ in found} == {1}
     assert [found[0][1][0].text, found[9_999][1][0].text, found[-1][1][0].text] == ["问0", "问9999", "问19999"]
+
+
+@pytest.mark.parametrize("joint, lines", [(",", [1] * 12), (",\n", range(1, 13)), ("\n , ", range(1, 13))], ids=repr)
+def test_arrays_longer_than_a_block(tmp_path, monkeypatch, joint, lines):
+    monkeypatch.setattr(reading, "BLOCK", 7)  # bytes: characters and numbers are cut somewhere
+    rows = [{"text": f"第{number}行，\n😀", "n": number * 10**number} for number in range(11)] + [123456789]
+    texts = joint.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    records = list(read_records(write(tmp_path, "a.json", f"\ufeff[{texts}]")))
+    assert [record.value for record in records] == rows
+    assert [record.line for record in records] == list(lines)
+
+
+def test_a_broken_array_is_not_read_to_its_end(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('[{"a": 1},\n{"a": 2,, "b": 3},\n' + '{"a": 1},\n' * 200_000, encoding="utf-8")
+    tracemalloc.start()
+    with pytest.raises(UserError, match='a.json:2: .*broken JSON: .*in \'{"a": 2,, '):
+        list(read_records(str(file)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * reading.BLOCK < file.stat().st_size
+
+
+def test_one_line_is_not_held_as_a_whole(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("[" + ",".join(['{"a": "文字"}'] * 200_000) + "]", encoding="utf-8")
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(str(file))) == 200_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * reading.BLOCK < file.stat().st_size
 
 
 def test_long_elements_over_many_lines(tmp_path):

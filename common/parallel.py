@@ -1,0 +1,81 @@
+"""Chunks of work given to several processes, their results in order, never more than a few chunks in memory."""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+
+from common.errors import UserError
+
+ALONE = 8  # chunks this process works through before it starts others, which takes seconds
+MOST = 16  # processes
+
+_arguments = ()  # of a worker: what `function` takes after the chunk
+
+
+def map_chunks(function, chunks, *arguments):
+    """Yield function(chunk, *arguments) of each chunk, in order; all of it is pickled, but for modules.
+
+    Few chunks are worked through here, the rest by a process a core. UserError where one of them dies.
+    """
+    chunks = iter(chunks)
+    for chunk in islice(chunks, ALONE):
+        yield function(chunk, *arguments)
+    ninth = next(chunks, None)
+    if ninth is None:
+        return
+    chunks, count = chain([ninth], chunks), min(cores(), MOST)
+    if count == 1:
+        yield from (function(chunk, *arguments) for chunk in chunks)
+    else:
+        yield from _by_processes(function, chunks, arguments, count)
+
+
+def cores():
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _by_processes(function, chunks, arguments, count):
+    """Processes are spawned, not forked: this one has threads, a model, perhaps a CUDA context."""
+    names = [argument.__name__ if isinstance(argument, type(os)) else None for argument in arguments]
+    values = [None if name else argument for name, argument in zip(names, arguments, strict=True)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _start_worker, (names, values)) as pool:
+        waiting = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_work, function, chunk))
+                if len(waiting) > 2 * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "编码进程意外结束 a tokenising process died; is there too little memory? Run again"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(names, values):
+    """Make a new process ready: its arguments, Ctrl-C left to the parent, and an end when the parent is gone."""
+    global _arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _arguments = [importlib.import_module(n) if n else v for n, v in zip(names, values, strict=True)]
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(function, chunk):
+    return function(chunk, *_arguments)

@@ -1,0 +1,61 @@
+"""The benchmarks start, and their own sums are right; what they measure is measured by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize("script", ["data.py", "generate.py", "train.py"])
+def test_help(script):
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0 and f"python benchmarks/{script}" in found.stdout
+
+
+def test_a_table():
+    import measure
+
+    assert measure.table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+
+
+def test_a_measured_process():
+    import measure
+
+    result, seconds, mib = measure.run(
+        ["-c", "import time; x = bytearray(50 << 20); time.sleep(1); print('{\"a\": 1}')"]
+    )
+    assert result == {"a": 1} and seconds > 1 and 50 < mib < 500
+    with pytest.raises(SystemExit, match="exit code 3\nwhy"):
+        measure.run(["-c", "print('why'); raise SystemExit(3)"])
+
+
+def test_rows_of_the_data_benchmark(tmp_path):
+    import data
+
+    data.write_rows(tmp_path / "a.jsonl", 5000)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 5000 == len({row["content"] for row in rows}) and max(len(row["summary"]) for row in rows) == 30
+
+
+@pytest.mark.slow
+def test_training_is_measured(tmp_path):
+    command = [ROOT / "benchmarks/train.py", "--model", "small", "--rounds", "1", "--rows", "8", "--runs", "ours"]
+    found = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HOME": str(tmp_path)},
+    )
+    assert found.returncode == 0, found.stderr
+    line = next(line for line in found.stdout.splitlines() if line.startswith("| ours"))
+    cells = line.strip("| ").split(" | ")
+    assert cells[0] == "ours" and int(cells[1]) > int(cells[2]) > 0 and cells[-2:] == ["1.00", "1.00"]
