@@ -219,10 +219,11 @@ def _compare(expected, saved, folder):
 def base_hash(path):
     """sha256 (hex) of a folder's config and weight files: names, sizes and both ends of each; "" for others."""
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    configs = ("config.json", "adapter_config.json")
+    if not any((folder / name).is_file() for name in configs):
         return ""
     digest = hashlib.sha256()
-    for file in sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(kind)):
+    for file in sorted(file for kind in ("*.safetensors", "*.bin", *configs) for file in folder.glob(kind)):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:

@@ -455,7 +455,7 @@ def test_knobs_of_the_embedded_model_are_not_those_of_a_run_on_another(copied, t
     rows = [{"query": f"{n}+{n}", "response": str(n + n)} for n in range(40)]
     held.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fake = Fake()
-    monkeypatch.setattr(evaluation, "load_answer", lambda cfg, base=False: fake)
+    monkeypatch.setattr(evaluation, "load_answer", lambda cfg, base=False, base_url="": fake)
     evaluation.main(["--model_save_dir", str(copied), "--data_path", str(held)])
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     assert {sampling.max_new_tokens for sampling in fake.samplings} == {defaults["max_new_tokens"]}
@@ -468,7 +468,7 @@ def test_a_base_given_later_is_asked_anew(copied, mixed, small_gemma, monkeypatc
     asked = []
     for flags in ([], switch):
         fake = Fake()
-        monkeypatch.setattr(evaluation, "load_answer", lambda cfg, base=False, fake=fake: fake)
+        monkeypatch.setattr(evaluation, "load_answer", lambda cfg, base=False, base_url="", fake=fake: fake)
         evaluation.main(["--model_save_dir", str(copied), "--data_path", str(mixed), "--base", *flags])
         asked.append(len(fake.asked))
     assert asked == [9, 9 if switch else 0]
@@ -477,7 +477,7 @@ def test_a_base_given_later_is_asked_anew(copied, mixed, small_gemma, monkeypatc
 def test_base_and_compare_do_not_score_the_base_as_tuned(copied, mixed, monkeypatch):
     """With --base no adapter is loaded: such an answerer must not give the tuned model's numbers."""
     fake, loaded = Fake(), []
-    monkeypatch.setattr(evaluation, "load_answer", lambda cfg, base=False: loaded.append(base) or fake)
+    monkeypatch.setattr(evaluation, "load_answer", lambda cfg, base=False, base_url="": loaded.append(base) or fake)
     try:
         evaluation.main(["--model_save_dir", str(copied), "--data_path", str(mixed), "--base", "--compare"])
     except (UserError, SystemExit):
