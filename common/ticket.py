@@ -152,7 +152,9 @@ class Row:
             self.entries.append((self.words.length, Entry(id_, *logprob)))
         if self.words.stopped or len(self.ids) >= self.ask.sampling.max_new_tokens:
             self.end("length")
-        elif self.ask.live and len(self.words.shown) > self.sent:
+        elif self.ask.live and (
+            len(self.words.shown) > self.sent or len(self.ids) == 1
+        ):  # the first id is a sign of life
             self._send(None)
 
     def end(self, stop):
