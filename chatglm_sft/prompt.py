@@ -16,6 +16,7 @@ from common.shapes import fold_system
 
 STYLES = ("chat",)
 ONE_ANSWER = True
+ENGINES = UNTIED_ENGINES = ()  # besides transformers with the model of this folder, nothing runs it
 CHAT_TEMPLATE = (  # the prompt's text; calling the tokenizer on it adds [gMASK] and <sop>
     "{% set ns = namespace(system='', round=0) %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\n\n' %}"

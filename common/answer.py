@@ -45,13 +45,14 @@ class Answer(NamedTuple):
 class Answerer:
     """Answers conversations with one model; safe to call from several threads, one generation at a time."""
 
-    def __init__(self, net, tokenizer, prompt, style, max_length_q):
+    def __init__(self, net, tokenizer, prompt, style, max_length_q, load_base=None):
+        """load_base: gives the base of a `net` that has no adapter to switch off, when it is first asked for."""
         self.net, self.tokenizer, self.prompt, self.style = net, tokenizer, prompt, style
+        self.load_base, self.base_net = load_base, None
         self.max_length_q, self.stop_ids = max_length_q, prompt.stop_ids(tokenizer, style)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
         self.lock = threading.Lock()
-        causal = net.get_base_model() if hasattr(net, "get_base_model") else net
-        causal.generation_config = GenerationConfig()  # what the checkpoint's own asks for would mix with ours
+        _forget_generation_config(net)
 
     def prompt_ids(self, turns):
         """The ids the model is asked with; UserError where even the headers do not fit."""
@@ -89,9 +90,8 @@ class Answerer:
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts], device=self.net.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.net.device)
-        without = base and hasattr(self.net, "disable_adapter")
-        with self.lock, torch.inference_mode(), self.net.disable_adapter() if without else contextlib.nullcontext():
-            output = self.net.generate(
+        with self.lock, torch.inference_mode(), self.chosen(base) as net:
+            output = net.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=self._config(sampling),
@@ -99,6 +99,20 @@ class Answerer:
                 stopping_criteria=[streamer.stopped] if streamer else None,
             )
         return output[:, width:].tolist()
+
+    @contextlib.contextmanager
+    def chosen(self, base):
+        """The net that answers: the tuned one, its adapter switched off for `base`, or the base loaded beside it."""
+        if base and hasattr(self.net, "disable_adapter"):
+            with self.net.disable_adapter():
+                yield self.net
+        elif base and self.load_base:
+            if self.base_net is None:
+                self.base_net = self.load_base()
+                _forget_generation_config(self.base_net)
+            yield self.base_net
+        else:
+            yield self.net
 
     def _config(self, sampling):
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -118,6 +132,12 @@ class Answerer:
         kept = ids[: ends[0]] if ends else ids
         text = self.prompt.clean(decode(self.tokenizer, kept))
         return Answer(text, "stop" if ends else "length", len(kept))
+
+
+def _forget_generation_config(net):
+    """What the checkpoint's own generation config asks for would mix with ours."""
+    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+    causal.generation_config = GenerationConfig()
 
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte piece of a SentencePiece vocabulary
@@ -197,7 +217,20 @@ class _Pieces(BaseStreamer):
 
 
 def load(cfg, prompt, base=False):
-    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone.
+    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone. Errors: `open_run`."""
+    _, trained, tokenizer = open_run(cfg, prompt, base)
+    if "seed" in cfg.given:
+        torch.manual_seed(cfg.seed)
+
+    def load_base():
+        return models.load_base(trained["path_model_pretrain"], cfg.dtype, trained["bits"])
+
+    net = load_base() if base else models.load_tuned(trained, cfg.model_save_dir, cfg.dtype)
+    return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"], load_base)
+
+
+def open_run(cfg, prompt, base=False):
+    """(manifest, trained_with's dict, tokenizer) of the run in `cfg.model_save_dir`; base: its base model is enough.
 
     Base model, prompt style and lengths are the run's own; UserError where the user asks for others, or where base,
     tokenizer or template are no longer the ones trained with.
@@ -211,26 +244,28 @@ def load(cfg, prompt, base=False):
         )
     trained = trained_with(cfg, manifest, base)
     tokenizer = models.load_tokenizer(trained["path_model_pretrain"], prompt)
-    if manifest is not None and trained["path_model_pretrain"] == manifest["base"]["path"]:
-        run.check_fits(manifest, tokenizer, prompt)
-    if "seed" in cfg.given:
-        torch.manual_seed(cfg.seed)
-    net = models.load_base(trained["path_model_pretrain"], cfg.dtype)
-    if not base:
-        net = models.load_tuned(net, cfg.model_save_dir)
-    return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])
+    if manifest is not None and (not base or trained["path_model_pretrain"] == manifest["base"]["path"]):
+        run.check_fits(manifest, trained["path_model_pretrain"], tokenizer, prompt)
+    return manifest, trained, tokenizer
 
 
 def trained_with(cfg, manifest, base):
-    """{path_model_pretrain, prompt_style, max_length_q} of the run in `manifest`, or the user's where there is none.
+    """{path_model_pretrain, prompt_style, max_length_q, tuning, bits} of the run in `manifest`, or the user's.
 
-    UserError where the user asks for another base model or style. base: the base model alone may be any.
+    UserError where the user asks for another base model or style; the same weights in another folder are the same
+    base. base: the base model alone may be any.
     """
     knobs = ("prompt_style", "max_length_q")
     asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base}
+    asked |= {"tuning": cfg.tuning, "bits": cfg.bits}
     if manifest is None or base and "path_model_pretrain" in cfg.given:
         return asked
-    trained = {name: manifest["config"][name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
+    config = {"tuning": "lora"} | manifest["config"]  # the first runs knew no other
+    trained = {name: config[name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
+    bits = config["quantization_bit"] if config["tuning"] == "qlora" else 0
+    trained |= {"tuning": config["tuning"], "bits": bits}
+    if manifest["base"]["sha256"] and models.base_hash(cfg.base) == manifest["base"]["sha256"]:
+        trained["path_model_pretrain"] = cfg.base
     for name in ("path_model_pretrain", "prompt_style"):
         if name in cfg.given and asked[name] != trained[name]:
             raise UserError(

@@ -15,14 +15,14 @@ import fsspec
 import numpy
 from filelock import FileLock
 
-from common import jsonl, parallel, pieces, reading, shapes
+from common import jsonl, parallel, pieces, processes, reading, shapes
 from common.errors import UserError
 
 CHUNK = 1000  # rows tokenised at a time: what a process is handed, and a record batch of rows.arrow
 
 
 class Rows(NamedTuple):
-    """What there is to train on. `train` and `validation` are datasets of input_ids, labels, length and where."""
+    """What there is to train on: `train` and `validation` are datasets of input_ids, labels, length, cut and where."""
 
     train: object
     validation: object
@@ -50,15 +50,20 @@ class Rejected(Sequence):
 def prepare(cfg, tokenizer, prompt):
     """The Rows of `cfg.data_path`: mixed, sampled where `path#N` asks for it, the validation split taken out.
 
-    Raises UserError where nothing can be trained on, or more than `cfg.max_dropped` of the rows cannot.
+    Of several processes the first does it for all, and the others find its cache. Raises UserError where nothing can be
+    trained on, or more than `cfg.max_dropped` of the rows cannot.
     """
+    return processes.in_turn(lambda: _prepare(cfg, tokenizer, prompt))
+
+
+def _prepare(cfg, tokenizer, prompt):
     from datasets import concatenate_datasets
 
     sources, rejected, datasets, chosen, offsets, total = [], Rejected(), [], [], {}, 0
     rng, tokenizer_id = random.Random(cfg.seed), tokenizer_hash(tokenizer)
     for spec in cfg.data_path:
         path, wanted = split_sample(spec)
-        dataset, source, left_out = _tokenised(path, cfg, tokenizer, tokenizer_id, prompt)
+        dataset, source, left_out = tokenised(path, cfg, tokenizer, tokenizer_id, prompt)
         picked = _sample(len(dataset), wanted, rng)
         sources.append(source | {"used": len(picked)})
         rejected.files += left_out.files
@@ -159,7 +164,7 @@ def tokenizer_hash(tokenizer):
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
+def tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
     """(dataset, source, rejected) of one file, from the cache where its content and all that shapes it are the same."""
     from datasets import Dataset
 
@@ -178,7 +183,8 @@ def _tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
 
 
 def _cache_key(path, content, cfg, tokenizer_id, prompt):
-    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (reading, shapes, pieces, prompt)]
+    files = [__file__, *(module.__file__ for module in (reading, shapes, pieces, prompt))]
+    code = [Path(file).read_text(encoding="utf-8") for file in files]
     knobs = [cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a, cfg.model_name, cfg.model_author]
     parts = [path, content, tokenizer_id, code, knobs]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -192,7 +198,11 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
     from tqdm import tqdm
 
     features = Features(
-        input_ids=ListOf(Value("int32")), labels=ListOf(Value("int32")), length=Value("int32"), where=Value("string")
+        input_ids=ListOf(Value("int32")),
+        labels=ListOf(Value("int32")),
+        length=Value("int32"),
+        cut=Value("bool"),
+        where=Value("string"),
     )
     counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
     records = reading.read_records(path)
@@ -244,7 +254,7 @@ def _put_row(where, found, reason, cfg, tokenizer, prompt, columns, rejected, co
         return
     length = len(sample.input_ids)
     counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(pieces.IGNORED))
-    row = {"input_ids": sample.input_ids, "labels": sample.labels, "length": length, "where": where}
+    row = {"input_ids": sample.input_ids, "labels": sample.labels, "length": length, "cut": sample.cut, "where": where}
     for name, value in row.items():
         columns[name].append(value)
 

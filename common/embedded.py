@@ -135,4 +135,5 @@ def _batches(samples):
         found += [part[at : at + BATCH] for at in range(0, len(part), BATCH)]
     for number in torch.randperm(len(found)).tolist():
         rows = [{"input_ids": s.input_ids, "labels": s.labels, "where": ""} for s in found[number]]
-        yield {name: value for name, value in collate(rows, pad_id=0).items() if name != "where"}
+        batch = collate(rows, pad_id=0)
+        yield {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import time
 from itertools import islice
 from pathlib import Path
@@ -10,12 +9,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import dataset, jsonl, metrics, run
+from common import bootstrap, dataset, eval_report, jsonl, launch, metrics, overlap, processes, run
 from common.answer import Sampling, trained_with
 from common.errors import UserError
 from common.model import base_hash
-
-HIDDEN = re.compile(r"rouge-.-[rp]")  # kept in all_results.json; a table shows F alone
 
 
 def held_out_rows(cfg, rows=None):
@@ -49,14 +46,43 @@ def rows_to_score(cfg, limit):
 
 
 def report(answer, rows, cfg, flags):
-    """What evaluation.py does: score base, tuned or both (flags: EvaluationFlags), print, and keep all_results.json."""
-    if flags.compare:
-        compare(answer, rows, cfg)
-    else:
-        name = "base" if flags.base else "tuned"
-        scores = {name: evaluate(answer, rows, cfg, base=flags.base)}
-        show_table(scores, len(rows))
-        save_results(cfg, rows, scores)
+    """What evaluation.py does: score base, tuned or both (flags: EvaluationFlags), print, and leave the results.
+
+    Under torchrun each process scores its share of the rows, and the first one prints and writes.
+    """
+    scores = {name: evaluate(answer, rows, cfg, name == "base") for name in models_of(flags)}
+    if is_first():
+        conclude(cfg, rows, scores)
+
+
+def is_first():
+    """Whether this process is the one that prints and writes: the first of those that work together, or one alone."""
+    return not (processes.together() and launch.rank())
+
+
+def models_of(flags):
+    """Names of the models that EvaluationFlags ask for."""
+    return ("base", "tuned") if flags.compare else ("base",) if flags.base else ("tuned",)
+
+
+def compare(answer, rows, cfg, apart=False):
+    """Score base and tuned on the same rows, print and leave the results; all of all_results.json.
+
+    apart: the rows are the validation rows, kept out of training though they stand in its files.
+    """
+    scores = {name: evaluate(answer, rows, cfg, name == "base") for name in ("base", "tuned")}
+    return conclude(cfg, rows, scores, apart)
+
+
+def conclude(cfg, rows, scores, apart=False):
+    """Keep {model: {metric: mean}} in all_results.json, write the report, print answers and table; all the results."""
+    results = save_results(cfg, rows, scores, apart)
+    if len(scores) == 2:
+        show_answers(cfg)
+        show_worst(cfg)
+    leave_report(cfg, results)
+    show_table(results, list(scores))
+    return results
 
 
 def evaluate(answer, rows, cfg, base=False):
@@ -65,66 +91,107 @@ def evaluate(answer, rows, cfg, base=False):
     Predictions go to predictions.jsonl (predictions_base.jsonl) in `cfg.model_save_dir`, a line each as they are made;
     a second call with the same model, rows and settings goes on after the last whole line.
     """
-    torch.manual_seed(cfg.seed)
-    sampling = Sampling.of(cfg, do_sample="do_sample" in cfg.given and cfg.do_sample)
-    path = Path(cfg.model_save_dir) / f"predictions{'_base' if base else ''}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    key = _key(cfg, rows, sampling, base)
-    done = _done(path, key)
-    left = [number for number in range(len(rows)) if number not in done]
-    left.sort(key=lambda number: sum(len(turn.text) for turn in rows[number][1]))
-    title = "评估基座 base" if base else "评估微调 tuned"
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done), desc=title) as bar:
-        for start in range(0, len(left), cfg.eval_batch_size):
-            batch = left[start : start + cfg.eval_batch_size]
-            for record in _predict(answer, [(number, *rows[number]) for number in batch], sampling, base):
-                done[record["row"]] = record
-                file.write(jsonl.line_of({"key": key, **record}))
+    sampling = _sampling(cfg)
+    records = score_rows(
+        _path(cfg, base),
+        key_of(cfg, base, [rows, vars(sampling), metrics.signature()]),
+        sorted(range(len(rows)), key=lambda number: sum(len(turn.text) for turn in rows[number][1])),
+        lambda numbers: predict(answer, [(number, *rows[number]) for number in numbers], sampling, base),
+        cfg,
+        ("评估基座 base" if base else "评估微调 tuned", "bleu-4"),
+    )
+    return metrics.average([record["scores"] for record in records])
+
+
+def score_rows(path, key, order, predict, cfg, shown):
+    """The records of the row numbers in `order`, sorted by number; `predict(numbers)` yields those of a batch.
+
+    Each batch is appended to `path` as it is done; what an earlier call under the same `key` left there is not done
+    again. Batches and their seeds do not depend on where that call stopped, nor on the number of processes.
+    shown: the title of the progress bar, and the score whose mean it shows.
+    """
+    processes.first(lambda: _gather(path, key))
+    done = {record["row"]: record for record in jsonl.read(path)}
+    processes.wait()
+    batches = [order[start : start + cfg.eval_batch_size] for start in range(0, len(order), cfg.eval_batch_size)]
+    running = [record["scores"][shown[1]] for record in done.values()]
+    rank, count = (launch.rank(), launch.world_size()) if processes.together() else (0, 1)
+    mine = path.with_suffix(f".{rank}.part") if rank else path
+    with (
+        mine.open("a", encoding="utf-8", newline="\n") as file,
+        tqdm(total=len(order), initial=len(done), desc=shown[0]) as bar,
+    ):
+        for number in range(rank, len(batches), count):
+            left = [row for row in batches[number] if row not in done]
+            if not left:
+                continue
+            torch.manual_seed((cfg.seed + number) % 2**32)
+            records = list(predict(left))
+            file.write("".join(jsonl.line_of({"key": key, **record}) for record in records))
             file.flush()
-            bar.update(len(batch))
-            bar.set_postfix_str(f"BLEU-4 {metrics.average([r['scores'] for r in done.values()])['bleu-4']:.3f}")
-    return metrics.average([done[number]["scores"] for number in sorted(done)])
+            running += [record["scores"][shown[1]] for record in records]
+            bar.update(len(left))
+            bar.set_postfix_str(f"{shown[1]} {sum(running) / len(running):.3f}")
+    processes.wait()
+    processes.first(lambda: _gather(path, key))
+    return records_in(path)
+
+
+def records_in(path):
+    """The records `score_rows` left in a file, by row number."""
+    return sorted(jsonl.read(path), key=lambda record: record["row"])
 
 
 def predictions(cfg, base=False):
-    """The records of the last evaluation, by row number."""
-    path = Path(cfg.model_save_dir) / f"predictions{'_base' if base else ''}.jsonl"
-    return {record["row"]: record for record in jsonl.read(path)}
+    """{row number: record} of the last evaluation, in that order."""
+    return {record["row"]: record for record in records_in(_path(cfg, base))}
 
 
-def save_results(cfg, rows, scores):
-    """Put {base: …, tuned: …} into all_results.json and return all of it; scores on other rows are dropped."""
-    path = Path(cfg.model_save_dir) / "all_results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    held_out = {"rows": len(rows), "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
-    if results.get("held_out") != held_out:
+def save_results(cfg, rows, scores, apart=False):
+    """Put {base: …, tuned: …} with their intervals into all_results.json and return all of it.
+
+    Scores on other rows are dropped. held_out: number and hash of the rows, and how many of them were trained on.
+    """
+    results = read_results(cfg)
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    if results.get("held_out", {}).get("sha256") != digest:
         results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
+    manifest = run.read_manifest(cfg.model_save_dir)
+    found = overlap.count(manifest, rows, apart) if manifest else None
+    held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(_sampling(cfg)), "overlap": found}
     results |= {**scores, "held_out": held_out, "signature": metrics.signature()}
-    run.write_json(path, results)
+    each = {
+        name: [record["scores"] for record in predictions(cfg, name == "base").values()]
+        for name in ("base", "tuned")
+        if name in results
+    }
+    results["intervals"] = {name: bootstrap.intervals(found, cfg.seed) for name, found in each.items()}
+    if len(each) == 2:
+        results["intervals"]["change"] = bootstrap.change_intervals(each["base"], each["tuned"], cfg.seed)
+    run.write_json(Path(cfg.model_save_dir) / "all_results.json", results)
     return results
 
 
-def compare(answer, rows, cfg):
-    """Score base and tuned on the same rows, print the table and three pairs of answers; all of all_results.json."""
-    scores = {name: evaluate(answer, rows, cfg, base=name == "base") for name in ("base", "tuned")}
-    show_table(scores, len(rows))
-    show_answers(cfg)
-    return save_results(cfg, rows, scores)
+def read_results(cfg):
+    """What all_results.json in the run's folder holds, {} where there is none."""
+    path = Path(cfg.model_save_dir) / "all_results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def shown(scores):
-    """Names of the metrics a table of {model: {metric: value}} shows."""
-    first, *others = scores.values()
-    return [name for name in first if not HIDDEN.fullmatch(name) and all(name in values for values in others)]
+def leave_report(cfg, results):
+    """Write eval_report.md and eval_report.png from all the evaluations the run's folder holds."""
+    records = {name: predictions(cfg, name == "base") for name in ("base", "tuned") if name in results}
+    eval_report.write(cfg.model_save_dir, results, records, cfg.seed)
+    print(f"\n评估报告 report: {Path(cfg.model_save_dir) / 'eval_report.md'}")
 
 
-def show_table(scores, count):
-    """Print one line a metric, one column a model."""
-    print(f"\n留出数据 held-out rows: {count}")
-    print(f"{'metric':<16}" + "".join(f"{name:>10}" for name in scores))
-    for metric in shown(scores):
-        print(f"{metric:<16}" + "".join(f"{values[metric]:>10.4f}" for values in scores.values()))
-    print(metrics.signature())
+def show_table(results, models):
+    """Print a line a metric, a column a model and one for the change, by which the lines are sorted."""
+    print(f"\n留出数据 held-out rows: {results['held_out']['rows']}, {eval_report.overlap_text(results['held_out'])}")
+    for name, *cells in [["metric", *eval_report.heads(models)], *eval_report.metric_rows(results, models)]:
+        print(f"{name:<18}" + "".join(f"{cell:<26}" for cell in cells).rstrip())
+    print(f"[95 % interval: {bootstrap.RESAMPLES} bootstrap resamples of the rows]")
+    print(results["signature"])
 
 
 def show_answers(cfg, count=3):
@@ -134,12 +201,24 @@ def show_answers(cfg, count=3):
         record = tuned[number]
         print(f"\n提问 question: {record['question']}")
         print(f"参考 reference: {record['reference']}")
-        print(f"基座 base:      {base[number]['prediction']}")
-        print(f"微调 tuned:     {record['prediction']}")
+        print(f"基座 base:      {base[number]['answer']}")
+        print(f"微调 tuned:     {record['answer']}")
 
 
-def _predict(answer, batch, sampling, base):
-    """Records of a batch of (row number, where, turns); a row that cannot be asked scores 0 and says why."""
+def show_worst(cfg):
+    """Print where the tuned model's answers lost most against the base's; eval_report.md has the texts."""
+    metric, base, tuned = eval_report.ROW_METRIC, predictions(cfg, base=True), predictions(cfg)
+    print(f"\n变化最差的行 worst rows, by the change of {metric} (base → tuned):")
+    for change, row in eval_report.changes(base, tuned)[: eval_report.WORST]:
+        before, after = (records[row]["scores"][metric] for records in (base, tuned))
+        print(f"  {change:+.3f}  {before:.3f} → {after:.3f}  {tuned[row]['where']}")
+
+
+def predict(answer, batch, sampling, base, score=metrics.score):
+    """Records of a batch of (row number, where, turns); a row that cannot be asked scores 0 and says why.
+
+    score(answer, reference, question) gives {name: value}; whether it "stopped" by itself is added.
+    """
     started = time.monotonic()
     questions = [turns[:-1] for _, _, turns in batch]
     try:
@@ -147,38 +226,63 @@ def _predict(answer, batch, sampling, base):
     except UserError as problem:
         if len(batch) > 1:
             for row in batch:
-                yield from _predict(answer, [row], sampling, base)
+                yield from predict(answer, [row], sampling, base, score)
             return
         answers = [("", f"error: {problem}", 0)]
     seconds = (time.monotonic() - started) / len(batch)
     for (number, where, turns), (text, stop, tokens) in zip(batch, answers, strict=True):
         question, reference = turns[-2].text, turns[-1].text
+        ended = {"stopped": float(stop == "stop" and bool(text.strip()))}
         yield {
             "row": number,
             "where": where,
+            "prompt": [{"role": turn.role, "content": turn.text} for turn in turns[:-1]],
             "question": question,
             "reference": reference,
-            "prediction": text,
+            "answer": text,
             "stop": stop,
             "tokens": tokens,
             "seconds": round(seconds, 3),
-            "scores": metrics.score(text, reference, question),
+            "scores": score(text, reference, question) | ended,
         }
 
 
-def _done(path, key):
-    """Records already made under `key`; the file is rewritten with these alone, without a line cut off by a kill."""
-    records = [record for record in (jsonl.read(path) if path.exists() else []) if record.pop("key", None) == key]
-    jsonl.write(path, [{"key": key, **record} for record in records])
-    return {record["row"]: record for record in records}
+def _gather(path, key):
+    """Put the records made under `key` by all processes into `path`, without a line cut off by a kill; drop others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = sorted(path.parent.glob(f"{path.stem}.*.part"))
+    found = [record for file in [path, *parts] if file.exists() for record in jsonl.read(file)]
+    records = {record["row"]: record for record in found if record.get("key") == key}
+    draft = path.with_suffix(".draft")
+    jsonl.write(draft, records.values())
+    draft.replace(path)
+    for part in parts:
+        part.unlink()
 
 
-def _key(cfg, rows, sampling, base):
-    """Names the model, the rows and the settings a prediction depends on."""
+def _path(cfg, base):
+    return Path(cfg.model_save_dir) / f"predictions{'_base' if base else ''}.jsonl"
+
+
+def _sampling(cfg):
+    """Greedy unless sampling is asked for."""
+    return Sampling.of(cfg, do_sample="do_sample" in cfg.given and cfg.do_sample)
+
+
+def _decoding(sampling):
+    """How the answers were drawn, in words."""
+    drawn = f"sampled, temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}"
+    how = drawn if sampling.do_sample else "greedy"
+    beams = f", {sampling.num_beams} beams" if sampling.num_beams > 1 else ""
+    penalty = f", repetition penalty {sampling.repetition_penalty}" if sampling.repetition_penalty != 1 else ""
+    return f"{how}{beams}{penalty}, at most {sampling.max_new_tokens} tokens"
+
+
+def key_of(cfg, base, parts):
+    """Names the model, and in `parts` the rows and settings, that a prediction depends on."""
     trained = trained_with(cfg, run.read_manifest(cfg.model_save_dir), base)
-    adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
     weights = [base_hash(trained["path_model_pretrain"])]
-    if adapter.exists() and not base:
-        weights.append(dataset.file_hash(str(adapter)))
-    parts = [weights, trained, rows, vars(sampling), cfg.dtype, cfg.seed, metrics.signature(), base]
+    if not base:
+        weights += [base_hash(cfg.model_save_dir)]
+    parts = [weights, trained, cfg.dtype, cfg.seed, base, *parts]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """JSON lines: one object a line, UTF-8, lines ended by \\n alone (texts may hold other line separators)."""
 
 import json
+import os
 from pathlib import Path
 
 
@@ -18,9 +19,11 @@ def stream(path):
 
 
 def write(path, records):
-    """Replace the file's content by `records`, which may be many."""
-    with Path(path).open("w", encoding="utf-8", newline="\n") as file:
+    """Replace the file's content by `records`, which may be many: it is either the old file or the whole new one."""
+    draft = Path(f"{path}.part")
+    with draft.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(map(line_of, records))
+    os.replace(draft, path)
 
 
 def line_of(record):

@@ -13,15 +13,17 @@ from common.pieces import IGNORED
 CHUNK = 64  # rows of logits alive at once; with 256,000 pieces in fp32 that is 64 MiB
 
 
-def use_supervised_loss(model):
+def use_supervised_loss(model, smoothing=0.0):
     """Make `model(input_ids, labels=…)` return the chunked loss; without labels its forward stays as it is.
 
     `model` is a transformers causal LM (peft's wrapper around it included). labels [B, T] are aligned with input_ids,
     -100 is not counted. The loss is the sum over counted ids divided by `num_items_in_batch`, or by their number where
     that is not given. In evaluation mode `logits` holds [B, 2] instead: each row's summed loss and counted ids.
+    smoothing: share of the target that all pieces get alike, in training mode.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain_forward = causal.forward
+    _score_in_head(causal.get_output_embeddings())
 
     @functools.wraps(type(causal).forward)  # generate looks up in its signature what a model takes
     def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
@@ -30,12 +32,9 @@ def use_supervised_loss(model):
         hidden = self.get_decoder()(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         targets = labels[:, 1:]
         counted = targets != IGNORED
-        losses = token_losses(
-            hidden[:, :-1][counted],
-            targets[counted],
-            self.get_output_embeddings(),
-            getattr(self.config, "final_logit_softcapping", None),
-        )
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        smoothed = smoothing if self.training else 0.0
+        losses = self.get_output_embeddings()(hidden[:, :-1][counted], targets[counted], softcap, smoothed)
         loss = losses.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=None if self.training else _row_sums(losses, counted))
 
@@ -43,25 +42,43 @@ def use_supervised_loss(model):
     causal.accepts_loss_kwargs = True  # the Trainer then counts the supervised ids of the whole batch and hands them in
 
 
-def token_losses(hidden, targets, head, softcap=None):
-    """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], head the output layer.
+def _score_in_head(head):
+    """Make `head(hidden, targets, softcap, smoothing)` return the losses; without targets its forward stays as it is.
 
-    softcap: where the model has one, logits = softcap * tanh(logits / softcap).
+    A call of the head lets FSDP2 and ZeRO-3 put its weight together, of which each process holds a part.
     """
-    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return _FrozenHeadLoss.apply(hidden, head.weight, targets, softcap)
+    project, is_linear = head.forward, type(head) is torch.nn.Linear and head.bias is None
+
+    def forward(self, hidden, targets=None, softcap=None, smoothing=0.0):
+        if targets is None:
+            return project(hidden)
+        weight = self.weight if is_linear and not self.weight.requires_grad else None
+        return token_losses(hidden, targets, project, weight, softcap, smoothing)
+
+    head.forward = MethodType(forward, head)
+
+
+def token_losses(hidden, targets, project, weight=None, softcap=None, smoothing=0.0):
+    """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], project(hidden) the logits.
+
+    weight [V, H]: the output layer's, where it is all of it and not trained. softcap: where the model has one, logits =
+    softcap * tanh(logits / softcap). smoothing: the target is (1 - smoothing) at the piece wanted plus
+    smoothing / vocabulary everywhere (Szegedy et al. 2015, arXiv 1512.00567).
+    """
+    if weight is not None:
+        return _FrozenHeadLoss.apply(hidden, weight, targets, softcap, smoothing)
     losses = [
-        checkpoint(_chunk_losses, part, target, head, softcap, use_reentrant=False)
+        checkpoint(_chunk_losses, part, target, project, softcap, smoothing, use_reentrant=False)
         for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
     return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def _chunk_losses(hidden, targets, head, softcap):
-    logits = head(hidden).float()
+def _chunk_losses(hidden, targets, project, softcap, smoothing):
+    logits = project(hidden).float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    return functional.cross_entropy(logits, targets, reduction="none")
+    return functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -71,7 +88,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap):
+    def forward(ctx, hidden, weight, targets, softcap, smoothing):
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], CHUNK):
@@ -82,13 +99,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 slope = 1 - logits.square() if gradient is not None else None
                 logits.mul_(softcap)
             wanted, largest = targets[part, None], logits.amax(dim=-1, keepdim=True)
-            reached = logits.gather(1, wanted)
+            reached = (1 - smoothing) * logits.gather(1, wanted)
+            if smoothing:
+                reached += smoothing * logits.mean(1, keepdim=True)
             error = logits.sub_(largest).exp_()  # softmax, in the logits' own memory
             total = error.sum(dim=-1, keepdim=True)
             losses[part] = (largest + total.log() - reached).squeeze(1)
             if gradient is None:
                 continue
-            error.div_(total).scatter_add_(1, wanted, torch.full_like(total, -1.0))
+            error.div_(total).scatter_add_(1, wanted, torch.full_like(total, smoothing - 1.0))
+            if smoothing:
+                error.sub_(smoothing / weight.shape[0])
             if softcap:
                 error.mul_(slope)
             gradient[part] = error.to(weight.dtype) @ weight
@@ -98,7 +119,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
 
 
 def _row_sums(losses, counted):

@@ -1,16 +1,25 @@
 """Base model, tokenizer and adapter: loaded, attached, shown, and checked after saving."""
 
 import hashlib
+import importlib.util
+import math
+import os
+import re
 import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from common import processes
+from common.config import LORA
 from common.errors import UserError
 
+IDLE = re.compile("lora_B|lora_embedding_A")  # what starts at zero: where it still is, the layer does nothing
 EDGE = 1 << 20  # bytes hashed at each end of a weight file: a whole 70B checkpoint would take minutes
 
 
@@ -47,15 +56,29 @@ def load_tokenizer(path, prompt):
     return tokenizer
 
 
-def load_base(path, dtype):
-    """The base model on this process's device, in evaluation mode; `dtype` is the knob's value."""
-    model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=resolve_dtype(dtype))
-    return model.to(device()).eval()
+def load_base(path, dtype, bits=0):
+    """The base model in evaluation mode; `dtype` is the knob's value.
+
+    It is on this process's device, but where each process will hold a part of it: then it is on the CPU, or in parts.
+    bits: 4 (nf4, its constants quantised too; QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 (LLM.int8, Dettmers
+    et al. 2022, arXiv 2208.07339) load the linear layers quantised, the head left as it is; 0 does not.
+    """
+    kind = resolve_dtype(dtype)
+    if not bits:
+        model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind)
+        return (model if processes.shards_weights() else model.to(device())).eval()
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError('--tuning qlora 需要 needs bitsandbytes: pip install "bitsandbytes>=0.50,<0.51"')
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
+    quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **(four if bits == 4 else {}))
+    options = {"quantization_config": quantised, "device_map": {"": device()}}
+    return _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind, **options).eval()
 
 
 def _loaded(auto_class, path, what, **kwargs):
     if str(path).startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
         raise UserError(f"{path}: 文件夹不存在 no such folder; check --path_model_pretrain")
+    path = _from_modelscope(path) if _is_modelscope(path) else path
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as problem:
@@ -63,50 +86,103 @@ def _loaded(auto_class, path, what, **kwargs):
         raise UserError(f"{path}: 无法加载{what} cannot be loaded: {reason}") from None
 
 
-def add_lora(model, cfg):
-    """`model` with fresh LoRA layers on `cfg.target_modules`, everything else frozen.
+def _is_modelscope(path):
+    return os.environ.get("USE_MODELSCOPE_HUB", "") in ("1", "true", "True") and not Path(path).expanduser().is_dir()
 
-    LoRA weights stay fp32 over a bf16 base. LoRA: Hu et al. 2021, arXiv 2106.09685.
-    """
-    targets = "all-linear" if cfg.target_modules == ("all-linear",) else list(cfg.target_modules)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
-        target_modules=targets,
-        modules_to_save=list(cfg.modules_to_save) or None,
-    )
-    torch.manual_seed(cfg.seed)
+
+def _from_modelscope(path):
+    """The folder of a ModelScope id, downloaded by its package where it is not in its cache."""
     try:
-        return get_peft_model(model, lora)
-    except ValueError as problem:
-        reason = " ".join(str(problem).split())[:200]
+        from modelscope import snapshot_download
+    except ImportError:
         raise UserError(
-            f"--target_modules {' '.join(cfg.target_modules)}: {reason}; --print_targets 列出 lists them"
+            f"{path}: USE_MODELSCOPE_HUB 需要 needs the package modelscope: pip install modelscope"
         ) from None
+    try:
+        return snapshot_download(path)
+    except Exception as problem:  # its own, requests' and urllib3's errors share no base class
+        reason = " ".join(str(problem).split())[:300]
+        raise UserError(f"{path}: 无法从 ModelScope 下载 cannot be downloaded from ModelScope: {reason}") from None
 
 
-def load_tuned(base, folder):
-    """`base` with the adapter saved in `folder`; UserError where a key is missing or left over."""
+def load_tuned(trained, folder, dtype):
+    """The tuned model of `folder`, as `trained` (of answer.open_run) says: base and adapter, or the whole model there.
+
+    UserError where a key of the adapter is missing or left over.
+    """
+    if trained["tuning"] not in LORA:
+        return load_base(folder, dtype)
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"{folder}: 没有适配器 there is no adapter; train first, or give --model_save_dir or --base")
+    base = load_base(trained["path_model_pretrain"], dtype, trained["bits"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of missing keys; the comparison below refuses them
         model = PeftModel.from_pretrained(base, folder)
-    _compare(get_peft_model_state_dict(model), load_file(_weights(folder)), folder)
+    _compare(_adapter_state(model), load_file(_weights(folder)), folder)
     return model.eval()
 
 
-def verify_adapter(model, folder):
-    """Reopen what was just saved: the same keys and values as in memory, and no LoRA layer that does nothing."""
+def merge_reasons(model):
+    """Why engines that only add LoRA to linear layers (vLLM) cannot serve this adapter beside its base; [] if none."""
+    config, causal = model.peft_config["default"], model.get_base_model()
+    changed = [causal.get_input_embeddings(), causal.get_output_embeddings()]
+    return [
+        reason
+        for reason, holds in (
+            ("modules_to_save", bool(config.modules_to_save)),
+            ("DoRA", config.use_dora),
+            ("LoRA on embeddings or head", any(isinstance(module, BaseTunerLayer) for module in changed)),
+        )
+        if holds
+    ]
+
+
+def whole_state(model):
+    """{name: tensor on the CPU} of what is saved of a model of which each process holds a part; all call it together.
+
+    That is all that is trained of one with an adapter, and all of a model tuned without one, in the base's dtype.
+    """
+    if hasattr(model, "peft_config"):
+        return {name: processes.whole(p) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: processes.whole(p).to(model.config.dtype) for name, p in model.named_parameters()}
+
+
+def verify_adapter(model, folder, state=None):
+    """Reopen what was just saved: the same keys and values as in memory, and no LoRA layer that does nothing.
+
+    state: `whole_state(model)`, where the model itself may hold a part only.
+    """
     saved = load_file(_weights(folder))
-    _compare({k: v.cpu() for k, v in get_peft_model_state_dict(model).items()}, saved, folder)
-    idle = [name for name, tensor in saved.items() if "lora_B" in name and not tensor.any()]
+    _compare(_adapter_state(model, state), saved, folder)
+    idle = [name for name, tensor in saved.items() if IDLE.search(name) and not tensor.any()]
     if idle:
         raise UserError(
             f"{folder}: 适配器不起作用 the adapter does nothing: {len(idle)} lora_B are zero, e.g. {idle[0]}"
         )
+
+
+def verify_whole(model, folder, state=None):
+    """Reopen a whole model just saved: each tensor is as in memory, and none is missing but those tied to another.
+
+    state: `whole_state(model)`, where the model itself may hold a part only.
+    """
+    state, saved, different = state or model.state_dict(), set(), []
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names = set(tensors.keys())
+            saved |= names
+            different += [n for n in names if n not in state or not torch.equal(state[n].cpu(), tensors.get_tensor(n))]
+    places = {state[name].data_ptr() for name in saved & state.keys()}
+    missing = [name for name in state.keys() - saved if state[name].data_ptr() not in places]
+    if different or missing:
+        raise UserError(
+            f"{folder}: 保存的模型与内存中的不同 the saved model differs from the trained one: "
+            f"{len(different)} 不同 different, {len(missing)} 缺少 missing, e.g. {sorted(different + missing)[0]}"
+        )
+
+
+def _adapter_state(model, state=None):
+    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
 
 
 def _weights(folder):
@@ -124,12 +200,12 @@ def _compare(expected, saved, folder):
 
 
 def base_hash(path):
-    """sha256 (hex) of a local base's config and weight files: names, sizes and both ends of each; "" for hub ids."""
+    """sha256 (hex) of a folder's config and weight files: names, sizes and both ends of each; "" for others."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         return ""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+    for file in sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(kind)):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
@@ -145,7 +221,7 @@ def linear_layers(model):
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            found.setdefault(name.rpartition(".")[2], []).append((name, tuple(module.weight.shape)))
+            found.setdefault(name.rpartition(".")[2], []).append((name, (module.out_features, module.in_features)))
     return found
 
 
@@ -162,7 +238,7 @@ def show_parameters(model):
     kinds = {}
     for name, parameter in model.named_parameters():
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        key = (kind, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), parameter.requires_grad)
+        key = (kind, _shape(parameter), str(parameter.dtype).removeprefix("torch."), parameter.requires_grad)
         kinds[key] = kinds.get(key, 0) + 1
     for (kind, shape, dtype, trained), count in kinds.items():
         print(f"  {'训练 train' if trained else '冻结 frozen'} {kind} {list(shape)} {dtype} × {count}")
@@ -171,6 +247,12 @@ def show_parameters(model):
 
 
 def parameter_counts(model):
-    """(trainable, all) parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """(trainable, all) parameters; two that 4 bits each put into one byte are two."""
+    sizes = [(math.prod(_shape(p)), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _shape(parameter):
+    """Its whole shape, also where this process holds a part (ZeRO-3 leaves an empty tensor), or 4 bits share a byte."""
+    quantised = getattr(parameter, "quant_state", None)
+    return tuple(quantised.shape if quantised else getattr(parameter, "ds_shape", parameter.shape))

@@ -1,50 +1,72 @@
 """A run's folder: its manifest, its lock, its whole checkpoints, and what of it may be resumed."""
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from common import dataset, jsonl, model, pieces
+from common import dataset, jsonl, model, pieces, processes
 from common.config import ROOT
 from common.errors import UserError
+from common.launch import rank
 
-MANIFEST, WHOLE = "run_manifest.json", "whole.json"
+AROUND = 12  # characters shown before and after a difference
+MANIFEST, WHOLE, DRAFT = "run_manifest.json", "whole.json", "adapter.part"
+DISK_FULL = re.compile(
+    "No space left|File too large|Disk quota|os error (27|28|122)|PytorchStreamWriter|unexpected pos"
+)
 # knobs that may change between a stop and a resume without changing what is trained
 FREE = set(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
-    "save_steps save_total_limit max_new_tokens do_sample temperature top_p top_k repetition_penalty num_beams "
-    "eval_batch_size host port given".split()
+    "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
+    "repetition_penalty num_beams eval_batch_size host port deepspeed given".split()
+)
+# without the same of these, a checkpoint's weights do not load
+SHAPING = set(
+    "base tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules "
+    "modules_to_save".split()
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
 
 
 class Run(NamedTuple):
-    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from."""
+    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from.
+
+    Only the first of several processes has the lock and writes.
+    """
 
     folder: Path
     manifest: dict
-    lock: FileLock
+    lock: FileLock | None
     checkpoint: Path | None
 
 
-def start(cfg, resume, tokenizer, prompt, rows):
-    """Open the run's folder for this process alone and write its manifest and rejected.jsonl: the Run.
+def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
+    """Open the run's folder for this run alone and write its manifest and rejected.jsonl: the Run.
 
     resume: "auto" goes on from the last whole checkpoint of an unfinished run; "never" starts anew; or a checkpoint's
     folder. An earlier run's files are moved aside, never overwritten. UserError where the data or options differ from
-    the run to be resumed, or another process trains into the folder.
+    the run to be resumed (but with resume_anyway, where they fit its weights), or another process trains into the
+    folder.
     """
     folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
+    opened = processes.first(lambda: _open(folder, manifest, resume, rows, resume_anyway))
+    lock, checkpoint = opened or (None, None)
+    return Run(folder, _seen_by_all(folder, manifest), lock, processes.share(checkpoint))
+
+
+def _open(folder, manifest, resume, rows, resume_anyway):
+    """(lock, checkpoint to go on from or None), the folder being ready to be written to."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -53,13 +75,27 @@ def start(cfg, resume, tokenizer, prompt, rows):
         raise UserError(
             f"{folder}: 另一个训练正在写入 another run is writing here; give another --model_save_dir"
         ) from None
-    if resume in ("auto", "never"):
-        checkpoint = _checkpoint_in(folder, manifest, resume)
-    else:
-        checkpoint = _chosen_checkpoint(Path(resume), manifest)
+    try:
+        if resume in ("auto", "never"):
+            checkpoint = _checkpoint_in(folder, manifest, resume, resume_anyway)
+        else:
+            checkpoint = _chosen_checkpoint(Path(resume), manifest, resume_anyway)
+    except UserError:
+        lock.release()
+        raise
     write_json(folder / MANIFEST, manifest)
     jsonl.write(folder / "rejected.jsonl", rows.rejected)
-    return Run(folder, manifest, lock, checkpoint)
+    return lock, checkpoint
+
+
+def _seen_by_all(folder, manifest):
+    """The first process's manifest; UserError in a process that does not find it in its own `folder`."""
+    written = processes.share(manifest)
+    if (read_manifest(folder) or {}).get("started") != written["started"]:
+        raise UserError(
+            f"{folder}: 各机器看到的不是同一个文件夹 not one folder for all machines; put it on a shared disk"
+        )
+    return written
 
 
 def describe(cfg, tokenizer, prompt, rows):
@@ -78,8 +114,9 @@ def describe(cfg, tokenizer, prompt, rows):
         },
         "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
         "data": rows.sources,
+        "processes": processes.describe(cfg),
         "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {n: importlib.metadata.version(n) for n in (*PACKAGES, *(["bitsandbytes"] if cfg.bits else []))},
         "git_commit": _git_commit(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
@@ -103,44 +140,87 @@ def write_json(path, value):
 
 
 def mark_whole(checkpoint):
-    """Record a checkpoint's files and sizes: one without this record was cut off while being written."""
-    sizes = {file.name: file.stat().st_size for file in Path(checkpoint).iterdir() if file.name != WHOLE}
-    write_json(Path(checkpoint) / WHOLE, sizes)
+    """Record the sha256 of a checkpoint's files: one without this record was cut off while being written."""
+    write_json(Path(checkpoint) / WHOLE, _hashes(checkpoint))
 
 
 def last_whole_checkpoint(folder):
-    """The newest checkpoint whose files are all there, or None; those cut off while being written are removed."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in [path for path in found if not _is_whole(path)]:
-        print(f"删除不完整的检查点 removing a checkpoint that was cut off: {checkpoint}")
+    """The newest checkpoint whose files are what was written, or None; those cut off or damaged are removed."""
+    found = Path(folder).glob("checkpoint-*")
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if _is_whole(checkpoint):
+            return checkpoint
+        print(f"删除不完整的检查点 removing a checkpoint that was cut off or damaged: {checkpoint}")
         shutil.rmtree(checkpoint)
-        found.remove(checkpoint)
-    return found[-1] if found else None
+    return None
 
 
-def save_adapter(net, tokenizer, folder):
-    """Save adapter and tokenizer into `folder` and check them there; each file appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder) as draft:
-        net.save_pretrained(draft)
-        model.verify_adapter(net, draft)
-        tokenizer.save_pretrained(draft)
-        for file in Path(draft).iterdir():
-            os.replace(file, Path(folder) / file.name)
+def save_tuned(net, tokenizer, folder):
+    """Save adapter or whole model, and tokenizer, into `folder`; check them; each file appears whole or not at all.
+
+    All processes call it, the first one writes.
+    """
+    state = model.whole_state(net) if processes.is_sharded(net) else None
+    if rank():
+        return
+    draft = Path(folder) / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
+    net.save_pretrained(draft, **({"state_dict": state} if state else {}))
+    verify = model.verify_adapter if hasattr(net, "peft_config") else model.verify_whole
+    verify(net, draft, state)
+    tokenizer.save_pretrained(draft)
+    for file in draft.iterdir():
+        os.replace(file, Path(folder) / file.name)
+    draft.rmdir()
 
 
-def check_fits(manifest, tokenizer, prompt):
-    """UserError where base weights, tokenizer or template are not what the run in `manifest` was trained with."""
-    style = manifest["template"]["style"]
-    template = pieces.template_text(tokenizer, prompt, style)
-    base = manifest["base"]
+def check_fits(manifest, base, tokenizer, prompt):
+    """UserError where base (a path), tokenizer or template are not what the run in `manifest` was trained with."""
+    template = pieces.template_text(tokenizer, prompt, manifest["template"]["style"])
+    weights, ids = model.base_hash(base), dataset.tokenizer_hash(tokenizer)
     pairs = [
-        ("基座模型 base model", base["sha256"], model.base_hash(base["path"])),
-        ("分词器 tokenizer", manifest["tokenizer_sha256"], dataset.tokenizer_hash(tokenizer)),
-        ("提示模板 prompt template", manifest["template"]["text"], template),
+        ("基座模型 base model", manifest["base"]["sha256"], weights, "give the base trained with"),
+        ("分词器 tokenizer", manifest["tokenizer_sha256"], ids, "restore the base's tokenizer files"),
+        ("提示模板 prompt template", manifest["template"]["text"], template, "restore prompt.py"),
     ]
-    for what, trained, now in pairs:
+    for what, trained, now, remedy in pairs:
         if trained != now:
-            raise UserError(f"{what} 与训练时不同 is not the one trained with: {trained!r}, now {now!r}; train again")
+            trained, now = differing_parts(trained, now)
+            raise UserError(
+                f"{what} 与训练时不同 is not the one trained with: trained {trained}, now {now}; "
+                f"{remedy}, or train again"
+            )
+
+
+def differing_parts(trained, now):
+    """Where two texts differ, as two short quotations with a few characters around."""
+    same = len(os.path.commonprefix([trained, now]))
+    ends = len(os.path.commonprefix([trained[same:][::-1], now[same:][::-1]]))
+    quoted = []
+    for text in (trained, now):
+        start, end = max(0, same - AROUND), len(text) - ends
+        part = text[start : min(end + AROUND, start + 5 * AROUND)]
+        quoted.append(f"{'…' if start else ''}{part!r}{'…' if start + len(part) < len(text) else ''}")
+    return quoted
+
+
+@contextlib.contextmanager
+def told_when_full(folder):
+    """UserError of one line where writing into `folder` fails because the disk is full; what is half written goes."""
+    try:
+        yield
+    except Exception as problem:  # safetensors and torch raise errors of their own for a failed write
+        if isinstance(problem, UserError) or not DISK_FULL.search(f"{problem} {problem.__context__}"):
+            raise
+        last = None
+        if rank() == 0:
+            shutil.rmtree(Path(folder) / DRAFT, ignore_errors=True)
+            last = last_whole_checkpoint(folder)
+        reason = " ".join(str(problem).split())[:120]
+        raise UserError(
+            f"{folder}: 写不下了，磁盘已满？ cannot be written, the disk is full? ({reason}); "
+            f"最近的检查点 last good checkpoint: {last or 'none'}; make room, then the same command resumes"
+        ) from None
 
 
 def finish(work, results):
@@ -148,46 +228,61 @@ def finish(work, results):
     write_json(work.folder / MANIFEST, work.manifest | {"results": results, "state": "finished"})
 
 
-def _checkpoint_in(folder, manifest, resume):
+def _checkpoint_in(folder, manifest, resume, anyway):
     """The checkpoint an unfinished run in `folder` goes on from; None for a fresh start, earlier files moved aside."""
     earlier = read_manifest(folder)
     checkpoint = last_whole_checkpoint(folder) if earlier and earlier["state"] == "training" else None
     if resume == "auto" and checkpoint:
-        _check_same(earlier, manifest, checkpoint)
+        _check_same(earlier, manifest, checkpoint, anyway)
         print(f"从检查点继续 resuming from {checkpoint}")
         return checkpoint
-    if earlier:
+    if earlier or any(folder.glob("checkpoint-*")):  # without a manifest: a run that was killed while moved aside
         _move_aside(folder)
     return None
 
 
-def _chosen_checkpoint(checkpoint, manifest):
+def _chosen_checkpoint(checkpoint, manifest, anyway):
     if not _is_whole(checkpoint):
         raise UserError(f"--resume {checkpoint}: 不是完整的检查点 not a whole checkpoint")
     earlier = read_manifest(checkpoint.parent)
     if earlier:
-        _check_same(earlier, manifest, checkpoint)
+        _check_same(earlier, manifest, checkpoint, anyway)
     return checkpoint
 
 
 def _is_whole(checkpoint):
     try:
-        sizes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+        written, found = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8")), _hashes(checkpoint)
     except (OSError, ValueError):
         return False
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == sizes[name] for name in sizes)
+    return all(found.get(name) == value for name, value in written.items())
 
 
-def _check_same(earlier, manifest, checkpoint):
-    """UserError naming what differs between the run that wrote `checkpoint` and the one that would go on from it."""
+def _hashes(checkpoint):
+    """{file: sha256 in hex} of a checkpoint's files, those in its folders too, the record of them left out."""
+    files = sorted(file for file in Path(checkpoint).rglob("*") if file.is_file())
+    relative = {file.relative_to(checkpoint).as_posix(): file for file in files}
+    return {name: dataset.file_hash(str(file)) for name, file in relative.items() if not name.startswith(WHOLE)}
+
+
+def _check_same(earlier, manifest, checkpoint, anyway):
+    """UserError naming what differs between the run that wrote `checkpoint` and the one that would go on from it.
+
+    anyway: what differs is printed and kept in the manifest instead, unless the weights could not be loaded.
+    """
     old, new = _flat(earlier), _flat(json.loads(json.dumps(manifest)))
-    changed = [
-        f"{name}: {old.get(name)} → {new.get(name)}" for name in sorted(old | new) if old.get(name) != new.get(name)
-    ]
-    if changed:
+    changed = {
+        name: f"{old.get(name)} → {new.get(name)}" for name in sorted(old | new) if old.get(name) != new.get(name)
+    }
+    told = "; ".join(f"{name}: {values}" for name, values in changed.items())
+    if anyway and changed and not changed.keys() & SHAPING:
+        print(f"照样继续 resuming although data or options differ: {told}")
+        manifest["resumed_anyway"] = changed
+    elif changed:
+        way_out = "" if changed.keys() & SHAPING else "--resume_anyway 照样继续 resumes all the same, "
         raise UserError(
-            f"{checkpoint}: 数据或参数变了 data or options differ from that run ({'; '.join(changed[:4])}); "
-            "--resume never 重新开始 starts anew and keeps the old files"
+            f"{checkpoint}: 数据或参数变了 data or options differ from that run ({told}); "
+            f"{way_out}--resume never 重新开始 starts anew and keeps the old files"
         )
 
 
@@ -195,7 +290,9 @@ def _flat(manifest):
     """What must be equal for a resume, as one flat dict."""
     knobs = {name: value for name, value in manifest["config"].items() if name not in FREE}
     data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
-    return knobs | data | {"base": manifest["base"], "template": manifest["template"]["sha256"]}
+    base, tokenizer, template = manifest["base"], manifest["tokenizer_sha256"], manifest["template"]["sha256"]
+    shared = {"processes": manifest.get("processes", "1")}
+    return knobs | data | shared | {"base": base, "tokenizer": tokenizer, "template": template}
 
 
 def _move_aside(folder):
@@ -203,7 +300,7 @@ def _move_aside(folder):
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     aside.mkdir()
-    for file in folder.iterdir():
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):  # it says what the others are: last
         if file.name != ".lock":
             file.rename(aside / file.name)
     print(f"旧的训练结果移到 the earlier run is kept in {aside}")

@@ -29,6 +29,7 @@ ROLES = {
     "model": "assistant",
     "function_call": "assistant",  # and a call is what it says
 }
+CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 MOSS_MARKS = re.compile(r"^\s*<\|\w+\|>:\s*|\s*<eo\w>\s*$")
 SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要求|[Ww]ord count)[^）)]*[）)]\s*)?")
 PLACEHOLDER = re.compile(r"\{\{((?i:name|author))\}\}|<(NAME|AUTHOR)>")
@@ -48,14 +49,18 @@ def turns_of(row):
 
 
 def fill_identity(turns, name, author):
-    """Put `name` and `author` for {{name}}, {{AUTHOR}}, <NAME>, …; ShapeError where one is needed and empty."""
+    """Put `name` and `author` for {{name}}, {{AUTHOR}}, <NAME>, …; ShapeError where one is needed and empty.
+
+    Each is (Chinese, other) or (); a conversation with Chinese characters takes the first form, any other the second.
+    """
     values = {"name": name, "author": author}
+    form = 0 if any(CHINESE.search(turn.text) for turn in turns) else 1
 
     def value(match):
         key = (match[1] or match[2]).lower()
-        if not values[key]:
+        if not values[key] or not values[key][form].strip():
             raise ShapeError(f"{match[0]} 没有填 is not filled: give --model_name and --model_author")
-        return values[key]
+        return values[key][form]
 
     return [Turn(turn.role, PLACEHOLDER.sub(value, turn.text)) for turn in turns]
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import entities
 import general
 import pretrain
+import probe
 import products
 
 HERE = Path(__file__).resolve().parent
@@ -34,6 +35,7 @@ FILES = (
     "identity.jsonl",
     "general.jsonl",
 )
+PROBE = "probe.jsonl"  # no training file: the pre-training reads nothing of it
 
 
 @cache
@@ -62,6 +64,11 @@ def to_lines(rows: list[dict]) -> str:
 def read_rows(text: str) -> list[dict]:
     """Parse JSON lines."""
     return [json.loads(line) for line in text.splitlines()]
+
+
+def build_all() -> dict[str, str]:
+    """Compose the text of every file and of the probe."""
+    return build() | {PROBE: to_lines(probe.probe_rows(SEED + 4))}
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -205,9 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; name the files that differ")
     options = parser.parse_args(argv)
-    files = build()
+    files = build_all()
     if options.check:
-        differing = [n for n in FILES if not (HERE / n).is_file() or (HERE / n).read_bytes() != files[n].encode()]
+        differing = [n for n in files if not (HERE / n).is_file() or (HERE / n).read_bytes() != files[n].encode()]
         for name in differing:
             print(f"{name} differs from what make_data.py makes", file=sys.stderr)
         return 1 if differing else 0

@@ -12,6 +12,8 @@ from common.shapes import fold_system
 
 STYLES = ("chat", "log", "plain")
 ONE_ANSWER = False
+ENGINES = ("vllm", "llama.cpp", "ollama", "mlx", "keras")  # besides transformers, what runs an exported folder
+UNTIED_ENGINES = ()  # of these, what runs a head of its own: vLLM refuses it, llama.cpp would drop it without a word
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}{% else %}"

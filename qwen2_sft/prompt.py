@@ -16,6 +16,8 @@ from common.shapes import Turn
 
 STYLES = ("chat", "log", "plain")
 ONE_ANSWER = False
+ENGINES = ("vllm", "llama.cpp", "ollama", "mlx")  # besides transformers, what runs an exported folder
+UNTIED_ENGINES = ENGINES  # of these, what runs a head of its own: the larger Qwen have one
 SYSTEM = "You are a helpful assistant."
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}{% endif %}"

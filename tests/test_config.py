@@ -164,7 +164,7 @@ def test_own_data_is_not_scored_on_the_shipped_rows(tmp_path):
         ("lora_target", "x,y", "target_modules", ("x", "y")),
         ("lora_target_modules", "x", "target_modules", ("x",)),
         ("gradient_clipping", "0.5", "max_grad_norm", 0.5),
-        ("activation_checkpointing", "true", "gradient_checkpointing", True),
+        ("activation_checkpointing", "true", "gradient_checkpointing", "true"),
     ],
 )
 def test_aliases_as_flags_and_in_files(tmp_path, alias, typed, name, value):
@@ -192,6 +192,24 @@ def test_lists_in_yaml(tmp_path, text):
     assert settle("--config", file).target_modules == ("q", "k", "v")
 
 
+@pytest.mark.parametrize("words", [["--gradient_checkpointing"], ["--activation_checkpointing", "true"]])
+def test_a_choice_with_true_in_it_may_be_typed_as_a_switch(words):
+    assert parse(Toy, None, words).gradient_checkpointing == "true"
+    assert parse(Toy, None, []).gradient_checkpointing == "auto"
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["小黄"], ("小黄", "小黄")),
+        (["小黄", "Xiao Huang"], ("小黄", "Xiao Huang")),
+        (["Lab, Inc."], ("Lab, Inc.", "Lab, Inc.")),
+    ],
+)
+def test_names_have_a_chinese_form_and_another(words, value):
+    assert parse(Toy, None, ["--model_name", *words]).model_name == value
+
+
 @pytest.mark.parametrize(
     "words, value",
     [([], True), (["true"], True), (["1"], True), (["yes"], True), (["True"], True)]
@@ -208,7 +226,10 @@ def test_booleans(words, value):
         ("learning_rate: 1", "learning_rate", 1.0),
         ("max_steps: -1", "max_steps", -1),
         ("strict: yes", "strict", True),
-        ("model_name: 小明", "model_name", "小明"),
+        ("gradient_checkpointing: true", "gradient_checkpointing", "true"),
+        ("gradient_checkpointing: auto", "gradient_checkpointing", "auto"),
+        ("model_name: 小明", "model_name", ("小明", "小明")),
+        ("model_name: [小黄, Xiao Huang]", "model_name", ("小黄", "Xiao Huang")),
         ("\ufeffseed: 5", "seed", 5),  # as Windows editors write it
         ("modules_to_save: []", "modules_to_save", ()),
     ],
@@ -358,7 +379,11 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, capsys, world, argv
         ("--lora_dropout 1", ["--lora_dropout 1", "below 1"]),
         ("--warmup_ratio 1.5", ["--warmup_ratio 1.5"]),
         ("--top_p 0", ["--top_p 0", "at most 1"]),
+        ("--model_name a b c", ["--model_name", "a Chinese and another"]),
         ("--top_p 1.1", ["--top_p 1.1"]),
+        ("--report_to mlflow", ["--report_to mlflow", "tensorboard, wandb or both"]),
+        ("--early_stopping_patience -1", ["--early_stopping_patience -1"]),
+        ("--gradient_checkpointing maybe", ["--gradient_checkpointing", "maybe", "auto"]),
         ("--temperature 0", ["--temperature 0"]),
         ("--max_dropped 2", ["--max_dropped 2"]),
         ("--save_total_limit 1", ["--save_total_limit 1"]),

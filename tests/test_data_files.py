@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -55,7 +57,7 @@ def test_check_passes_from_another_directory(tmp_path: Path) -> None:
 
 def test_check_names_a_file_that_differs(tmp_path: Path, monkeypatch, capsys) -> None:
     module = maker()
-    for name in module.FILES:
+    for name in (*module.FILES, module.PROBE):
         (tmp_path / name).write_bytes((DATA / name).read_bytes())
     (tmp_path / "general.jsonl").write_text("{}\n", encoding="utf-8")
     monkeypatch.setattr(module, "HERE", tmp_path)
@@ -166,6 +168,31 @@ def test_general_rows() -> None:
             for left, sign, right, result in re.findall(r"(\d+)([+×-])(\d+)=(\d+)", answer):
                 assert eval(f"{left}{sign.replace('×', '*')}{right}") == int(result), answer
     assert several >= 100 and 25 <= systems <= 60 and sums >= 150
+
+
+def test_the_probe_is_frozen() -> None:
+    """Scores on it are compared over years: a change of the file needs a new name."""
+    assert hashlib.sha256((DATA / "probe.jsonl").read_bytes()).hexdigest() == (
+        "45d1ce0d88812bb441d294dc3bb4ea475c6b8a3072b3c8378678d0b5f53a5ca1"
+    )
+
+
+def test_probe_rows() -> None:
+    probe = rows("probe.jsonl")
+    assert Counter(row["subject"] for row in probe) == {"常识": 60, "算术": 40, "身份": 10}
+    assert set(Counter(row["answer"] for row in probe).values()) == {27, 28}
+    assert len({row["question"] for row in probe}) == len(probe)
+    for row in probe:
+        assert set(row) == {"subject", "question", *"ABCD", "answer"}
+        assert len({row[letter] for letter in "ABCD"}) == 4
+        if row["subject"] == "算术":
+            right = [letter for letter in "ABCD" if eval(row[letter].replace("×", "*").replace("=", "=="))]
+            assert right == [row["answer"]] and row[right[0]].split("=")[0] in row["question"]
+
+
+def test_no_probe_question_stands_in_a_training_file() -> None:
+    trained = "".join((DATA / name).read_text(encoding="utf-8") for name in maker().FILES)
+    assert not [row["question"] for row in rows("probe.jsonl") if row["question"] in trained]
 
 
 def test_readme_has_the_computed_table() -> None:

@@ -255,8 +255,13 @@ def test_identity_rows_are_filled_or_reported(tmp_path, prepare, tokenizer):
     def answers(rows):
         return [tokenizer.decode([label for label in labels if label >= 0][:-1]) for labels in rows.train[:]["labels"]]
 
-    assert answers(prepare(path, model_name="小明", model_author="实验室")) == ["我是小明", "实验室", "小明", "答"]
-    rows = prepare(path, model_name="小明")
+    assert answers(prepare(path, model_name=("小明",) * 2, model_author=("实验室",) * 2)) == [
+        "我是小明",
+        "实验室",
+        "小明",
+        "答",
+    ]
+    rows = prepare(path, model_name=("小明",) * 2)
     assert answers(rows) == ["我是小明", "小明", "答"]
     assert [(row["where"], row["row"]) for row in rows.rejected] == [(f"{path}:2", asked[1])]
     assert "{{AUTHOR}}" in rows.rejected[0]["reason"] and "--model_author" in rows.rejected[0]["reason"]
@@ -305,13 +310,13 @@ def test_what_does_not_change_the_ids_uses_the_cache(tmp_path, prepare, arrows, 
 @pytest.mark.parametrize(
     "knobs",
     [{"max_length_q": FRAME + 2}, {"max_length_a": 3}, {"loss_on": "all"}, {"prompt_style": "plain"}]
-    + [{"model_name": "小明"}, {"model_author": "实验室"}],
+    + [{"model_name": ("小明", "Ming")}, {"model_author": ("实验室", "Lab")}],
     ids=str,
 )
 def test_what_changes_the_ids_is_tokenised_again(tmp_path, prepare, arrows, knobs):
     rows = [{"question": "ab", "answer": "{{name}}"}, {"question": "ab", "answer": "{{author}}"}]
     path = write(tmp_path, "a.jsonl", [*rows, {"question": "abcd", "answer": "e"}, {"question": "a", "answer": "bcd"}])
-    filled = {"model_name": "a", "model_author": "b"}
+    filled = {"model_name": ("a", "a"), "model_author": ("b", "b")}
     first, second = prepare(path, **filled), prepare(path, **filled | knobs)
     assert len(arrows()) == 2
     assert (first.train[:], list(first.rejected)) != (second.train[:], list(second.rejected))
@@ -515,6 +520,7 @@ def test_rows_of_a_prepared_file(tmp_path, prepare):
         "input_ids": [CHAT, [BOS, A, B, EOS]],
         "labels": [only(CHAT, 39, 40, 41, 42), [-100, A, B, EOS]],
         "length": [43, 4],
+        "cut": [False, False],
         "where": [f"{path}:1", f"{path}:2"],
     }
 

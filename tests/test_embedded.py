@@ -34,7 +34,7 @@ def test_it_was_made_from_todays_data(folder, maker):
 
 
 def test_it_is_small(folder):
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 3_000_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 3 * 2**20
 
 
 def test_plain_transformers_loads_it(folder):

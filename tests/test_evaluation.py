@@ -109,13 +109,14 @@ def test_only_the_answer_is_scored(cfg):
     assert scores["bleu-4"] == pytest.approx(1) and scores["rouge-l-p"] == pytest.approx(1)
     fake.text = lambda question, base: question
     other = evaluate.evaluate(fake, rows_of(("甲乙丙", "丁戊己")), cfg())
-    assert set(other.values()) == {0.0}
+    assert {name for name, value in other.items() if value} == {"distinct-2", "stopped"}  # these see the answer alone
 
 
 def test_scores_are_the_means_over_rows(cfg, tmp_path):
     rows, fake = made(10), Fake()
     found = evaluate.evaluate(fake, rows, cfg())
     each = [metrics.score(fake.text(turns[0].text, False), turns[1].text, turns[0].text) for _, turns in rows]
+    each = [scores | {"stopped": 1.0} for scores in each]
     assert found == pytest.approx(metrics.average(each))
     records = [json.loads(line) for line in lines_of(tmp_path / "run")]
     assert {record["row"]: record["scores"] for record in records} == dict(enumerate(each))
@@ -138,7 +139,7 @@ def test_history_and_system_text_are_asked_the_last_answer_is_scored(cfg, tmp_pa
     assert evaluate.evaluate(fake, [("f:1", turns)], cfg())["rouge-1-f"] == pytest.approx(1)
     assert seen == [turns[:-1]]
     record = json.loads(lines_of(tmp_path / "run")[0])
-    assert (record["question"], record["reference"], record["prediction"]) == ("丙", "丁", "丁")
+    assert (record["question"], record["reference"], record["answer"]) == ("丙", "丁", "丁")
 
 
 def test_an_empty_answer_stays_in_the_mean(cfg):
@@ -155,9 +156,9 @@ def test_a_row_that_fails_scores_0_and_says_why(cfg, tmp_path):
     scores = evaluate.evaluate(fake, rows, cfg())
     records = evaluate.predictions(cfg())
     assert sorted(records) == list(range(6))
-    assert records[2]["prediction"] == "" and set(records[2]["scores"].values()) == {0.0}
+    assert records[2]["answer"] == "" and set(records[2]["scores"].values()) == {0.0}
     assert records[2]["stop"].startswith("error") and "too long" in records[2]["stop"]
-    assert all(records[number]["prediction"] and records[number]["stop"] == "stop" for number in (0, 1, 3, 4, 5))
+    assert all(records[number]["answer"] and records[number]["stop"] == "stop" for number in (0, 1, 3, 4, 5))
     assert scores["rouge-1-f"] == pytest.approx(sum(record["scores"]["rouge-1-f"] for record in records.values()) / 6)
     again = Fake()
     assert evaluate.evaluate(again, rows, cfg()) == scores and again.asked == []
@@ -179,7 +180,7 @@ def test_predictions_are_on_disk_before_the_next_batch(cfg, tmp_path):
     evaluate.evaluate(fake, made(10), cfg())
     assert seen == [0, 4, 8]
     records = [json.loads(line) for line in lines_of(tmp_path / "run")]
-    keys = "row where question reference prediction stop tokens seconds scores".split()
+    keys = "row where prompt question reference answer stop tokens seconds scores".split()
     assert all(set(keys) <= set(record) for record in records)
     assert any("答" in line for line in lines_of(tmp_path / "run"))  # readable, not escaped
 
@@ -294,11 +295,9 @@ def test_base_and_tuned_do_not_share_predictions(cfg, tmp_path, capsys):
     scores = evaluate.compare(fake, rows, cfg())
     assert sorted(fake.asked) == sorted(turns[0].text for _, turns in rows for _ in "12")
     assert set(fake.bases) == {True, False}
-    assert all(
-        json.loads(line)["prediction"][0] == "基" for line in lines_of(tmp_path / "run", "predictions_base.jsonl")
-    )
-    assert all(json.loads(line)["prediction"][0] == "答" for line in lines_of(tmp_path / "run"))
-    assert list(scores) == ["base", "tuned", "held_out", "signature"]
+    assert all(json.loads(line)["answer"][0] == "基" for line in lines_of(tmp_path / "run", "predictions_base.jsonl"))
+    assert all(json.loads(line)["answer"][0] == "答" for line in lines_of(tmp_path / "run"))
+    assert list(scores) == ["base", "tuned", "held_out", "signature", "intervals"]
     assert scores["tuned"]["bleu-4"] > scores["base"]["bleu-4"]
     shown = capsys.readouterr().out
     for line in ("base", "tuned", "bleu-4", "rouge-l-f", metrics.signature(), f"{scores['tuned']['bleu-4']:.4f}"):
@@ -312,7 +311,7 @@ def test_results_keep_what_else_is_there(cfg, tmp_path):
     (folder / "all_results.json").write_text('{"train_loss": 1.5, "tuned": {"bleu-4": 0}}')
     evaluate.report(Fake(), made(3), cfg(), EvaluationFlags(compare=True))
     found = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-    assert list(found) == ["train_loss", "base", "tuned", "held_out", "signature"]
+    assert list(found) == ["train_loss", "base", "tuned", "held_out", "signature", "intervals"]
     assert found["train_loss"] == 1.5 and found["tuned"]["bleu-4"] > 0
     assert found["signature"] == metrics.signature()
 
@@ -322,7 +321,7 @@ def test_one_model_alone(cfg, tmp_path, base, name):
     fake = Fake()
     evaluate.report(fake, made(3), cfg(), EvaluationFlags(base=base))
     found = json.loads((tmp_path / "run/all_results.json").read_text(encoding="utf-8"))
-    assert list(found) == [name, "held_out", "signature"] and set(fake.bases) == {base}
+    assert list(found) == [name, "held_out", "signature", "intervals"] and set(fake.bases) == {base}
 
 
 # --- which rows -----------------------------------------------------------------------------------------------------

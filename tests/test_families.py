@@ -175,12 +175,20 @@ def test_an_adapter_cut_off_from_the_loss_is_caught(family, trained, monkeypatch
     monkeypatch.setattr(trainer.SupervisedTrainer, "compute_loss", compute_loss)
     with pytest.raises(UserError, match="got no gradient in the first step"):
         module(family, "train").main([*given, "--model_save_dir", str(tmp_path / "caught")])
-    monkeypatch.setattr(trainer, "check_gradients", lambda model: None)
-    with pytest.raises(UserError, match="the adapter does nothing"):
+    monkeypatch.setattr(trainer.Gradients, "check", lambda self: None)
+    with pytest.raises(UserError, match="nothing was learned"):
         module(family, "train").main([*given, "--model_save_dir", str(tmp_path / "unnoticed")])
     log = [json.loads(line) for line in (tmp_path / "unnoticed/trainer_log.jsonl").read_text().splitlines()]
     first, last = (sum(record["loss"] for record in part) / 4 for part in (log[:4], log[4:]))
     assert abs(first - last) < 0.1, "without the guard the run goes on, and learns nothing"
+
+
+def test_gradient_checkpointing_changes_nothing(family, trained, tmp_path):
+    given = [*trained[1], "--max_steps", "3", "--eval_rows", "0", "--lora_dropout", "0"]
+    for name, more in (("kept", []), ("recomputed", ["--gradient_checkpointing"])):
+        module(family, "train").main([*given, *more, "--model_save_dir", str(tmp_path / name)])
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "recomputed"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_help_names_the_family_own_port(family, recipe):

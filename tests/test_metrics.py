@@ -1,16 +1,27 @@
 """Scores of answers: the numbers are nltk's and rouge's own, and every odd answer has one."""
 
 import importlib.metadata
+import json
 import random
-import sys
+import warnings
+from pathlib import Path
 
+import nltk
 import pytest
+import sacrebleu
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-from rouge import Rouge
+from rouge import Rouge, rouge_score
 
-from common import metrics
+from common import bootstrap, metrics
 
-NAMES = ["bleu-4", *(f"rouge-{kind}-{stat}" for kind in "12l" for stat in "rpf")]
+with warnings.catch_warnings():  # its strings have invalid escapes, which Python says where it compiles them
+    warnings.simplefilter("ignore")
+    import jieba
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+OVERLAPS = ["bleu-4", *(f"rouge-{kind}-{stat}" for kind in "12l" for stat in "rpf")]
+NAMES = [*OVERLAPS, *(f"word-{name}" for name in OVERLAPS), "chrf", "exact", "distinct-2"]
 PAIRS = [
     ("这条裙子很好看", "这条黑色的裙子真好看"),
     ("的的的的的", "的"),
@@ -22,13 +33,47 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("prediction, reference", PAIRS)
-def test_numbers_are_those_of_nltk_and_rouge(prediction, reference):
-    hypothesis, target = list(prediction.replace(" ", "")), list(reference.replace(" ", ""))
-    bleu = sentence_bleu([target], hypothesis, smoothing_function=SmoothingFunction().method1)
-    rouge = Rouge().get_scores(" ".join(hypothesis), " ".join(target))[0]
-    expected = {"bleu-4": bleu} | {f"{kind}-{stat}": rouge[kind][stat] for kind in rouge for stat in "rpf"}
-    assert metrics.score(prediction, reference) == pytest.approx(expected, abs=1e-12)
+def by_the_libraries(prediction, reference):
+    """All NAMES of a pair, from nltk, rouge, sacrebleu and jieba called directly; "." would split rouge's sentences."""
+    expected = {}
+    for mark, cut in (("", list), ("word-", jieba.lcut)):
+        hypothesis, target = ([token for token in cut(text) if token.strip()] for text in (prediction, reference))
+        expected[f"{mark}bleu-4"] = sentence_bleu([target], hypothesis, smoothing_function=SmoothingFunction().method1)
+        rouge = Rouge().get_scores(" ".join(hypothesis), " ".join(target))[0]
+        expected |= {f"{mark}{kind}-{stat}": rouge[kind][stat] for kind in rouge for stat in "rpf"}
+    expected["chrf"] = sacrebleu.sentence_chrf(prediction, [reference]).score / 100
+    expected["exact"] = float(prediction == reference)
+    pairs = list(nltk.bigrams(prediction.replace(" ", "")))
+    expected["distinct-2"] = len(set(pairs)) / len(pairs) if pairs else 1.0
+    return expected
+
+
+def shipped_pairs():
+    """200 pairs of texts that have much, little or nothing in common."""
+    rows = [json.loads(line) for line in (DATA / "product_heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    draw, pairs = random.Random(0), list(PAIRS)
+    while len(pairs) < 200:
+        one, other = draw.sample(rows, 2)
+        texts = [one["summary"], other["summary"], one["content"], one["summary"][5:40] + other["summary"][:9]]
+        pairs.append(tuple(draw.choices(texts, k=2)))
+    return pairs
+
+
+def test_numbers_are_those_of_the_libraries():
+    for prediction, reference in shipped_pairs():
+        expected = by_the_libraries(prediction, reference)
+        assert metrics.score(prediction, reference) == pytest.approx(expected, abs=1e-9), (prediction, reference)
+
+
+def test_the_common_subsequence_is_the_one_rouge_walks_to():
+    """Of several longest ones rouge takes one, and its score depends on which."""
+    draw = random.Random(1)
+    for _ in range(400):
+        letters = "ab" if draw.random() < 0.5 else "abcdefg"
+        left, right = (draw.choices(letters, k=draw.randrange(1, 30)) for _ in "12")
+        ours = metrics.common_subsequence(left, right)
+        assert set(ours) == rouge_score._recon_lcs(left, right)._ngrams
+        assert len(ours) == rouge_score._len_lcs(left, right)
 
 
 def test_numbers_by_hand():
@@ -63,25 +108,63 @@ def test_odd_answers_have_scores_in_range(prediction, reference):
 
 @pytest.mark.parametrize("text", ["一二三四", "这条黑色的裙子。真好看", "1.5 元. 很 好.", "😀😀😁👍", "abcd\nefg"])
 def test_an_equal_answer_scores_1(text):
-    assert metrics.score(text, text) == pytest.approx(dict.fromkeys(NAMES, 1.0), abs=1e-6)
+    few_words = {f"word-{name}" for name in OVERLAPS}  # BLEU-4 needs four tokens, ROUGE-2 two
+    scores = {name: value for name, value in metrics.score(text, text).items() if name not in few_words}
+    assert scores == pytest.approx(dict.fromkeys(set(NAMES) - few_words, 1.0), abs=1e-6)
+
+
+def test_words_are_those_of_jieba():
+    """宽松/的/上衣 against 宽松/的/裤子: two of three words, three of five characters."""
+    scores = metrics.score("宽松的上衣", "宽松的裤子")
+    assert scores["word-rouge-1-p"] == scores["word-rouge-l-r"] == 2 / 3
+    assert scores["word-rouge-2-r"] == 1 / 2
+    assert scores["rouge-1-p"] == 3 / 5
 
 
 def test_blanks_do_not_count():
-    assert metrics.score("一条 裙子\n很　好看", "一条裙子很好看") == metrics.score("一条裙子很好看", "一条裙子很好看")
+    """Where they stand between words; "exact" alone minds them."""
+    apart, together = (
+        metrics.score("一条 裙子\n很　好看", "一条裙子很好看"),
+        metrics.score("一条裙子很好看", "一条裙子很好看"),
+    )
+    assert apart | {"exact": 1.0} == together
 
 
-@pytest.mark.parametrize("prediction, reference", [("的" * 10_000, "红的裙子"), ("红的裙子", "的" * 10_000)])
-def test_ten_thousand_characters(prediction, reference):
-    before = sys.getrecursionlimit()
+@pytest.mark.parametrize("prediction, exact", [("裙子", 1), (" 裙子\n", 1), ("裙 子", 0), ("裙子。", 0), ("", 0)])
+def test_exact_match(prediction, exact):
+    assert metrics.score(prediction, "裙子")["exact"] == exact
+
+
+@pytest.mark.parametrize(
+    "prediction, share", [("好好好好好", 1 / 4), ("好看好看", 2 / 3), ("好", 1), ("abcd", 1), ("", 0)]
+)
+def test_distinct_pairs_within_an_answer(prediction, share):
+    assert metrics.score(prediction, "好看")["distinct-2"] == share
+
+
+def test_traditional_characters_are_other_characters():
+    scores = metrics.score("這條裙子很漂亮", "这条裙子很漂亮")
+    assert scores["rouge-1-f"] == pytest.approx(5 / 7) and scores["exact"] == 0
+
+
+LONG = "".join(random.Random(2).choices([chr(0x4E00 + number) for number in range(3000)], k=10_000))
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, rouge",
+    [
+        ("的" * 10_000, "红的裙子", 2 / 5),
+        ("红的裙子", "的" * 10_000, 2 / 5),
+        (LONG, LONG[:-1] + "。", 1),
+        (".", LONG, 0),
+    ],
+    ids=["looping", "long reference", "both long", "full stop"],
+)
+def test_ten_thousand_characters(prediction, reference, rouge):
+    """rouge itself recurses a level a character, keeps a table of a hundred million entries, and rejects "."."""
     scores = metrics.score(prediction, reference)
-    assert 0 < scores["rouge-l-f"] < 1
-    assert sys.getrecursionlimit() == before
-
-
-def test_a_long_common_subsequence():
-    """rouge recurses a level a character: more than Python allows by itself."""
-    text = "".join(chr(0x4E00 + number) for number in range(700))
-    assert metrics.score(text, text)["rouge-l-f"] == pytest.approx(1)
+    assert list(scores) == NAMES and all(0 <= value <= 1 for value in scores.values())
+    assert scores["rouge-l-f"] == pytest.approx(rouge, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +208,9 @@ def test_average_is_over_the_rows_that_have_the_metric():
 
 def test_signature_says_what_was_measured():
     signature = metrics.signature()
-    for package in ("nltk", "rouge"):
+    for package in ("nltk", "rouge", "jieba"):
         assert f"{package} {importlib.metadata.version(package)}" in signature
+    assert f"nc:6|nw:0|space:no|version:{importlib.metadata.version('sacrebleu')}" in signature
     for word in ("characters", "BLEU-4", "method1", "ROUGE", "attributes", "mean", "empty answer = 0", "answers only"):
         assert word in signature
 
@@ -173,3 +257,48 @@ def test_other_references_have_no_entity_scores(reference):
 
 def test_rows_that_all_say_none_have_no_entity_scores():
     assert "entity-f1" not in metrics.average([metrics.score("没有", "没有")])
+
+
+# --- intervals ------------------------------------------------------------------------------------------------------
+
+
+def resampled_by_hand(values, seed):
+    """Percentile bootstrap of a mean, one resample after the other."""
+    draw = random.Random(seed)
+    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(2000))
+    return [means[50], means[1949]]
+
+
+def test_intervals_are_those_of_a_bootstrap_by_hand():
+    draw = random.Random(3)
+    values = [draw.random() ** 2 for _ in range(80)]
+    found = bootstrap.intervals([{"bleu-4": value} for value in values], seed=1)["bleu-4"]
+    assert found == pytest.approx(resampled_by_hand(values, 4), abs=0.015)
+    assert found == bootstrap.intervals([{"bleu-4": value} for value in values], seed=1)["bleu-4"]
+    assert found != bootstrap.intervals([{"bleu-4": value} for value in values], seed=2)["bleu-4"]
+
+
+def test_intervals_of_entity_f1_resample_rows():
+    """F1 of each resample, not the mean of the rows' F1: a row of 99 entities weighs as much as 99 of one."""
+    rows = [metrics.score(p, r) for r, p in ENTITY_ROWS]
+    draw, found = random.Random(5), []
+    for _ in range(2000):
+        found.append(metrics.average(draw.choices(rows, k=len(rows))).get("entity-f1", 0.0))
+    found.sort()
+    low, high = bootstrap.intervals(rows, seed=1)["entity-f1"]
+    assert (low, high) == pytest.approx((found[50], found[1949]), abs=0.06)
+
+
+def test_a_change_on_the_same_rows_is_surer_than_its_parts():
+    """Each row gains exactly 0.1: the scores are uncertain, their change is not."""
+    draw = random.Random(6)
+    base = [{"exact": draw.random() / 2} for _ in range(50)]
+    tuned = [{"exact": row["exact"] + 0.1} for row in base]
+    assert bootstrap.change_intervals(base, tuned, 0)["exact"] == pytest.approx([0.1, 0.1])
+    low, high = bootstrap.intervals(base, 0)["exact"]
+    assert high - low > 0.05
+
+
+def test_no_rows_and_one_row_have_intervals():
+    assert bootstrap.intervals([], 0) == {}
+    assert bootstrap.intervals([{"exact": 0.5}], 0) == {"exact": [0.5, 0.5]}

@@ -655,7 +655,10 @@ def test_long_elements_over_many_lines(tmp_path):
 )
 def test_identity_is_filled(text, filled):
     asked = [Turn("user", text), Turn("assistant", text)]
-    assert shapes.fill_identity(asked, "小明", "实验室") == [Turn("user", filled), Turn("assistant", filled)]
+    assert shapes.fill_identity(asked, ("小明",) * 2, ("实验室",) * 2) == [
+        Turn("user", filled),
+        Turn("assistant", filled),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -668,10 +671,33 @@ def test_identity_is_filled(text, filled):
 )
 def test_identity_that_is_not_given_is_refused(text, name, author, named):
     with pytest.raises(ShapeError) as error:
-        shapes.fill_identity([Turn("user", "你是谁"), Turn("assistant", text)], name, author)
+        shapes.fill_identity([Turn("user", "你是谁"), Turn("assistant", text)], (name,) * 2, (author,) * 2)
     assert missing([named, "--model_name", "--model_author"], str(error.value)) == []
 
 
 def test_values_are_not_filled_again():
     asked = [Turn("user", "问"), Turn("assistant", "{{name}}")]
-    assert shapes.fill_identity(asked, r"{{author}}\1", "实验室")[1].text == r"{{author}}\1"
+    assert shapes.fill_identity(asked, (r"{{author}}\1",) * 2, ("实验室",) * 2)[1].text == r"{{author}}\1"
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "filled"),
+    [
+        ("你是谁", "我是{{name}}，{{author}}训练的。", "我是小黄，魔搭训练的。"),
+        ("who are you", "I am {{name}} by {{AUTHOR}}.", "I am Xiao Huang by ModelScope."),
+        ("who are you", "我是<NAME>", "我是小黄"),
+        ("你是？", "<NAME>", "小黄"),
+        ("who?", "{{name}}", "Xiao Huang"),
+    ],
+)
+def test_each_row_is_filled_in_its_own_language(asked, answer, filled):
+    turns = [Turn("user", asked), Turn("assistant", answer)]
+    found = shapes.fill_identity(turns, ("小黄", "Xiao Huang"), ("魔搭", "ModelScope"))
+    assert found == [Turn("user", asked), Turn("assistant", filled)]
+
+
+def test_a_form_that_is_blank_is_not_filled():
+    chinese, english = [Turn("text", "我是{{name}}")], [Turn("text", "I am {{name}}")]
+    assert shapes.fill_identity(english, ("", "Huang"), ())[0].text == "I am Huang"
+    with pytest.raises(ShapeError, match="is not filled"):
+        shapes.fill_identity(chinese, ("", "Huang"), ())

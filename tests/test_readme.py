@@ -26,6 +26,11 @@ def commands(readme):
 
 DEFAULT_RUN, TESTS = commands("README.md")[0], "pip install -r requirements-dev.txt && python -m pytest"
 SERVER = "post_api.py"
+STARTERS = {
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +59,8 @@ def command_of(small_gemma, small_qwen, small_chatglm, port):
         line = line.replace("google/gemma-2b-it", str(small_gemma)).replace("8044", str(port))
         line = line.replace("Qwen/Qwen1.5-0.5B-Chat", str(small_qwen))
         line = line.replace("THUDM/chatglm-6b", str(small_chatglm))
-        words = shlex.split(line)
-        return [sys.executable if word == "python" else word for word in words]
+        first, *words = shlex.split(line)
+        return [*STARTERS.get(first, [first]), *words]
 
     return make
 
@@ -154,12 +159,13 @@ def check_chatglm(folder):
 
 def test_what_the_readmes_promise_is_in_the_code():
     """Shapes shown as JSON are read; knobs named as flags exist."""
-    from common.config import ALIASES, EvaluationFlags, PredictFlags, ServeFlags, TrainFlags
+    from common.config import ALIASES, EvaluationFlags, ExportFlags, PredictFlags, ServeFlags, TrainFlags
     from common.shapes import turns_of
     from gemma_sft.ft_gemma.config import Config
 
     known = {*ALIASES, "config", "help"}
-    for cls in (Config, TrainFlags, PredictFlags, EvaluationFlags, ServeFlags):
+    known |= {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "config_file"}  # the launchers'
+    for cls in (Config, TrainFlags, PredictFlags, EvaluationFlags, ServeFlags, ExportFlags):
         known |= set(cls.__dataclass_fields__)
     for name in ("README.md", "README_zh.md"):
         text = (ROOT / name).read_text(encoding="utf-8")

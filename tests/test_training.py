@@ -1,11 +1,13 @@
 """Training runs on a small random Gemma: what they leave, what stops them, how they resume."""
 
 import functools
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,10 +15,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
-from common import loss, model, run, trainer
+from common import config, loss, model, run, trainer, tuning
 from common.config import TrainFlags, parse
 from common.errors import UserError
+from gemma_sft import prompt
 from gemma_sft.ft_gemma import predict, train
 from gemma_sft.ft_gemma.config import Config
 
@@ -64,6 +68,7 @@ def test_a_run_leaves_every_file(flags, tmp_path, capsys):
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 3, 5, 6]
     expected = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    assert all(record["memory_mib"] > 100 for record in log)
     assert all(expected <= record.keys() for record in log)
     assert log[-1]["loss"] < log[0]["loss"] and "eval_loss" in log[1] and "eval_loss" in log[-1]
     results = json.loads((folder / "all_results.json").read_text())
@@ -151,7 +156,7 @@ def test_batches_are_of_like_length_and_repeat_by_seed_and_epoch():
     assert first == list(trainer.LengthGroupedSampler(lengths, 4, seed=1))
     sampler.set_epoch(1)
     assert list(sampler) != first
-    assert sampler.padding() < 0.05
+    assert sampler.padding(4) < 0.05
     spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in sampler.batches()]
     assert sum(spread) / len(spread) < 5
 
@@ -210,7 +215,7 @@ def test_an_adapter_that_does_not_fit_is_refused(flags, tmp_path):
 
 
 def test_an_adapter_that_does_nothing_is_refused(small_gemma, tmp_path):
-    net = model.add_lora(model.load_base(small_gemma, "float32"), Config())
+    net = tuning.make_trainable(model.load_base(small_gemma, "float32"), Config())
     net.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="lora_B are zero"):
         model.verify_adapter(net, tmp_path)
@@ -223,8 +228,7 @@ def test_what_does_not_belong_to_the_run_is_refused(flags, tmp_path, small_gemma
         (copy / file.name).write_bytes(file.read_bytes())
     train.main(flags("out", "--path_model_pretrain", copy, "--max_steps", 1))
     cfg, _ = parse(Config, TrainFlags, flags("out"))
-    with pytest.raises(UserError, match="--path_model_pretrain .* was trained with"):
-        predict.load_answer(cfg)
+    assert predict.load_answer(cfg).net.peft_config, "the same weights in another folder are the same base"
     with pytest.raises(UserError, match="--prompt_style plain"):
         predict.load_answer(parse(Config, None, ["--model_save_dir", str(tmp_path / "out"), "--prompt_style", "plain"]))
     mine = parse(Config, None, ["--model_save_dir", str(tmp_path / "out")])
@@ -233,8 +237,50 @@ def test_what_does_not_belong_to_the_run_is_refused(flags, tmp_path, small_gemma
     save_file(
         {name: tensor + 1 for name, tensor in weights.items()}, copy / "model.safetensors", metadata={"format": "pt"}
     )
-    with pytest.raises(UserError, match="基座模型 base model"):
+    with pytest.raises(
+        UserError, match="基座模型 base model .* trained '[0-9a-f]+'…?, now '[0-9a-f]+'…?; give the base"
+    ):
         predict.load_answer(mine)
+    given = [*flags("out"), "--path_model_pretrain", str(copy)]
+    again = tmp_path / "again"
+    train.main(flags("again", "--path_model_pretrain", small_gemma, "--max_steps", 1))
+    with pytest.raises(UserError, match=f"--path_model_pretrain {copy}: .* was trained with {small_gemma}"):
+        predict.load_answer(parse(Config, TrainFlags, [*given, "--model_save_dir", str(again)])[0])
+
+
+def test_another_tokenizer_or_template_is_refused_with_what_differs(flags, tmp_path, monkeypatch, tokenizer):
+    train.main(flags("out", "--max_steps", 1))
+    cfg, _ = parse(Config, TrainFlags, flags("out"))
+    whole = prompt.render
+
+    def one_newline_less(tokenizer, turns, style):
+        pieces = whole(tokenizer, turns, style)
+        return [piece._replace(ids=piece.ids[:-1]) if piece.ids[-1] == 264 else piece for piece in pieces]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prompt, "render", one_newline_less)
+        with pytest.raises(UserError) as refused:
+            predict.load_answer(cfg)
+    message = str(refused.value)
+    assert "提示模板 prompt template" in message and "restore prompt.py" in message and len(message) < 600
+    assert r"trained …'of_turn>user\n{system}" in message and "now …'of_turn>user{system}" in message
+    with monkeypatch.context() as patched:
+        patched.setattr(run.dataset, "tokenizer_hash", lambda tokenizer: "f" * 64)
+        with pytest.raises(UserError, match="分词器 tokenizer .*, now 'f+'…; restore the base's tokenizer"):
+            predict.load_answer(cfg)
+
+
+@pytest.mark.parametrize(
+    ("trained", "now", "shown"),
+    [
+        ("a" * 40 + "\nb", "a" * 40 + "b", [r"…'aaaaaaaaaaaa\nb'", "…'aaaaaaaaaaaab'"]),
+        ("ab", "ac" + "d" * 100, ["'ab'", f"'ac{'d' * 58}'…"]),
+        ("x", "", ["'x'", "''"]),
+        ("aba", "aa", ["'aba'", "'aa'"]),
+    ],
+)
+def test_differing_parts_are_short(trained, now, shown):
+    assert run.differing_parts(trained, now) == shown
 
 
 def test_a_finished_run_is_kept_when_trained_again(flags, tmp_path):
@@ -269,6 +315,109 @@ def test_relative_data_paths_are_relative_to_the_caller(recipe, small_gemma, tmp
 def test_print_targets(flags, capsys):
     train.main(flags("out", "--print_targets"))
     assert "q_proj           [32, 32]  × 2" in capsys.readouterr().out
+
+
+def results_of(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.fixture
+def validations(monkeypatch):
+    """validations(*losses): what the validations of a run find, in order."""
+
+    def script(*losses):
+        left = iter(losses)
+        monkeypatch.setattr(trainer, "_validation_loss", lambda prediction: {"token_loss": next(left)})
+
+    return script
+
+
+EVERY_STEP = ["--save_steps", 1, "--logging_steps", 1, "--save_total_limit", 2]
+
+
+def checkpoints(folder):
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+def test_early_stopping_ends_the_run_and_saves_the_best(flags, tmp_path, validations, capsys):
+    validations(5.0, 3.0, 4.0, 4.5, 3.5)
+    train.main(flags("out", "--max_steps", 12, *EVERY_STEP, "--early_stopping_patience", 3))
+    folder, results = tmp_path / "out", results_of(tmp_path / "out")
+    assert results["steps"] == 5 and checkpoints(folder) == [2, 5]
+    assert (results["best_step"], results["best_eval_loss"], results["adapter_of_step"]) == (2, 3.0, 2)
+    assert "early stop: no new best in 3 validations; best 3.0000, now 3.5000" in capsys.readouterr().out
+    assert same_adapter(folder, folder / "checkpoint-2") and not same_adapter(folder, folder / "checkpoint-5")
+
+
+def test_early_stopping_counts_on_after_a_resume(flags, tmp_path, validations, monkeypatch):
+    more = ["--max_steps", 12, *EVERY_STEP, "--early_stopping_patience", 3]
+    validations(5.0, 3.0, 4.0, float("nan"))
+    with monkeypatch.context() as dying:
+        dying.setattr(trainer.Recorder, "on_save", lambda self, args, state, *rest, **kwargs: fail_at(state, 4))
+        with pytest.raises(RuntimeError, match="died"):
+            train.main(flags("out", *more))
+    validations(4.0, 4.5, 5.5)
+    train.main(flags("out", *more))
+    results = results_of(tmp_path / "out")
+    assert results["best_step"] == 2 == results["adapter_of_step"] and results["steps"] == 5
+
+
+def fail_at(state, step):
+    if state.global_step == step:
+        raise RuntimeError("died")
+
+
+def test_without_early_stopping_the_last_is_saved_and_the_best_kept(flags, tmp_path, validations):
+    validations(5.0, 3.0, 4.0, 4.5, 3.5, 3.6)
+    train.main(flags("out", "--max_steps", 6, *EVERY_STEP))
+    folder, results = tmp_path / "out", results_of(tmp_path / "out")
+    assert (results["best_step"], results["adapter_of_step"], results["steps"]) == (2, 6, 6)
+    assert checkpoints(folder) == [2, 6], "older than the limit, but the best"
+    assert same_adapter(folder, folder / "checkpoint-6")
+
+
+def test_early_stopping_needs_validation_rows(flags):
+    with pytest.raises(UserError, match="--early_stopping_patience .* --val_set_size"):
+        train.main(flags("out", "--val_set_size", 0, "--early_stopping_patience", 1))
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([4.0] * 30, 1),
+        ([4.0] * 10 + [3.0] * 10 + [2.0] * 20, 0),
+        ([4.0] * 10 + [2.0] * 10 + [2.5] * 30, 1),
+        ([4.0] * 19, 0),
+    ],
+)
+def test_a_loss_that_does_not_fall_is_named_once(capsys, losses, told):
+    watch, state = trainer.StallWatch(), TrainerState(is_world_process_zero=True)
+    for value in losses:
+        watch.on_log(None, state, None, {"loss": value, "learning_rate": 1e-9})
+    out = capsys.readouterr().out
+    assert out.count("the loss is not falling") == told
+    assert not told or "--learning_rate (now 1.0e-09)" in out
+
+
+def test_a_run_that_learns_nothing_says_so(flags, capsys):
+    train.main(flags("out", "--max_steps", 22, "--logging_steps", 1, "--learning_rate", 1e-12))
+    assert capsys.readouterr().out.count("第 20 步，损失没有下降") == 1
+
+
+def test_reports_go_to_tensorboard(flags, tmp_path):
+    pytest.importorskip("tensorboard")
+    train.main(flags("out", "--max_steps", 2, "--report_to", "tensorboard"))
+    assert list((tmp_path / "out/runs").rglob("events.out.tfevents.*"))
+
+
+def test_a_report_without_its_package_is_refused_before_anything(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train.main(flags("out", "--report_to", "wandb"))
+    assert (
+        "--report_to wandb: 没有安装 the package is not installed; remedy: pip install wandb" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 LONG = ["--max_steps", 60, "--save_steps", 20, "--logging_steps", 1, "--lora_dropout", 0.1]
@@ -339,5 +488,100 @@ def test_resume_refuses_changed_options(flags, tmp_path):
         train.main(flags("out", "--learning_rate", 1e30, "--max_steps", 4, "--save_steps", 1))
     with pytest.raises(UserError, match=r"learning_rate: 1e\+30 → 0.01"):
         train.main(flags("out", "--max_steps", 4, "--save_steps", 1))
+    with pytest.raises(UserError, match=r"lora_r: 16 → 8.*--resume never") as refused:
+        train.main(flags("out", "--learning_rate", 1e30, "--max_steps", 4, "--lora_r", 8, "--resume_anyway"))
+    assert "--resume_anyway" not in str(refused.value), "weights of another rank cannot be loaded"
     train.main(flags("out", "--max_steps", 4, "--resume", "never"))
     assert (tmp_path / "out.1/checkpoint-1").is_dir() and (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("patience", [0, 2], ids=["last step", "early stop"])
+def test_a_run_that_died_after_its_last_step_makes_no_other(flags, tmp_path, monkeypatch, validations, patience):
+    more = ["--lr_scheduler_type", "constant", "--max_steps", 6 if patience else 3, *EVERY_STEP]
+    more += ["--early_stopping_patience", patience]
+    validations(3.0, 4.0, 5.0)
+    train.main(flags("whole", *more))
+    validations(3.0, 4.0, 5.0)
+    with monkeypatch.context() as dying:
+        dying.setattr(run, "save_tuned", lambda *args: fail_at(TrainerState(global_step=1), 1))
+        with pytest.raises(RuntimeError, match="died"):
+            train.main(flags("out", *more))
+    validations()
+    train.main(flags("out", *more))
+    assert results_of(tmp_path / "out")["steps"] == 3 == len(steps_logged(tmp_path / "out"))
+    assert results_of(tmp_path / "out")["adapter_of_step"] == (1 if patience else 3)
+    assert same_adapter(tmp_path / "out", tmp_path / "whole")
+
+
+def test_resume_anyway_goes_on_with_changed_data_and_options(flags, tmp_path, rows_file, capsys):
+    more = ["--save_steps", 1, "--learning_rate", 1e30]
+    with pytest.raises(UserError, match="non-finite loss or gradient at step 2"):
+        train.main(flags("out", "--max_steps", 4, *more))
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows_file.read_text() + '{"query": "1", "response": "2"}\n')
+    changed = ["--max_steps", 3, "--data_path", other, "--learning_rate", 1e-3]
+    with pytest.raises(UserError, match="data 0: .*learning_rate: 1e.30 → 0.001; max_steps: 4 → 3.*--resume_anyway"):
+        train.main(flags("out", *changed))
+    with pytest.raises(UserError, match="non-finite"):  # the optimizer's state is the earlier run's
+        train.main(flags("out", *changed, "--resume_anyway"))
+    assert "照样继续 resuming although data or options differ" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out/run_manifest.json").read_text())
+    assert manifest["resumed_anyway"]["max_steps"] == "4 → 3" and "data 0" in manifest["resumed_anyway"]
+
+
+FAKE_MODELSCOPE = """
+def snapshot_download(model_id):
+    if model_id != "AI-ModelScope/small":
+        raise RuntimeError(f"{model_id} does not exist")
+    return FOLDER
+"""
+
+
+def test_a_modelscope_id_loads_through_its_package(flags, tmp_path, small_gemma, monkeypatch):
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    monkeypatch.delitem(sys.modules, "modelscope", raising=False)
+    given = ["--path_model_pretrain", "AI-ModelScope/small", "--max_steps", 1]
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "modelscope", None)
+        with pytest.raises(UserError, match="AI-ModelScope/small: USE_MODELSCOPE_HUB .*pip install modelscope"):
+            train.main(flags("out", *given))
+    (tmp_path / "modelscope.py").write_text(FAKE_MODELSCOPE.replace("FOLDER", repr(str(small_gemma))))
+    monkeypatch.syspath_prepend(tmp_path)
+    train.main(flags("out", *given))
+    assert predict.load_answer(parse(Config, TrainFlags, flags("out", *given))[0]).net.peft_config
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(small_gemma), "a folder that plain transformers loads"
+    with pytest.raises(UserError, match="AI-ModelScope/none: .* cannot be downloaded .*: AI-ModelScope/none does not"):
+        train.main(flags("out", "--path_model_pretrain", "AI-ModelScope/none"))
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "0")
+    with pytest.raises(UserError, match="AI-ModelScope/small: 无法加载"):
+        train.main(flags("out", *given))
+
+
+def test_hf_endpoint_is_asked(environment, tmp_path):
+    """A hub id goes to the server HF_ENDPOINT names."""
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    home = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    try:
+        command = [sys.executable, ROOT / "gemma_sft/ft_gemma/train.py", "--path_model_pretrain", "some/model"]
+        done = subprocess.run(
+            list(map(str, command)), env=environment | home, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        hub.shutdown()
+        hub.server_close()
+    assert done.returncode == 1 and "some/model: 无法加载分词器 tokenizer cannot be loaded" in done.stderr
+    assert any(path.startswith("/some/model/resolve/main/") for path in asked), asked

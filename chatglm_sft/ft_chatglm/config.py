@@ -29,7 +29,7 @@ class Config(SFTConfig):
     # the small model is 1,000 times narrower: it needs larger steps, all layers, and takes every epoch in seconds
     EMBEDDED: ClassVar[dict] = {
         "learning_rate": 4e-3,
-        "epochs": 3,
+        "epochs": 2,
         "micro_batch_size": 16,
         "batch_size": 16,
         "lora_r": 16,

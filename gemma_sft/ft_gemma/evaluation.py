@@ -1,6 +1,7 @@
-"""Score the tuned Gemma on held-out rows: BLEU-4 and ROUGE of its greedy answers.
+"""Score the tuned Gemma on held-out rows (BLEU-4, ROUGE, chrF of its greedy answers) or on benchmarks.
 
 python gemma_sft/ft_gemma/evaluation.py --model_save_dir out --data_path held_out.jsonl --compare
+python gemma_sft/ft_gemma/evaluation.py --tasks ceval,gsm8k --task_dir benchmarks --compare
 """
 
 import sys
@@ -16,10 +17,16 @@ from gemma_sft.ft_gemma.predict import load_answer
 
 def main(argv=None):
     cfg, flags = parse(Config, EvaluationFlags, argv)
-    from common import evaluate
+    from common import benchmark, evaluate, processes, tasks
 
-    rows = evaluate.rows_to_score(cfg, flags.limit)
-    evaluate.report(load_answer(cfg, flags.base and not flags.compare), rows, cfg, flags)
+    processes.join(cfg)
+    rows = tasks.read(flags) if flags.tasks else evaluate.rows_to_score(cfg, flags.limit)
+    answer = load_answer(cfg, flags.base and not flags.compare)
+    if flags.tasks:
+        benchmark.report(answer, rows, cfg, flags)
+    else:
+        evaluate.report(answer, rows, cfg, flags)
+    processes.part()
 
 
 if __name__ == "__main__":

@@ -16,25 +16,22 @@ from gemma_sft.ft_gemma.config import Config
 
 def main(argv=None):
     cfg, flags = parse(Config, TrainFlags, argv)
-    from common import (
-        dataset,
-        evaluate,
-        model,
-        report,
-        run,
-        trainer,
-    )  # torch is imported only now: --help answers at once
+    # torch is imported only now, so that --help answers at once
+    from common import check, dataset, evaluate, model, processes, report, run, trainer, tuning
 
+    processes.join(cfg)
     tokenizer = model.load_tokenizer(cfg.base, prompt)
-    base = model.load_base(cfg.base, cfg.dtype)
+    base = model.load_base(cfg.base, cfg.dtype, cfg.bits)
     if flags.print_targets:
         return model.show_targets(base)
+    if flags.check:
+        return check.run(cfg, flags, base, tokenizer, prompt)
     rows = dataset.prepare(cfg, tokenizer, prompt)
     dataset.show_counts(rows)
     dataset.show_first(rows, tokenizer)
     held_out = evaluate.held_out_rows(cfg, rows)
-    work = run.start(cfg, flags.resume, tokenizer, prompt, rows)
-    net = model.add_lora(base, cfg)
+    work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway)
+    net = tuning.make_trainable(base, cfg)
     model.show_parameters(net)
     results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
     report.leave(work, net, tokenizer, results)

@@ -1,0 +1,183 @@
+"""Processes that train together: the first one speaks and writes, all see its errors, all stop together."""
+
+import datetime
+import functools
+import importlib.util
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+from common.launch import rank, world_size
+
+PATIENCE = datetime.timedelta(hours=24)  # the others may wait so long while the first reads and tokenises
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by DeepSpeed's names
+_own = {}  # our gloo group: PATIENCE is not for the training's collectives, and its messages stay off the GPU
+
+
+def join(cfg):
+    """Form the group that torchrun, accelerate or deepspeed started; nothing to do for a process on its own.
+
+    Raises UserError where --deepspeed is asked for without a launcher, or without DeepSpeed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would guess, and warn on the console
+    if cfg.deepspeed:
+        _prepare_deepspeed(cfg)
+    if strategy(cfg) == "FSDP2" and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("FSDP: 请用第 2 版 use version 2: configs/accelerate/fsdp2.yaml")
+    if "RANK" not in os.environ:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _own["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    if strategy(cfg) == "ZeRO-3":
+        _zero3(cfg.deepspeed, cfg.micro_batch_size, cfg.dtype)
+
+
+def part():
+    """Leave the group, in all processes; from now on each is on its own."""
+    if together():
+        dist.barrier(_own.pop("group"))
+        dist.destroy_process_group()
+    if importlib.util.find_spec("deepspeed"):
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or loading a model would still shard it
+
+
+def together():
+    """Whether there is a group to talk to."""
+    return "group" in _own
+
+
+def strategy(cfg):
+    """How the work is shared: "" (one process), "DDP", "FSDP2", "ZeRO-1", "ZeRO-2" or "ZeRO-3"."""
+    if cfg.deepspeed:
+        return f"ZeRO-{_json(cfg.deepspeed).get('zero_optimization', {}).get('stage', 0)}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # accelerate launch sets it
+        return "FSDP2"
+    return "DDP" if world_size() > 1 else ""
+
+
+def describe(cfg):
+    """Number of processes and how they share the work, for console and manifest: "1", "2 DDP", "4 ZeRO-3"."""
+    return f"{world_size()} {strategy(cfg)}".strip()
+
+
+def shards_weights():
+    """Whether each process will hold only a part of the weights, so that none should put all of them on its card."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or is_deepspeed_zero3_enabled()
+
+
+def is_sharded(net):
+    """Whether this process holds only parts of `net`'s parameters."""
+    return any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in net.parameters())
+
+
+def whole(parameter):
+    """A copy of `parameter` on the CPU, put together from all processes, which call this at the same time."""
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone()
+    if hasattr(parameter, "full_tensor"):  # FSDP2
+        return parameter.detach().full_tensor().cpu()
+    return parameter.detach().cpu()
+
+
+def first(work):
+    """What `work()` returns in the first process, None in the others, which wait; its UserError is raised in all."""
+    if not together():
+        return work()
+    value = error = None
+    if rank() == 0:
+        try:
+            value = work()
+        except UserError as problem:
+            error = problem
+    error = share(error)
+    if error:
+        error.everywhere = True
+        raise error
+    return value
+
+
+def in_turn(work):
+    """What `work()` returns, in the first process before the others: what it leaves in a cache they find."""
+    value = first(work)
+    return work() if together() and rank() else value
+
+
+def share(value):
+    """The first process's `value`, in all."""
+    box = [value]
+    if together():
+        dist.broadcast_object_list(box, 0, _own["group"])
+    return box[0]
+
+
+def gather(value):
+    """Every process's `value`, in all, in order."""
+    if not together():
+        return [value]
+    found = [None] * world_size()
+    dist.all_gather_object(found, value, _own["group"])
+    return found
+
+
+def largest(number):
+    """The largest of the processes' whole numbers, in all."""
+    if not together():
+        return number
+    box = torch.tensor(number)
+    dist.all_reduce(box, dist.ReduceOp.MAX, _own["group"])
+    return int(box)
+
+
+def wait():
+    """Go on when all processes are here."""
+    if together():
+        dist.barrier(_own["group"])
+
+
+def _prepare_deepspeed(cfg):
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("--deepspeed: 没有安装 DeepSpeed is not installed: pip install -r requirements-deepspeed.txt")
+    if "RANK" not in os.environ:
+        raise UserError(
+            "--deepspeed: 请用 torchrun 启动 start it by torchrun: "
+            f"torchrun --nproc_per_node 2 train.py --deepspeed {cfg.deepspeed}"
+        )
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would compile what gloo does as well
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # it calls functions by their old names
+
+
+def _json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"--deepspeed {path}: 无法读取 cannot be read: {problem}") from None
+
+
+@functools.cache  # transformers looks at it through a weak reference, for as long as it lives
+def _zero3(path, micro_batch_size, dtype):
+    """Tell transformers to load a model in shards from now on."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from common.model import resolve_dtype
+
+    plan = _json(path) | {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": 1}
+    plan |= {name: {"enabled": resolve_dtype(dtype) == kind} for name, kind in PRECISIONS.items()}
+    plan.pop("train_batch_size", None)
+    return HfDeepSpeedConfig(plan)

@@ -1,0 +1,31 @@
+"""Write the tuned Gemma as one whole model that needs no adapter: safetensors, tokenizer, template, Ollama Modelfile.
+
+python gemma_sft/ft_gemma/export.py --model_save_dir out --output_dir out_merged --dtype bfloat16
+"""
+
+import sys
+
+if __name__ == "__main__":  # finds common/ from any directory
+    sys.path[0] = __file__.rpartition("gemma_sft")[0] or "."
+
+from common.config import ExportFlags, parse
+from common.errors import run_main
+from gemma_sft import prompt
+from gemma_sft.ft_gemma.config import Config
+
+
+def main(argv=None):
+    cfg, flags = parse(Config, ExportFlags, argv)
+    from common import export
+
+    folder = export.new_folder(cfg, flags)
+    tuned = export.load(cfg, prompt)
+    expected = export.measure(tuned)
+    whole = export.merge(tuned)
+    export.check_merge(whole, expected)
+    export.write(whole, expected, folder, cfg, prompt)
+    export.show_engines(tuned, folder, prompt)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,242 @@
+"""What an evaluation leaves: the report, the overlap with the training rows, and the same after a kill or in parts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common import eval_report, evaluate, overlap
+from common.answer import Answer
+from common.config import EvaluationFlags
+from common.dataset import file_hash
+from common.shapes import Turn
+from gemma_sft.ft_gemma.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows_of(*pairs):
+    return [(f"held.jsonl:{n}", [Turn("user", q), Turn("assistant", a)]) for n, (q, a) in enumerate(pairs, 1)]
+
+
+PAIRS = [(f"第{number}问", "一二三四五六七八九十" * (1 + number // 5) + str(number)) for number in range(20)]
+
+
+def fake(conversations, sampling, base=False):
+    """The base says nothing to every other question; the tuned model is right, but for question 3, and | there."""
+    references = dict(PAIRS)
+    found = []
+    for turns in conversations:
+        question = turns[-1].text
+        number = int(question[1:-1])
+        text = ("" if number % 2 else references[question]) if base else references[question]
+        found.append(Answer("错|了\n<b>" if number == 3 or number == 6 and not base else text, "stop", 3))
+    return found
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    return Config(path_model_pretrain="google/gemma-2b-it", model_save_dir=str(tmp_path / "run"))
+
+
+@pytest.fixture
+def compared(cfg, capsys):
+    """(folder, all_results.json, what was printed) of base and tuned compared by a fake."""
+    evaluate.report(fake, rows_of(*PAIRS), cfg, EvaluationFlags(compare=True))
+    folder = Path(cfg.model_save_dir)
+    return folder, json.loads((folder / "all_results.json").read_text(encoding="utf-8")), capsys.readouterr().out
+
+
+def test_scores_have_intervals(compared):
+    _, results, _ = compared
+    intervals = results["intervals"]
+    assert intervals.keys() == {"base", "tuned", "change"}
+    assert all(intervals[name].keys() == results[name].keys() for name in ("base", "tuned"))
+    for name in ("base", "tuned"):
+        for metric, (low, high) in intervals[name].items():
+            assert low - 1e-9 <= results[name][metric] <= high + 1e-9, metric
+    low, high = intervals["change"]["exact"]
+    assert results["tuned"]["exact"] - results["base"]["exact"] == pytest.approx(18 / 20 - 10 / 20)
+    assert 0.1 < low < 0.4 < high < 0.7
+
+
+def test_the_table_is_sorted_by_change(compared):
+    folder, results, printed = compared
+    rows = eval_report.metric_rows(results, ["base", "tuned"])
+    change = [float(row[3].split()[0]) for row in rows]
+    assert change == sorted(change, reverse=True) and change[0] > 0
+    report = (folder / "eval_report.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert "| " + " | ".join(row) + " |" in report
+        assert row[0] in printed and row[3] in printed
+    assert not [row for row in rows if row[0].endswith(("-r", "-p"))]
+    assert results["signature"] in report and "greedy, at most 256 tokens" in report
+
+
+def test_the_worst_ten_rows(compared):
+    """Row 6, right before and wrong now, comes first; 3 was and is wrong; texts cannot break the table."""
+    folder, _, printed = compared
+    report = (folder / "eval_report.md").read_text(encoding="utf-8")
+    worst = report.partition("worst change")[2].splitlines()[4:14]
+    cells = [line.split(" | ") for line in worst]
+    assert all(len(line) == 6 for line in cells)
+    assert cells[0][1:3] == ["held.jsonl:7", "第6问"] and float(cells[0][0].strip("| ")) < -0.9
+    assert cells[0][5] == "错\\|了<br>&lt;b> |"
+    assert [float(line[0].strip("| ")) for line in cells] == sorted(float(line[0].strip("| ")) for line in cells)
+    assert printed.count(" → ") == 11 and "-1.000  1.000 → 0.000  held.jsonl:7" in printed
+
+
+def test_scores_by_length_add_up(compared):
+    folder, results, _ = compared
+    records = {
+        name: evaluate.predictions(Config(model_save_dir=str(folder)), name == "base") for name in ("base", "tuned")
+    }
+    groups = eval_report.by_length(records, 42)
+    assert [label for label, _, _ in groups] == ["11", "21", "32", "42"]
+    assert sum(count for _, count, _ in groups) == 20
+    mean = sum(count * means["tuned"][0] for _, count, means in groups) / 20
+    assert mean == pytest.approx(results["tuned"]["rouge-l-f"])
+
+
+def test_one_model_alone_has_a_report(cfg, tmp_path):
+    evaluate.report(fake, rows_of(*PAIRS[:1]), cfg, EvaluationFlags())
+    report = (tmp_path / "run/eval_report.md").read_text(encoding="utf-8")
+    assert "| metric | tuned |" in report and "worst" not in report
+    assert (tmp_path / "run/eval_report.png").stat().st_size > 10_000
+
+
+# --- overlap --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """A run trained on one file of five rows."""
+    path = tmp_path / "train.jsonl"
+    lines = [
+        {"query": "甲", "response": "一"},
+        {"query": "乙 ", "response": "二"},
+        {"query": "丙", "response": "三"},
+        {
+            "messages": [
+                {"role": r, "content": t}
+                for r, t in (("user", "丁"), ("assistant", "四"), ("user", "戊"), ("assistant", "五"))
+            ]
+        },
+        {"query": "甲", "response": "一"},
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    source = {"path": str(path), "sha256": file_hash(str(path))}
+    return {"data": [source], "config": {"model_name": [], "model_author": []}}
+
+
+def test_rows_that_were_trained_on_are_counted(manifest):
+    rows = rows_of(("甲", "一"), ("乙", " 二"), ("丙", "别的"), ("丁", "四"), ("戊", "五"), ("己", "一"))
+    assert overlap.count(manifest, rows) == {"questions": 4, "rows": 3, "unread": []}
+    later = [
+        (
+            "f:1",
+            [
+                Turn("system", "助手"),
+                *(Turn(*t) for t in (("user", "丁"), ("assistant", "四"), ("user", "戊"), ("assistant", "六"))),
+            ],
+        )
+    ]
+    assert overlap.count(manifest, later) == {"questions": 1, "rows": 0, "unread": []}
+
+
+def test_validation_rows_stand_in_the_training_file_and_are_no_overlap(manifest):
+    path = manifest["data"][0]["path"]
+    rows = [
+        (f"{path}:{line}", turns)
+        for line, (_, turns) in ((2, rows_of(("乙 ", "二"))[0]), (5, rows_of(("甲", "一"))[0]))
+    ]
+    assert overlap.count(manifest, rows)["rows"] == 2
+    assert overlap.count(manifest, rows, apart=True)["rows"] == 1  # line 5 was trained on as line 1
+
+
+def test_a_training_file_that_changed_is_named(manifest, tmp_path):
+    path = Path(manifest["data"][0]["path"])
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    manifest["data"].append({"path": str(tmp_path / "gone.jsonl"), "sha256": ""})
+    found = overlap.count(manifest, rows_of(("甲", "一")))
+    assert found == {"questions": 0, "rows": 0, "unread": [str(path), str(tmp_path / "gone.jsonl")]}
+    assert "gone.jsonl" in eval_report.overlap_text({"rows": 1, "overlap": found})
+
+
+def test_the_overlap_is_shown(manifest, cfg, capsys):
+    folder = Path(cfg.model_save_dir)
+    folder.mkdir()
+    manifest["config"] |= {"prompt_style": "chat", "max_length_q": 512}
+    (folder / "run_manifest.json").write_text(json.dumps(manifest | {"base": {"path": "x"}, "state": "finished"}))
+    answer = lambda turns, sampling, base=False: [Answer("一", "stop", 1)] * len(turns)  # noqa: E731
+    evaluate.report(answer, rows_of(("甲", "一"), ("丙", "一")), Config(model_save_dir=str(folder)), EvaluationFlags())
+    assert "overlap with training data: 1 / 2 rows, 提问相同 same question 2" in capsys.readouterr().out
+    assert "overlap with training data: 1 / 2 rows" in (folder / "eval_report.md").read_text(encoding="utf-8")
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command(small_gemma, tmp_path_factory):
+    """command(folder): evaluation.py on 24 rows and a small random base, one row after the other."""
+    path = tmp_path_factory.mktemp("rows") / "held.jsonl"
+    rows = [{"query": "问" * (1 + 3 * number), "response": f"答{number}"} for number in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = ROOT / "gemma_sft/ft_gemma/evaluation.py"
+    flags = ["--base", "--path_model_pretrain", small_gemma, "--data_path", path, "--eval_batch_size", 1]
+    flags += ["--max_new_tokens", 40, "--do_sample", "true"]
+
+    def make(folder, *launcher):
+        return [sys.executable, *launcher, *map(str, [script, *flags, "--model_save_dir", folder])]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command, environment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    subprocess.run(command(folder), env=environment, check=True, capture_output=True)
+    return folder
+
+
+def left(folder):
+    """What must not depend on how an evaluation came about: predictions, report, picture, results."""
+    records = [json.loads(line) for line in (folder / "predictions_base.jsonl").read_text().split("\n")[:-1]]
+    records = sorted(({**record, "seconds": 0} for record in records), key=lambda record: record["row"])
+    files = [(folder / name).read_bytes() for name in ("eval_report.md", "eval_report.png", "all_results.json")]
+    return records, files
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_called_again(command, environment, uninterrupted, tmp_path):
+    """kill -9 while sampling: no row is drawn twice, and the report is that of the uninterrupted evaluation."""
+    predictions = tmp_path / "out/predictions_base.jsonl"
+    process = subprocess.Popen(
+        command(tmp_path / "out"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and (not predictions.exists() or predictions.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = predictions.read_bytes().rpartition(b"\n")[0].split(b"\n")
+    assert 5 <= len(before) < 24
+    subprocess.run(command(tmp_path / "out"), env=environment, check=True, capture_output=True)
+    assert predictions.read_bytes().split(b"\n")[: len(before)] == before
+    assert left(tmp_path / "out") == left(uninterrupted)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_rows(command, environment, uninterrupted, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
+    env = {**environment, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(tmp_path / "out", *launcher), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert left(tmp_path / "out") == left(uninterrupted)
+    assert done.stdout.count("held-out rows: 24") == 1
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(uninterrupted))

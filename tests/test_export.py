@@ -1,0 +1,281 @@
+"""Exported models: merged, written, reloaded by plain transformers, and refused where they answer otherwise."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common import export, templates
+from common.answer import Sampling
+from common.config import PredictFlags, parse
+from common.errors import UserError
+from common.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
+from common.shapes import Turn
+from gemma_sft import prompt as gemma_prompt
+from gemma_sft.ft_gemma import config as gemma_config
+
+# families whose exported folder plain transformers loads; a family more is one entry more
+FAMILIES = ["gemma_sft.ft_gemma", "qwen2_sft.ft_qwen2"]
+DATA = Path(__file__).resolve().parents[1] / "data"
+ROWS, QUESTIONS = f"{DATA / 'product_train.jsonl'}#80", str(DATA / "product_heldout.jsonl")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(family): a short run on the family's embedded base, made once."""
+    folders = {}
+
+    def train(family):
+        if family not in folders:
+            parent = tmp_path_factory.mktemp("trained")
+            flags = ["--data_path", ROWS, "--eval_data_path", QUESTIONS, "--max_steps", 16]
+            flags += ["--model_save_dir", parent / "run"]
+            flags += ["--eval_rows", 0, "--val_set_size", 0, "--micro_batch_size", 4, "--batch_size", 4]
+            importlib.import_module(f"{family}.train").main([*map(str, flags), "--cache_dir", str(parent / "cache")])
+            folders[family] = parent / "run"
+        return folders[family]
+
+    return train
+
+
+def exported(family, run, *flags):
+    importlib.import_module(f"{family}.export").main(["--model_save_dir", str(run), *map(str, flags)])
+
+
+TRANSFORMERS_ALONE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+answers, logits = [], []
+with torch.no_grad():
+    for text in prompts:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                            return_tensors="pt", return_dict=True)
+        output = model.generate(**ids, max_new_tokens=24, do_sample=False)
+        answers.append(tokenizer.decode(output[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))
+        logits.append(model(**ids).logits[0, -1])
+torch.save(torch.stack(logits), folder + "/../logits.pt")
+print(json.dumps([answers, "peft" in sys.modules, "common" in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_alone_gives_the_adapters_answers(family, trained, tmp_path, capsys, monkeypatch):
+    run = trained(family)
+    monkeypatch.setattr(export, "SHARD", "3MB")
+    exported(family, run, "--output_dir", tmp_path / "whole", "--dtype", "float32")
+    shards = list((tmp_path / "whole").glob("model-*.safetensors"))
+    assert len(shards) > 1 and all(shard.stat().st_mode & 0o044 for shard in shards)
+    printed = capsys.readouterr().out
+    assert printed.count("greedy answers equal 8/8") == 2 and "done: 完整模型 whole model (float32)" in printed
+    prompts = [json.loads(line)["content"] for line in Path(QUESTIONS).read_text().splitlines()[:8]]
+    command = [sys.executable, "-c", TRANSFORMERS_ALONE, str(tmp_path / "whole"), json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers, *foreign = json.loads(done.stdout.splitlines()[-1])
+    assert foreign == [False, False]
+    predict = importlib.import_module(f"{family}.predict")
+    answer = predict.load_answer(
+        parse(importlib.import_module(f"{family}.config").Config, PredictFlags, ["--model_save_dir", str(run)])[0]
+    )
+    questions = [[Turn("user", text)] for text in prompts]
+    with torch.no_grad():
+        ids = [torch.tensor([answer.prompt_ids(turns)]) for turns in questions]
+        expected = torch.stack([answer.net(input_ids=row).logits[0, -1] for row in ids])
+    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert (theirs - expected).abs().max() < 1e-4 * expected.abs().max()
+    greedy = Sampling(max_new_tokens=24)
+    assert [text.strip() for text in answers] == [answer([turns], greedy)[0].text for turns in questions]
+    assert len(set(answers)) > 4, "the prompts must tell something"
+
+
+def test_the_folder_is_what_engines_load(trained, tmp_path, capsys):
+    exported("gemma_sft.ft_gemma", trained("gemma_sft.ft_gemma"), "--output_dir", tmp_path / "whole")
+    folder = tmp_path / "whole"
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights, "mlx-lm and keras-hub refuse a tied head written twice"
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}, "the dtype of the base's own files"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True and config["dtype"] == "bfloat16"
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [6, 1] and generation["bos_token_id"] == 2 and generation["pad_token_id"] == 0
+    assert (folder / "chat_template.jinja").read_text() == gemma_prompt.CHAT_TEMPLATE.replace("\\n", "\n")
+    assert (folder / "Modelfile").read_text() == (
+        'FROM .\nTEMPLATE """{{ if .System }}<start_of_turn>user\n{{ .System }}\n\n{{ else }}<start_of_turn>user\n'
+        "{{ end }}{{ .Prompt }}<end_of_turn>\n<start_of_turn>model\n{{ .Response }}<end_of_turn>\n"
+        '"""\nPARAMETER stop "<end_of_turn>"\nPARAMETER stop "<eos>"\n'
+    )
+    printed = capsys.readouterr().out
+    for line in (f"vllm serve {folder}", "convert_hf_to_gguf.py", "ollama create whole", "mlx_lm", "keras_hub"):
+        assert line in printed
+    assert "--enable-lora --max-lora-rank 16 --lora-modules run=" in printed
+
+
+def test_nothing_is_overwritten(trained, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="already exists and is not overwritten"):
+        exported("gemma_sft.ft_gemma", trained("gemma_sft.ft_gemma"), "--output_dir", tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "whole").iterdir()] == ["mine.txt"]
+
+
+def test_a_run_that_is_not_whole_is_refused(trained, tmp_path):
+    with pytest.raises(UserError, match="no trained run here"):
+        exported("gemma_sft.ft_gemma", tmp_path / "none")
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in trained("gemma_sft.ft_gemma").iterdir():
+        if file.is_file():
+            (run / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((run / "run_manifest.json").read_text())
+    (run / "run_manifest.json").write_text(json.dumps(manifest | {"base": manifest["base"] | {"sha256": "other"}}))
+    with pytest.raises(UserError, match="基座模型 base model 与训练时不同"):
+        exported("gemma_sft.ft_gemma", run)
+    (run / "run_manifest.json").write_text(json.dumps(manifest | {"state": "training"}))
+    with pytest.raises(UserError, match="the run is not finished"):
+        exported("gemma_sft.ft_gemma", run)
+    assert not (tmp_path / "run_merged").exists()
+
+
+def test_a_merge_that_changes_the_answers_is_refused(trained, tmp_path, monkeypatch):
+    merged = export.merge
+
+    def without_the_adapter(tuned):
+        merged(tuned)
+        return export.model.load_base(tuned.manifest["base"]["path"], "float32")
+
+    monkeypatch.setattr(export, "merge", without_the_adapter)
+    with pytest.raises(UserError, match="the exported model differs: a logit by"):
+        exported("gemma_sft.ft_gemma", trained("gemma_sft.ft_gemma"), "--output_dir", tmp_path / "whole")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [0.5, float("nan")])
+def test_a_written_folder_that_reloads_otherwise_is_removed(trained, tmp_path, monkeypatch, damage):
+    save = export._save
+
+    def spoiled(net, *rest):
+        net.get_input_embeddings().weight.data[:300] += damage
+        save(net, *rest)
+
+    monkeypatch.setattr(export, "_save", spoiled)
+    with pytest.raises(UserError, match="the exported model differs: a logit by"):
+        exported("gemma_sft.ft_gemma", trained("gemma_sft.ft_gemma"), "--output_dir", tmp_path / "whole")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_may_only_part_at_a_tie():
+    logits = torch.tensor([[0.0, 5.0, 4.999], [0.0, 1.0, 9.0], [7.0, 0.0, 0.0]])
+    assert export._same_answer([1, 2], [1, 2], logits, 0.01) is True
+    assert export._same_answer([2, 0], [1, 2], logits, 0.01) is False
+    with pytest.raises(UserError, match="differs from token 2 on"):
+        export._same_answer([1, 1], [1, 2], logits, 0.01)
+    with pytest.raises(UserError, match="differs from token 2 on"):
+        export._same_answer([1], [1, 2], logits, 0.01)
+
+
+class Numbered:
+    """A family whose rounds are numbered: no constant texts around a question."""
+
+    @staticmethod
+    def render(tokenizer, turns, style):
+        spoken = [turn for turn in turns if turn.role != "system"]
+        return [
+            Piece(encode_text(tokenizer, f"[{number // 2}]{turn.text}"), QUESTION) for number, turn in enumerate(spoken)
+        ]
+
+
+class WithDefault:
+    """A family whose template has a system text of its own where the user gives none."""
+
+    @staticmethod
+    def render(tokenizer, turns, style):
+        start, end = special_id(tokenizer, "<start_of_turn>"), special_id(tokenizer, "<end_of_turn>")
+        turns = turns if turns[0].role == "system" else [Turn("system", "我在"), *turns]
+        pieces = []
+        for turn in turns:
+            answer = turn.role == "assistant"
+            header = [] if answer else [start, *encode_text(tokenizer, turn.role + "\n")]
+            body = Piece(encode_text(tokenizer, turn.text) + [end], ANSWER if answer else QUESTION)
+            model = [start, *encode_text(tokenizer, "model\n")] if turn.role == "user" else []
+            newline = encode_text(tokenizer, "\n")
+            pieces += [Piece(header, FRAME), body, Piece([*newline, *model], FRAME)]
+        return pieces if turns[-1].role == "user" else pieces[:-1]
+
+    @staticmethod
+    def stop_ids(tokenizer, style):
+        return [special_id(tokenizer, "<end_of_turn>")]
+
+
+def ollama(modelfile, turns):
+    """What Ollama's template engine makes of a conversation: the template once a round, the last cut at the answer."""
+    body = modelfile.split('TEMPLATE """')[1].split('"""')[0]
+    given, rest = body.removeprefix("{{ if .System }}").split("{{ else }}")
+    header, rest = rest.split("{{ end }}")
+    default = modelfile.split('SYSTEM """')[1].split('"""')[0] if "SYSTEM" in modelfile else ""
+    system = turns[0].text if turns[0].role == "system" else default
+    spoken = turns[1:] if turns[0].role == "system" else turns
+    text = ""
+    for number in range(0, len(spoken), 2):
+        text += given.replace("{{ .System }}", system) if system and number == 0 else header
+        text += rest.replace("{{ .Prompt }}", spoken[number].text)
+        if number + 1 < len(spoken):
+            text = text.replace("{{ .Response }}", spoken[number + 1].text)
+    return text.partition("{{ .Response }}")[0]
+
+
+ROUNDS = [
+    Turn("user", "在吗"),
+    Turn("assistant", "在"),
+    Turn("user", "你是"),
+    Turn("assistant", "我"),
+    Turn("user", "好"),
+]
+CONVERSATIONS = [ROUNDS[:1], ROUNDS[:3], ROUNDS, [Turn("system", "有问有答"), *ROUNDS]]
+
+
+@pytest.mark.parametrize("family", [(gemma_prompt, "chat"), (gemma_prompt, "plain"), (WithDefault, "chat")])
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_templates_say_what_the_renderer_says(tokenizer, family, turns):
+    prompt, style = family
+    ids = [id_ for piece in prompt.render(tokenizer, turns, style) for id_ in piece.ids]
+    text = tokenizer.decode(ids)
+    assert "<bos>" * (prompt is gemma_prompt) + ollama(templates.modelfile(tokenizer, prompt, style), turns) == text
+    made = templates._jinja(templates.layout(tokenizer, prompt, style))
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    assert (
+        tokenizer.apply_chat_template(messages, chat_template=made, add_generation_prompt=True, tokenize=False) == text
+    )
+
+
+def test_the_chat_template_is_the_runs_style(tokenizer):
+    assert templates.chat_template(tokenizer, gemma_prompt, "chat") == gemma_prompt.CHAT_TEMPLATE
+    plain = templates.chat_template(tokenizer, gemma_prompt, "plain")
+    messages = [{"role": "user", "content": "你好"}]
+    rendered = tokenizer.apply_chat_template(messages, chat_template=plain, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<bos>你好"
+    assert template_text(tokenizer, gemma_prompt, "plain").startswith("<bos>{system}\n\n{question 1}")
+
+
+def test_numbered_rounds_have_no_template(tokenizer):
+    assert templates.layout(tokenizer, Numbered, "chat") is None
+    assert templates.modelfile(tokenizer, Numbered, "chat") is None
+
+
+def test_engines_are_the_familys_own(capsys):
+    folder = gemma_config.Config.EMBEDDED_DIR
+    manifest = {"base": {"path": str(folder)}, "config": {"model_save_dir": "out"}}
+    tuned = SimpleNamespace(manifest=manifest, merge_reasons=["DoRA"], rank=8)
+    export.show_engines(tuned, folder, SimpleNamespace(ENGINES=("vllm",), UNTIED_ENGINES=()))
+    assert capsys.readouterr().out == (
+        f"  vllm:      vllm serve {folder}\n  适配器不能单独服务 the adapter alone is not served by vLLM: DoRA\n"
+    )
+    export.show_engines(tuned, folder, SimpleNamespace(ENGINES=(), UNTIED_ENGINES=()))
+    assert capsys.readouterr().out == "  只有 only transformers: 其他引擎没有这个模型\n"

@@ -1,0 +1,137 @@
+"""Memory: what a step needs is tried, not guessed; recomputing activations is decided by it and said with numbers."""
+
+import json
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+from common import memory, model, trainer
+from common.loss import use_supervised_loss
+from gemma_sft.ft_gemma import train
+from gemma_sft.ft_gemma.config import Config
+
+ROW = {"where": "f:1"}
+
+
+@pytest.fixture
+def net(small_gemma):
+    net = model.add_lora(model.load_base(small_gemma, "float32"), Config(lora_dropout=0.1))
+    use_supervised_loss(net.train())
+    return net
+
+
+def batch(rows, length):
+    ids = torch.randint(7, 300, (rows, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def kept_by(net, rows, length):
+    """Bytes of a forward pass for its backward pass, counted in the graph itself."""
+    return memory._kept(net, batch(rows, length))[0]
+
+
+def test_the_estimate_of_a_long_batch_comes_from_short_ones(net, monkeypatch):
+    monkeypatch.setattr(memory, "HEAP", 1.0)
+    found = memory.estimate(net, batch(2, 16), batch(2, 64), rows=8, length=400)
+    real = kept_by(net, 8, 400)
+    layers = 2
+    assert found.activations == pytest.approx(real * (1 + 1 / layers), rel=0.1)
+    assert found.recomputed < found.activations
+    assert found.states == 12 * 5120, "gradients and two moments in fp32 of the LoRA weights"
+    assert found.logits == 3 * 4 * 128 * 314
+    assert found.total(False) == found.states + found.logits + found.activations
+
+
+def test_trying_changes_nothing(net):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    weights = [p.detach().clone() for p in net.parameters()]
+    memory.estimate(net, batch(1, 8), batch(1, 16), rows=1, length=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), weights, strict=True))
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("tried", "rows", "length", "bytes_"),
+    [
+        ([((1, 10), 100), ((1, 20), 200)], 2, 100, 2000),  # linear in the length
+        ([((1, 10), 200), ((1, 20), 600)], 1, 30, 1200),  # 10 T + T²
+        ([((2, 10), 200), ((2, 10), 200)], 1, 30, 300),  # two of one length
+        ([((1, 10), 110), ((1, 20), 210)], 1, 40, 420),  # with a constant part: never less than linear
+    ],
+)
+def test_bytes_are_fitted(monkeypatch, tried, rows, length, bytes_):
+    monkeypatch.setattr(memory, "HEAP", 1.0)
+    assert memory._fitted(tried, rows, length) == bytes_
+
+
+@pytest.mark.parametrize(
+    ("free", "knob", "on", "printed"),
+    [
+        (1 << 40, "auto", False, "gradient_checkpointing off (auto)"),
+        (1 << 20, "auto", True, "可用 free 1 MiB: gradient_checkpointing on (auto)"),
+        (1 << 20, "false", False, ""),
+        (1 << 40, "true", True, ""),
+    ],
+)
+def test_recomputing_is_decided_by_the_memory(net, monkeypatch, capsys, tokenizer, free, knob, on, printed):
+    monkeypatch.setattr(memory, "free", lambda: free)
+    lengths = [8, 16, 30, 12]
+    ids = [[7 + n % 200 for n in range(length)] for length in lengths]
+    rows = SimpleNamespace(train=fake_dataset([ROW | {"input_ids": i, "labels": i, "length": len(i)} for i in ids]))
+    sampler = trainer.LengthGroupedSampler(lengths, 2, seed=1)
+    cfg = Config(gradient_checkpointing=knob, micro_batch_size=2)
+    assert trainer.needs_checkpointing(cfg, net, rows, tokenizer, sampler) is on
+    out = capsys.readouterr().out
+    assert printed in out and ("the heaviest step needs about" in out) == (knob == "auto")
+
+
+def fake_dataset(rows):
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def test_sharded_weights_are_recomputed(monkeypatch, capsys, net, tokenizer):
+    next(net.parameters()).ds_id = 0
+    sampler = trainer.LengthGroupedSampler([8], 1, seed=1)
+    rows = SimpleNamespace(train=fake_dataset([{"length": 8}]))
+    assert trainer.needs_checkpointing(Config(), net, rows, tokenizer, sampler) is True
+    assert "the weights are sharded" in capsys.readouterr().out
+
+
+def test_a_run_recomputes_where_it_must_and_learns_the_same(small_gemma, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"query": f"{n}", "response": f"{n + 1}"}) + "\n" for n in range(8)))
+    flags = ["--path_model_pretrain", small_gemma, "--data_path", data, "--max_steps", 2, "--val_set_size", 0]
+    flags = [str(flag) for flag in [*flags, "--eval_rows", 0, "--cache_dir", tmp_path / "cache"]]
+    train.main([*flags, "--model_save_dir", str(tmp_path / "kept")])
+    monkeypatch.setattr(memory, "free", lambda: 1000)
+    train.main([*flags, "--model_save_dir", str(tmp_path / "recomputed")])
+    out = capsys.readouterr().out
+    assert "gradient_checkpointing off (auto)" in out and "gradient_checkpointing on (auto)" in out
+    kept, recomputed = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("kept", "recomputed"))
+    assert kept == recomputed
+
+
+@pytest.mark.parametrize(("limit", "used", "free"), [("5000\n", "1000\n", 4000), ("max\n", "1000\n", 9000)])
+def test_a_containers_limit_counts(monkeypatch, tmp_path, limit, used, free):
+    monkeypatch.setattr(memory, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=9000))
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    (tmp_path / "memory.max").write_text(limit)
+    (tmp_path / "memory.current").write_text(used)
+    assert memory.free() == free
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.free() == free // 2
+
+
+def test_the_peak_is_seen():
+    with memory.Peak() as used:
+        block = numpy.ones(40 << 20, dtype=numpy.uint8)
+        del block
+    assert used.peak - used.before >= 30 << 20
