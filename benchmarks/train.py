@@ -168,7 +168,7 @@ def config(args, which):
         lr_scheduler_type="constant",
         logging_steps=1,
         save_steps=10_000,
-        gradient_checkpointing=which == OURS_CHECKPOINTING,
+        gradient_checkpointing="true" if which == OURS_CHECKPOINTING else "auto",
         seed=SEED,
     )
 
@@ -185,13 +185,13 @@ def train_ours(which, net, rows, args):
     cfg = config(args, which)
     trainer.fit(net, dataset.Rows(data, data.select([]), [], []), cfg, SimpleNamespace(pad_token_id=0))
     log = jsonl.read(Path(args.folder) / "trainer_log.jsonl")
-    return log[-1]["seconds"], [record["loss"] for record in log], our_sampler(rows).batches()
+    return log[-1]["seconds"], [record["loss"] for record in log], our_sampler(rows, cfg).batches()
 
 
-def our_sampler(rows):
-    from common.trainer import LengthGroupedSampler
+def our_sampler(rows, cfg):
+    from common.trainer import sampler_of
 
-    return LengthGroupedSampler([row["length"] for row in rows], MICRO, SEED)
+    return sampler_of([row["length"] for row in rows], cfg)
 
 
 def train_trl(which, net, rows, args):
@@ -213,7 +213,7 @@ def train_trl(which, net, rows, args):
 
     class OurBatches(SFTTrainer):
         def _get_train_sampler(self, dataset=None):
-            return our_sampler(rows)
+            return our_sampler(rows, config(args, which))
 
     tuned = which != TRL
     settings = SFTConfig(

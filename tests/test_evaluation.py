@@ -269,6 +269,7 @@ def test_other_rows_are_asked_anew(cfg):
 
 def test_another_adapter_is_asked_anew(cfg, tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run/adapter_config.json").write_text("{}")
     for weights, asked in ((b"one", 3), (b"one", 0), (b"two", 3)):
         (tmp_path / "run/adapter_model.safetensors").write_bytes(weights)
         fake = Fake()
