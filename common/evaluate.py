@@ -282,7 +282,8 @@ def key_of(cfg, base, parts):
     """Names the model, and in `parts` the rows and settings, that a prediction depends on."""
     trained = trained_with(cfg, run.read_manifest(cfg.model_save_dir), base)
     weights = [base_hash(trained["path_model_pretrain"])]
+    adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
     if not base:
-        weights += [base_hash(cfg.model_save_dir)]
+        weights.append(dataset.file_hash(str(adapter)) if adapter.exists() else base_hash(cfg.model_save_dir))
     parts = [weights, trained, cfg.dtype, cfg.seed, base, *parts]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -172,7 +172,9 @@ def test_the_overlap_is_shown(manifest, cfg, capsys):
     folder = Path(cfg.model_save_dir)
     folder.mkdir()
     manifest["config"] |= {"prompt_style": "chat", "max_length_q": 512}
-    (folder / "run_manifest.json").write_text(json.dumps(manifest | {"base": {"path": "x"}, "state": "finished"}))
+    (folder / "run_manifest.json").write_text(
+        json.dumps(manifest | {"base": {"path": "x", "sha256": ""}, "state": "finished"})
+    )
     answer = lambda turns, sampling, base=False: [Answer("一", "stop", 1)] * len(turns)  # noqa: E731
     evaluate.report(answer, rows_of(("甲", "一"), ("丙", "一")), Config(model_save_dir=str(folder)), EvaluationFlags())
     assert "overlap with training data: 1 / 2 rows, 提问相同 same question 2" in capsys.readouterr().out
