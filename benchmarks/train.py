@@ -127,11 +127,11 @@ def make_rows(count, vocabulary):
 
 def train(which, args):
     """Train one epoch and say how fast: what a fresh process does."""
-    from common import model
+    from common import model, tuning
 
     rate = matrix_rate()
     net = model.load_base(args.folder, args.dtype)
-    net = model.add_lora(net, config(args, which))
+    net = tuning.make_trainable(net, config(args, which))
     rows = make_rows(args.rows, net.config.vocab_size)
     timed = train_ours if which.startswith(OURS) else train_trl
     seconds, losses, batches = timed(which, net, rows, args)

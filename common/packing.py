@@ -70,7 +70,7 @@ def collate(packs, pad_id):
             ids[number, part] = torch.as_tensor(row["input_ids"])
             labels[number, part] = torch.as_tensor(row["labels"])
             positions[number, part] = torch.arange(len(row["input_ids"]))
-        tokens += start
+        tokens += start if pack[0]["where"] else 0
     where = [str(row["where"]) for pack in packs for row in pack]
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": tokens, "where": where}
 

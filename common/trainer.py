@@ -30,7 +30,6 @@ STALL, FALL, RISE = 10, 0.02, 0.1  # logged losses in a window; what counts as f
 PROBE = 512  # ids of the longest row on which memory is tried
 WINDOW = 50  # batches sorted by length together: little padding, yet another order every epoch
 BLANK = -1  # number of a row that is none: it fills the last batch of an epoch, so that all processes have one
-BLANK_ROW = {"input_ids": [0], "labels": [IGNORED], "where": ""}
 
 
 class Stopped(UserError):
@@ -284,7 +283,7 @@ def _schedule(cfg, plan):
 def collate(rows, pad_id):
     """A batch of rows, or of packs, padded on the right by length.
 
-    Rows give input_ids, attention_mask and labels [B, T], tokens (how many are no padding) and where (names).
+    Rows give input_ids, attention_mask and labels [B, T], tokens (how many are neither padding nor blank), where (names).
     """
     if isinstance(rows[0], list):
         return packing.collate(rows, pad_id)
@@ -297,23 +296,31 @@ def collate(rows, pad_id):
         ids[number, :length] = torch.as_tensor(row["input_ids"])
         labels[number, :length] = torch.as_tensor(row["labels"])
         mask[number, :length] = 1
-    tokens, where = int(mask.sum()), [str(row["where"]) for row in rows]
+    where = [str(row["where"]) for row in rows]
+    tokens = sum(len(row["input_ids"]) for row, name in zip(rows, where, strict=True) if name)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": tokens, "where": where}
 
 
 class RowsAndBlanks(torch.utils.data.Dataset):
-    """The rows, or packs, of `rows`; number BLANK is a row of one id that is not counted."""
+    """The rows, or packs, of `rows`; number BLANK is a row that is not counted: the first one, its labels ignored."""
 
     def __init__(self, rows):
         self.rows = rows
+        self.blank = _blank(rows.__getitems__([0])[0])
 
     def __len__(self):
         return len(self.rows)
 
     def __getitems__(self, numbers):
         kept = [number for number in numbers if number != BLANK]
-        blank = [BLANK_ROW] if isinstance(self.rows, packing.Packs) else BLANK_ROW
-        return (self.rows.__getitems__(kept) if kept else []) + [blank] * (len(numbers) - len(kept))
+        return (self.rows.__getitems__(kept) if kept else []) + [self.blank] * (len(numbers) - len(kept))
+
+
+def _blank(row):
+    """A row, or a pack's first one, as one that teaches nothing and has no name."""
+    if isinstance(row, list):
+        return [_blank(row[0])]
+    return {"input_ids": row["input_ids"], "labels": [IGNORED] * len(row["input_ids"]), "where": ""}
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
@@ -388,7 +395,7 @@ class SupervisedTrainer(Trainer):
         where, tokens = inputs.pop("where"), inputs.pop("tokens")
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
-            self.tokens += tokens - where.count("")
+            self.tokens += tokens
             self.guard.saw(result[0] if return_outputs else result, where)
         return result
 

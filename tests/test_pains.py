@@ -384,14 +384,14 @@ def test_pain_19_every_row_is_accounted_for(tmp_path, tokenizer):
 
 
 def test_pain_19_without_the_guard_rows_vanish(tmp_path, tokenizer, monkeypatch):
-    whole = dataset.conversations
+    whole = dataset._conversations_in
 
-    def warn_and_continue(path, cfg):
-        return (row for row in whole(path, cfg) if not row[2])
+    def warn_and_continue(record, path, cfg):
+        return (row for row in whole(record, path, cfg) if not row[2])
 
-    monkeypatch.setattr(dataset, "conversations", warn_and_continue)
+    monkeypatch.setattr(dataset, "_conversations_in", warn_and_continue)
     rows = prepared(tmp_path, BROKEN, tokenizer, strict=True)
-    assert len(rows.train) == 2 == rows.sources[0]["rows"] and rows.rejected == []
+    assert len(rows.train) == 2 == rows.sources[0]["rows"] and len(rows.rejected) == 0
 
 
 def test_pain_20_changed_data_is_tokenised_anew(tmp_path, tokenizer):
