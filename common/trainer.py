@@ -283,7 +283,7 @@ def _schedule(cfg, plan):
 def collate(rows, pad_id):
     """A batch of rows, or of packs, padded on the right by length.
 
-    Rows give input_ids, attention_mask and labels [B, T], tokens (how many are neither padding nor blank), where (names).
+    Rows give input_ids, attention_mask and labels [B, T], tokens (neither padding nor blank ones), where (names).
     """
     if isinstance(rows[0], list):
         return packing.collate(rows, pad_id)
