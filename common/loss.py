@@ -8,6 +8,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from common.lean import times_transposed
 from common.pieces import IGNORED
 
 CHUNK = 64  # rows of logits alive at once; with 256,000 pieces in fp32 that is 64 MiB
@@ -93,7 +94,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
-            logits = (hidden[part] @ weight.T).float()
+            logits = times_transposed(hidden[part], weight).float()
             if softcap:
                 logits.div_(softcap).tanh_()
                 slope = 1 - logits.square() if gradient is not None else None
@@ -112,7 +113,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 error.sub_(smoothing / weight.shape[0])
             if softcap:
                 error.mul_(slope)
-            gradient[part] = error.to(weight.dtype) @ weight
+            gradient[part] = times_transposed(error.to(weight.dtype), weight.T)
         ctx.save_for_backward(gradient)
         return losses
 

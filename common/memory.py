@@ -44,6 +44,7 @@ def estimate(net, small, larger, rows, length):
     """
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     tried = [(batch["input_ids"].shape, *_kept(net, batch)) for batch in (small, larger)]
+    hand_back()
     activations = _fitted([(shape, kept) for shape, kept, _ in tried], rows, length)
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in net.modules())
     inputs = _fitted([(shape, entering) for shape, _, entering in tried], rows, length)
@@ -61,8 +62,7 @@ def _kept(net, batch):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            kept[storage.data_ptr()] = storage
 
     def enters(module, arguments):
         entering.append(sum(a.nbytes for a in arguments[:1] if isinstance(a, torch.Tensor)))
@@ -71,12 +71,15 @@ def _kept(net, batch):
     on_gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     batch = {name: tensor.to(device()) for name, tensor in batch.items()}
     try:
-        with torch.random.fork_rng(devices=on_gpu), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-            net(**batch)
+        with (
+            torch.random.fork_rng(devices=on_gpu),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing),
+        ):
+            net(**batch)  # no backward pass follows; a tensor packed would keep what made it, for ever
     finally:
         for hook in hooks:
             hook.remove()
-    return sum(kept.values()), sum(entering)
+    return sum(storage.nbytes() for storage in kept.values()), sum(entering)
 
 
 def _fitted(tried, rows, length):
@@ -111,6 +114,14 @@ def _cgroup(name):
         return None
 
 
+def hand_back():
+    """Give the memory of what is no longer used back to the system, which the C library would not do by itself."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 class Peak:
     """with Peak() as memory: …; then `memory.before` and `memory.peak` are bytes in use before and at most within."""
 
@@ -120,10 +131,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return self
-        gc.collect()
+        hand_back()  # what earlier steps freed would be taken again unseen
         if sys.platform == "linux":
-            with contextlib.suppress(AttributeError):  # another C library
-                ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed would be taken again unseen
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         self.before = psutil.Process().memory_info().rss
         return self

@@ -20,6 +20,7 @@ from common.config import LORA
 from common.errors import UserError
 
 IDLE = re.compile("lora_B|lora_embedding_A")  # what starts at zero: where it still is, the layer does nothing
+REPACKING = "support_avx512bf16_for_cpu"  # bitsandbytes 0.50 rounds 4-bit weights anew on a CPU that has bfloat16
 EDGE = 1 << 20  # bytes hashed at each end of a weight file: a whole 70B checkpoint would take minutes
 
 
@@ -72,7 +73,11 @@ def load_base(path, dtype, bits=0):
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
     quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **(four if bits == 4 else {}))
     options = {"quantization_config": quantised, "device_map": {"": device()}}
-    return _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind, **options).eval()
+    model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind, **options)
+    for module in model.modules():
+        if hasattr(module, REPACKING):  # other weights, in evaluation and from then on, and not of every size
+            setattr(module, REPACKING, False)
+    return model.eval()
 
 
 def _loaded(auto_class, path, what, **kwargs):

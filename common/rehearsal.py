@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from common import memory, trainer
+from common.lean import make_lean
 from common.loss import use_supervised_loss
 
 PASSES = 3  # over the data, of which the heaviest micro batch is looked for
@@ -22,6 +23,7 @@ def rehearse(net, rows, cfg, tokenizer, steps):
     step of each is not timed. Raises UserError as `fit` does. Leaves no files, and weights that mean nothing.
     """
     use_supervised_loss(net.train(), cfg.label_smoothing_factor)
+    make_lean(net)
     data, lengths = trainer.training_data(net, rows.train, cfg)
     plan, sampler = trainer.make_plan(cfg, len(data)), trainer.sampler_of(lengths, cfg)
     micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))

@@ -21,6 +21,7 @@ from common import model as models
 from common.dataset import lengths_of
 from common.errors import UserError
 from common.launch import world_size
+from common.lean import make_lean
 from common.loss import use_supervised_loss
 from common.pieces import IGNORED
 
@@ -56,6 +57,7 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     if cfg.early_stopping_patience and not len(rows.validation):
         raise UserError("--early_stopping_patience 需要验证数据 needs validation rows: --val_set_size above 0")
     use_supervised_loss(net, cfg.label_smoothing_factor)
+    make_lean(net)
     data, lengths = training_data(net, rows.train, cfg)
     plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
     padding = sampler.padding(cfg.micro_batch_size)
@@ -346,7 +348,10 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         yield from [BLANK] * self.blanks
 
     def batches(self):
-        """Lists of row numbers, shuffled; a smaller one, if any, comes last."""
+        """Lists of row numbers, shuffled; the longest row's comes first, a smaller one, if any, last.
+
+        So what does not fit into memory is seen at once, and a CPU's memory is taken once, not in pieces that grow.
+        """
         order = numpy.random.default_rng((self.seed, self.epoch)).permutation(len(self.lengths))
         window = self.batch * WINDOW
         found = []
@@ -356,6 +361,9 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
             found += [rows[at : at + self.batch].tolist() for at in range(0, len(rows), self.batch)]
         smaller = [found.pop()] if found and len(found[-1]) < self.batch else []
         random.Random(self.seed + self.epoch).shuffle(found)
+        if found:
+            longest = max(range(len(found)), key=lambda number: self.lengths[found[number][0]])
+            found.insert(0, found.pop(longest))
         return found + smaller
 
     def by_weight(self, micro, passes):

@@ -1,5 +1,6 @@
 """Memory: what a step needs is tried, not guessed; recomputing activations is decided by it and said with numbers."""
 
+import gc
 import json
 from types import SimpleNamespace
 
@@ -52,6 +53,16 @@ def test_trying_changes_nothing(net):
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(p, old) for p, old in zip(net.parameters(), weights, strict=True))
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_trying_keeps_nothing(net):
+    def alive():
+        gc.collect()
+        return sum(thing.nbytes for thing in gc.get_objects() if type(thing) is torch.Tensor)
+
+    before = alive()
+    memory.estimate(net, batch(1, 8), batch(1, 16), rows=1, length=8)
+    assert alive() == before
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""The cheaper forms of layers give the values and gradients of the plain ones, and keep less."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common import lean, memory, tuning
+from common.loss import use_supervised_loss
+from gemma_sft.ft_gemma.config import Config
+
+
+@pytest.fixture
+def nets(small_gemma):
+    """A plain model with LoRA in training, and the same made lean."""
+    torch.manual_seed(0)
+    config = Config(lora_dropout=0.0, target_modules=("all-linear",))
+    plain = tuning.make_trainable(AutoModelForCausalLM.from_pretrained(small_gemma), config).train()
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    use_supervised_loss(plain)
+    cheaper = copy.deepcopy(plain)
+    use_supervised_loss(cheaper)
+    lean.make_lean(cheaper)
+    return plain, cheaper
+
+
+def batch(length=24):
+    ids = (torch.arange(2 * length).view(2, length) * 7) % 200 + 5
+    labels = ids.clone()
+    labels[:, : length // 3] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def test_loss_and_gradients_are_those_of_the_plain_layers(nets):
+    losses = [net(**batch()).loss for net in nets]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    for loss in losses:
+        loss.backward()
+    gradients = [{name: p.grad for name, p in net.named_parameters() if p.requires_grad} for net in nets]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient.any(), name
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_less_is_kept_for_the_backward_pass(nets):
+    plain, cheaper = (memory._kept(net, batch(64))[0] for net in nets)
+    layers, width = 2, nets[0].config.intermediate_size
+    assert plain - cheaper == pytest.approx(layers * 2 * 64 * width * 4, rel=0.1), "act(gate), a layer and id"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products(dtype):
+    x, weight = torch.randn(3, 5, 16).to(dtype), torch.randn(7, 16).to(dtype)
+    torch.testing.assert_close(lean.times_transposed(x, weight), x @ weight.T)
+    torch.testing.assert_close(lean.times_transposed(x, weight.T.contiguous().T), x @ weight.T)
+
+
+def test_autocast_is_respected():
+    x, weight = torch.randn(5, 16), torch.randn(7, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lean.times_transposed(x, weight).dtype == torch.bfloat16
+
+
+def test_layers_that_learn_stay_as_they_are(small_gemma):
+    net = AutoModelForCausalLM.from_pretrained(small_gemma)
+    lean.make_lean(net)
+    assert "forward" not in vars(net.model.layers[0].self_attn.q_proj)
+    net.model.layers[0].self_attn.q_proj.weight.requires_grad = False
+    lean.make_lean(net)
+    assert "forward" in vars(net.model.layers[0].self_attn.q_proj)
