@@ -78,7 +78,7 @@ def _shape_of(row):
     keys = {key for key, value in row.items() if value is not None}
     if {"A", "B", "answer"} <= keys:
         raise ShapeError("选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training")
-    shapes = SHAPES if row.keys() & ASKING else SHAPES | TEXT_SHAPES
+    shapes = SHAPES if _asks(row) else SHAPES | TEXT_SHAPES
     fitting = [needs for needs in shapes if needs <= keys]
     widest = [needs for needs in fitting if not any(needs < other for other in fitting)]
     if len(widest) == 1:
@@ -90,6 +90,12 @@ def _shape_of(row):
     null = sorted(key for key in row if key not in keys)
     found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
     raise ShapeError(f"无法识别的字段 unknown keys: {found}; nearest known shape: {_names(_nearest_shape(row))}")
+
+
+def _asks(row):
+    """Whether a key says, or beside a response seems to be meant to say (quary), that the row asks something."""
+    meant = "response" in row and any(difflib.get_close_matches(str(key), ASKING, cutoff=0.75) for key in row)
+    return bool(row.keys() & ASKING) or meant
 
 
 def _nearest_shape(keys):

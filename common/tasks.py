@@ -39,7 +39,14 @@ def read(flags):
         raise UserError(
             "--task_dir 没有给出 is missing: the folder with ceval/, mmlu/, cmmlu/, arc*.json, gsm8k*.jsonl"
         )
-    return {task: [question for part in _subjects(task, flags) for question in part] for task in flags.tasks}
+    found = {task: [question for part in _subjects(task, flags) for question in part] for task in flags.tasks}
+    chosen = [task for task, questions in found.items() if any(question.options for question in questions)]
+    if flags.base_url and chosen:
+        raise UserError(
+            f"--base_url: 选择题要模型在本机 {', '.join(chosen)} choose by likelihood, which no server gives; "
+            "leave --base_url out, or ask for gsm8k alone"
+        )
+    return found
 
 
 def _subjects(task, flags):

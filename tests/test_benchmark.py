@@ -94,6 +94,8 @@ def test_more_examples_than_there_are_is_an_error(fixtures):
 
 
 def test_a_task_without_a_folder_or_files_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="--base_url.*probe choose by likelihood"):
+        tasks.read(EvaluationFlags(tasks=("probe",), base_url="http://127.0.0.1:9/v1"))
     with pytest.raises(UserError, match="--task_dir"):
         tasks.read(EvaluationFlags(tasks=("ceval",)))
     with pytest.raises(UserError, match="gsm8k"):

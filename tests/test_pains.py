@@ -1,7 +1,7 @@
 """What goes wrong in fine-tuning, row by row of pains.md: each guard at work, some also switched off, to see the harm.
 
-Thin on purpose: the details are tested beside each part. Rows about serving (22) and several processes (21) have files
-of their own.
+Thin on purpose: the details are tested beside each part. The tests of rows 21 and 22 are in test_processes.py and
+test_service.py, with the processes and servers they need.
 """
 
 import json

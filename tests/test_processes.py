@@ -121,7 +121,7 @@ def assert_same_training(folder, other, tolerance):
 # ---------------------------------------------------------------- one process's part
 
 
-def test_the_rows_of_a_step_do_not_depend_on_the_processes():
+def test_pain_21_every_process_has_a_row_in_every_step():
     lengths = [(n * 37) % 100 + 1 for n in range(43)]
     one = trainer.LengthGroupedSampler(lengths, 8, seed=1)
     two = trainer.LengthGroupedSampler(lengths, 8, seed=1, multiple=4)
@@ -160,7 +160,7 @@ def test_a_deepspeed_file_that_is_not_there_is_refused(flags, capsys):
 
 
 @pytest.mark.slow
-def test_ddp_trains_what_one_process_does(home, flags, finish, alone):
+def test_pain_21_ddp_over_uneven_rows_trains_what_one_process_does(home, flags, finish, alone):
     more = ["--eval_data_path", home / "rows.jsonl", "--eval_rows", 2, "--max_new_tokens", 4]
     code, output, errors = finish(TORCHRUN, TRAIN + flags("ddp", *more))
     assert code == 0, errors
@@ -301,7 +301,7 @@ errors.run_main(main)
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_is_said_and_ends_all(home, finish):
+def test_pain_21_an_error_of_one_process_is_said_and_ends_all(home, finish):
     (home / "one_fails.py").write_text(ONE_FAILS)
     code, output, errors = finish(TORCHRUN, [str(home / "one_fails.py")])
     assert code != 0 and error_lines(errors) == ["错误 error: only here"]

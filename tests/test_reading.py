@@ -303,6 +303,7 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ('"问答"', ["object expected", "str"]),
         ("null", ["object expected", "NoneType"]),
         # columns
+        ({"quary": "问", "response": "答"}, ["unknown keys: quary+response;", "nearest known shape: query+response"]),
         ({"question": "问"}, ["unknown keys: question;", "nearest known shape: ", "answer"]),
         ({"instruction": "问", "input": ""}, ["unknown keys", "input+instruction", "nearest known shape: ", "output"]),
         ({"instructions": "问", "outputs": "答"}, ["unknown keys: instructions+outputs", "instruction+output"]),

@@ -391,7 +391,7 @@ def test_the_table_is_long_enough():
     assert len(BODIES) + len(PLACES) + len(RAW) >= 150
 
 
-def test_malformed_bodies(server):
+def test_pain_22_malformed_bodies_have_their_status(server):
     wrong = []
     for path, body, status, code in BODIES:
         found, headers, raw = server.ask("POST", path, body)
@@ -455,7 +455,7 @@ def test_ten_megabytes_cost_nothing(server):
 # --- clients that leave, and too many ---------------------------------------------------------------------------------
 
 
-def test_clients_that_leave_free_their_slots(server):
+def test_pain_22_clients_that_leave_free_their_slots(server):
     """64 streams left in the middle, and 64 waiting requests: soon nothing is left of them."""
     streams = [server.stream() for _ in range(16)]
     waiting = [server.post(LONG | {"stream": number % 2 == 0}) for number in range(112)]
@@ -478,7 +478,7 @@ def test_half_sent_headers_do_not_stop_it(server):
         connection.close()
 
 
-def test_two_hundred_at_once(server):
+def test_pain_22_two_hundred_at_once_are_answered_or_told_to_wait(server):
     """Each gets an answer or 429; /health is answered all the while; afterwards memory is what it was."""
     body, start, healthy, stop = LONG | {"max_tokens": 40}, threading.Barrier(200), [], threading.Event()
 
