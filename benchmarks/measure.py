@@ -31,8 +31,9 @@ def run(command, **environment):
     ) as process:
         lines = _read_in_background(process.stdout)
         while process.poll() is None:
+            looked = time.monotonic()
             peak = max(peak, tree_memory(process.pid))
-            time.sleep(0.2)
+            time.sleep(max(0.2, 50 * (time.monotonic() - looked)))  # a look halts the process for as long as it takes
     seconds = time.monotonic() - started
     printed = "".join(lines())
     if process.returncode:

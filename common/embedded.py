@@ -127,7 +127,7 @@ def _rate(step, steps):
 
 
 def _batches(samples):
-    """Batches of samples of like length in a random order: input_ids, attention_mask, labels [B, T]."""
+    """Batches of samples of like length in a random order: input_ids, labels [B, T]."""
     window = BATCH * 100
     found = []
     for start in range(0, len(samples), window):
@@ -136,4 +136,4 @@ def _batches(samples):
     for number in torch.randperm(len(found)).tolist():
         rows = [{"input_ids": s.input_ids, "labels": s.labels, "where": ""} for s in found[number]]
         batch = collate(rows, pad_id=0)
-        yield {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        yield {name: batch[name] for name in ("input_ids", "labels")}

@@ -91,6 +91,7 @@ def _losses(answerer, sequences, base):
             hidden[list(rows), list(positions)],
             torch.tensor(targets, device=device),
             causal.get_output_embeddings(),
+            causal.config.get_text_config().vocab_size,
             softcap=getattr(causal.config, "final_logit_softcapping", None),
         )
     return found.tolist()

@@ -11,7 +11,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from common.lean import times_transposed
 from common.pieces import IGNORED
 
-CHUNK = 64  # rows of logits alive at once; with 256,000 pieces in fp32 that is 64 MiB
+LOGITS, ROWS = 1 << 24, 128  # of logits alive at once on a CPU: 64 MiB in fp32, and more rows are no faster
+
+
+def chunk_rows(vocabulary, device_type):
+    """Rows of logits alive at once; a GPU's matrix products want more of them."""
+    times = 1 if device_type == "cpu" else 4
+    return max(1, min(times * LOGITS // vocabulary, times * ROWS))
 
 
 def use_supervised_loss(model, smoothing=0.0):
@@ -35,7 +41,8 @@ def use_supervised_loss(model, smoothing=0.0):
         counted = targets != IGNORED
         softcap = getattr(self.config, "final_logit_softcapping", None)
         smoothed = smoothing if self.training else 0.0
-        losses = self.get_output_embeddings()(hidden[:, :-1][counted], targets[counted], softcap, smoothed)
+        vocabulary = self.config.get_text_config().vocab_size
+        losses = self.get_output_embeddings()(hidden[:, :-1][counted], targets[counted], vocabulary, softcap, smoothed)
         loss = losses.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=None if self.training else _row_sums(losses, counted))
 
@@ -44,23 +51,23 @@ def use_supervised_loss(model, smoothing=0.0):
 
 
 def _score_in_head(head):
-    """Make `head(hidden, targets, softcap, smoothing)` return the losses; without targets its forward stays as it is.
+    """Make `head(hidden, targets, vocabulary, …)` return the losses; without targets its forward stays as it is.
 
     A call of the head lets FSDP2 and ZeRO-3 put its weight together, of which each process holds a part.
     """
     project, is_linear = head.forward, type(head) is torch.nn.Linear and head.bias is None
 
-    def forward(self, hidden, targets=None, softcap=None, smoothing=0.0):
+    def forward(self, hidden, targets=None, vocabulary=None, softcap=None, smoothing=0.0):
         if targets is None:
             return project(hidden)
         weight = self.weight if is_linear and not self.weight.requires_grad else None
-        return token_losses(hidden, targets, project, weight, softcap, smoothing)
+        return token_losses(hidden, targets, project, vocabulary, weight, softcap, smoothing)
 
     head.forward = MethodType(forward, head)
 
 
-def token_losses(hidden, targets, project, weight=None, softcap=None, smoothing=0.0):
-    """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], project(hidden) the logits.
+def token_losses(hidden, targets, project, vocabulary, weight=None, softcap=None, smoothing=0.0):
+    """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], project(hidden) the logits [N, V].
 
     weight [V, H]: the output layer's, where it is all of it and not trained. softcap: where the model has one, logits =
     softcap * tanh(logits / softcap). smoothing: the target is (1 - smoothing) at the piece wanted plus
@@ -68,9 +75,10 @@ def token_losses(hidden, targets, project, weight=None, softcap=None, smoothing=
     """
     if weight is not None:
         return _FrozenHeadLoss.apply(hidden, weight, targets, softcap, smoothing)
+    rows = chunk_rows(vocabulary, hidden.device.type)
     losses = [
         checkpoint(_chunk_losses, part, target, project, softcap, smoothing, use_reentrant=False)
-        for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -92,8 +100,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, softcap, smoothing):
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], CHUNK):
-            part = slice(start, start + CHUNK)
+        rows = chunk_rows(weight.shape[0], hidden.device.type)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
             logits = times_transposed(hidden[part], weight).float()
             if softcap:
                 logits.div_(softcap).tanh_()

@@ -12,7 +12,7 @@ import psutil
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.loss import CHUNK
+from common.loss import chunk_rows
 from common.model import device
 
 MIB = 1 << 20
@@ -38,7 +38,7 @@ class Estimate:
 def estimate(net, small, larger, rows, length):
     """The Estimate of a step on a micro batch of `rows` × `length` ids.
 
-    small, larger: batches {input_ids, attention_mask, labels [B, T]} of different lengths, tried here: what they keep
+    small, larger: batches {input_ids, labels [B, T]} of different lengths, tried here: what they keep
     for the backward pass is fitted by B × (a T + b T²); b is attention's where it is not fused. The net must be in
     training mode, not yet checkpointing, its loss the chunked one. Random numbers are left as they were.
     """
@@ -50,7 +50,8 @@ def estimate(net, small, larger, rows, length):
     inputs = _fitted([(shape, entering) for shape, _, entering in tried], rows, length)
     recomputed = inputs + activations // layers if layers else activations
     workspace = activations // max(layers, 1)  # gradients of the layer under way
-    logits = 3 * 4 * CHUNK * net.get_output_embeddings().weight.shape[0]
+    vocabulary = net.get_output_embeddings().weight.shape[0]
+    logits = 3 * 4 * chunk_rows(vocabulary, device().type) * vocabulary
     return Estimate(12 * trainable, activations + workspace, recomputed + workspace, logits)
 
 

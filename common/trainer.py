@@ -285,22 +285,21 @@ def _schedule(cfg, plan):
 def collate(rows, pad_id):
     """A batch of rows, or of packs, padded on the right by length.
 
-    Rows give input_ids, attention_mask and labels [B, T], tokens (neither padding nor blank ones), where (names).
+    Rows give input_ids and labels [B, T], tokens (neither padding nor blank ones), where (names). No attention mask:
+    no row looks at what is right of it, and nothing is learnt from what pads give.
     """
     if isinstance(rows[0], list):
         return packing.collate(rows, pad_id)
     longest = max(len(row["input_ids"]) for row in rows)
     shape = (len(rows), longest)
-    ids = torch.full(shape, pad_id)
-    mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
     for number, row in enumerate(rows):
         length = len(row["input_ids"])
         ids[number, :length] = torch.as_tensor(row["input_ids"])
         labels[number, :length] = torch.as_tensor(row["labels"])
-        mask[number, :length] = 1
     where = [str(row["where"]) for row in rows]
     tokens = sum(len(row["input_ids"]) for row, name in zip(rows, where, strict=True) if name)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": tokens, "where": where}
+    return {"input_ids": ids, "labels": labels, "tokens": tokens, "where": where}
 
 
 class RowsAndBlanks(torch.utils.data.Dataset):

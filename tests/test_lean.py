@@ -11,11 +11,12 @@ from common.loss import use_supervised_loss
 from gemma_sft.ft_gemma.config import Config
 
 
-@pytest.fixture
-def nets(small_gemma):
+@pytest.fixture(params=["all-linear", "q_proj"], ids=["trained gates", "frozen gates"])
+def nets(request, small_gemma, monkeypatch):
     """A plain model with LoRA in training, and the same made lean."""
     torch.manual_seed(0)
-    config = Config(lora_dropout=0.0, target_modules=("all-linear",))
+    monkeypatch.setattr(lean, "ROWS", 10)  # several parts of a gated layer
+    config = Config(lora_dropout=0.0, target_modules=(request.param,))
     plain = tuning.make_trainable(AutoModelForCausalLM.from_pretrained(small_gemma), config).train()
     for name, parameter in plain.named_parameters():
         if "lora_B" in name:
@@ -72,3 +73,27 @@ def test_layers_that_learn_stay_as_they_are(small_gemma):
     net.model.layers[0].self_attn.q_proj.weight.requires_grad = False
     lean.make_lean(net)
     assert "forward" in vars(net.model.layers[0].self_attn.q_proj)
+
+
+def test_gates_that_learn_nothing_are_one_step_of_the_backward_pass(small_gemma):
+    net = AutoModelForCausalLM.from_pretrained(small_gemma).requires_grad_(False)
+    layer = net.model.layers[0].mlp
+    lean.make_lean(net)
+    hidden = torch.randn(2, 3, net.config.hidden_size, requires_grad=True)
+    assert type(layer(hidden).grad_fn).__name__ == "_FrozenGatedBackward"
+    layer.up_proj.weight.requires_grad = True
+    lean.make_lean(net)
+    assert type(layer(hidden).grad_fn).__name__ != "_FrozenGatedBackward"
+
+
+def test_the_backward_pass_casts_as_the_forward_pass_did(small_gemma):
+    net = AutoModelForCausalLM.from_pretrained(small_gemma).requires_grad_(False)
+    plain, layer = copy.deepcopy(net).model.layers[0].mlp, net.model.layers[0].mlp
+    lean.make_lean(net)
+    hidden = torch.randn(2, 3, net.config.hidden_size, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = layer(hidden), plain(hidden)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(out.float().square().sum(), hidden)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)

@@ -51,7 +51,8 @@ def gradients(model):
 @pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
 @pytest.mark.parametrize("counted", ["all", "answer", "last"])
 @pytest.mark.parametrize("kind", ["gemma", "gemma2 with soft cap"])
-def test_equals_plain_cross_entropy(kind, counted, train_head):
+def test_equals_plain_cross_entropy(kind, counted, train_head, monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS", 64 * 300)  # several chunks
     model, batch = make_model(kind, train_head), make_batch(counted)
     expected = plain_loss(model, batch)
     expected.backward()
@@ -78,7 +79,8 @@ def test_softcap_changes_the_loss():
 
 @pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
 def test_never_makes_all_logits(monkeypatch, train_head):
-    """No tensor of the forward or backward pass has more than CHUNK rows of the vocabulary's width."""
+    """No tensor of the forward or backward pass has more rows of the vocabulary's width than a chunk."""
+    monkeypatch.setattr(losses, "LOGITS", 64 * 300)
     model, batch = make_model("gemma", train_head), make_batch("all")
     use_supervised_loss(model)
     rows = []
@@ -93,7 +95,7 @@ def test_never_makes_all_logits(monkeypatch, train_head):
 
     with Watch():
         model(**batch).loss.backward()
-    assert 0 < max(rows) <= losses.CHUNK < int((batch["labels"] != IGNORED).sum())
+    assert 0 < max(rows) <= 64 < int((batch["labels"] != IGNORED).sum())
 
 
 def test_eight_micro_batches_of_one_equal_one_of_eight():
@@ -137,3 +139,10 @@ def test_without_labels_the_forward_is_the_models_own():
     use_supervised_loss(model)
     assert torch.equal(model(**ids).logits, expected)
     assert model(**ids).loss is None
+
+
+@pytest.mark.parametrize(
+    "vocabulary, where, rows", [(256_000, "cpu", 65), (64_000, "cpu", 128), (256_000, "cuda", 262), (10**9, "cpu", 1)]
+)
+def test_a_chunk_of_logits_has_at_most_so_many_bytes_and_rows(vocabulary, where, rows):
+    assert losses.chunk_rows(vocabulary, where) == rows

@@ -41,7 +41,7 @@ def test_the_estimate_of_a_long_batch_comes_from_short_ones(net, monkeypatch):
     assert found.activations == pytest.approx(real * (1 + 1 / layers), rel=0.1)
     assert found.recomputed < found.activations
     assert found.states == 12 * 5120, "gradients and two moments in fp32 of the LoRA weights"
-    assert found.logits == 3 * 4 * 64 * 314
+    assert found.logits == 3 * 4 * 128 * 314
     assert found.total(False) == found.states + found.logits + found.activations
 
 

