@@ -2,15 +2,17 @@
 
 python benchmarks/serve.py --rounds 5            (pip install fastapi uvicorn, for the other side)
 
-Both serve the same small Qwen2 folder on this machine, greedily, the same questions, answers streamed. The sides take
-turns, and while one is measured the other one is stopped. Printed: for 1 and 16 clients each side's requests a second
-(median, least and most of the rounds) and the time to the first event, p50 and p95.
+Both serve the same small Qwen2 folder on this machine, greedily, the same questions, answers streamed. Without --model
+its weights are random, in the embedded model's shape, so that no answer ends early. The sides take turns, and while one
+is measured the other one is stopped. Printed: for 1 and 16 clients each side's requests a second (median, least and
+most of the rounds), the time to the first event, p50 and p95, and the tokens of an answer.
 """
 
 import argparse
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -23,19 +25,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+EMBEDDED = ROOT / "qwen2_sft/embedded"
 OURS, THEIRS = "post_api.py", "transformers serve --continuous-batching"
 
 
 def prepare(source, folder):
-    """Put model and tokenizer of `source` into `folder`, with a chat template and stop ids in the files."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    """Put model and tokenizer of `source` into `folder`, with a chat template and stop ids in the files.
+
+    source: a Qwen2 folder; None: random weights in the shape of the embedded one, with its tokenizer.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from qwen2_sft import prompt
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source or EMBEDDED)
     tokenizer.chat_template = tokenizer.chat_template or prompt.CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    net = AutoModelForCausalLM.from_pretrained(source)
+    if source:
+        net = AutoModelForCausalLM.from_pretrained(source)
+    else:
+        torch.manual_seed(0)
+        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(EMBEDDED), dtype=torch.float32)
     stops = prompt.stop_ids(tokenizer, "chat")
     net.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
     net.save_pretrained(folder)
@@ -61,9 +72,9 @@ class Side:
         raise SystemExit(f"{self.name}: no answer within {seconds} s")
 
     def ask(self, question, tokens):
-        """Seconds to the first event of a streamed answer; ValueError where it is not answered."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}]}
-        body |= {"max_tokens": tokens, "stream": True}
+        """(seconds to the first event, tokens) of a streamed answer; ValueError where it is not answered."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": question}], "max_tokens": tokens}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
         started, connection = time.monotonic(), http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(
@@ -74,8 +85,7 @@ class Side:
                 raise ValueError(response.read().decode())
             response.readline()
             first = time.monotonic() - started
-            response.read()
-            return first
+            return first, int(re.findall(rb'"completion_tokens": ?(\d+)', response.read())[-1])
         finally:
             connection.close()
 
@@ -83,15 +93,16 @@ class Side:
         """Add one round: `count` requests of so many clients."""
         started = time.monotonic()
         with ThreadPoolExecutor(clients) as pool:
-            firsts = list(pool.map(lambda n: self.ask(f"类型#裙*颜色#黑色*编号#{n}", tokens), range(count)))
+            answers = list(pool.map(lambda n: self.ask(f"类型#裙*颜色#黑色*编号#{n}", tokens), range(count)))
         rate = count / (time.monotonic() - started)
-        rates, all_firsts = self.results.setdefault(clients, ([], []))
+        rates, all_answers = self.results.setdefault(clients, ([], []))
         rates.append(rate)
-        all_firsts += firsts
+        all_answers += answers
 
     def summary(self, clients):
-        """{requests_per_second: median, least, most, ttft_p50, ttft_p95} in seconds."""
-        rates, firsts = self.results[clients]
+        """{requests_per_second: median, least, most, ttft_p50, ttft_p95 (seconds), tokens of an answer}."""
+        rates, answers = self.results[clients]
+        firsts, tokens = zip(*answers, strict=True)
         cuts = statistics.quantiles(firsts, n=20, method="inclusive")
         return {
             "requests_per_second": statistics.median(rates),
@@ -99,6 +110,7 @@ class Side:
             "most": max(rates),
             "ttft_p50": cuts[9],
             "ttft_p95": cuts[18],
+            "tokens": statistics.mean(tokens),
         }
 
 
@@ -148,7 +160,7 @@ def run(sides, args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "qwen2_sft/embedded"), help="a small Qwen2 folder")
+    parser.add_argument("--model", help="a small Qwen2 folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--requests", type=int, default=24, help="of one client in a round; 16 clients ask four times as many"
@@ -169,7 +181,7 @@ def main(argv=None):
             print(
                 f"{name:<42} {clients:>2} clients  {one['requests_per_second']:6.1f} requests/s "
                 f"({one['least']:.1f} … {one['most']:.1f})  TTFT p50 {1000 * one['ttft_p50']:.0f} ms, "
-                f"p95 {1000 * one['ttft_p95']:.0f} ms"
+                f"p95 {1000 * one['ttft_p95']:.0f} ms, {one['tokens']:.0f} tokens an answer"
             )
     ours, theirs = found[OURS], found[THEIRS]
     print(f"16 clients / 1 client: {ours[16]['requests_per_second'] / ours[1]['requests_per_second']:.2f}")
