@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from common.lean import times_transposed
+from common.lean import times_transposed, with_pads
 from common.pieces import IGNORED
 
 LOGITS, ROWS = 1 << 24, 128  # of logits alive at once on a CPU: 64 MiB in fp32, and more rows are no faster
@@ -17,7 +17,7 @@ LOGITS, ROWS = 1 << 24, 128  # of logits alive at once on a CPU: 64 MiB in fp32,
 def chunk_rows(vocabulary, device_type):
     """Rows of logits alive at once; a GPU's matrix products want more of them."""
     times = 1 if device_type == "cpu" else 4
-    return max(1, min(times * LOGITS // vocabulary, times * ROWS))
+    return max(16, min(times * LOGITS // vocabulary, times * ROWS) // 16 * 16)
 
 
 def use_supervised_loss(model, smoothing=0.0):
@@ -98,10 +98,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, smoothing):
-        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        count, hidden, targets = len(hidden), with_pads(hidden), with_pads(targets)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = chunk_rows(weight.shape[0], hidden.device.type)
-        for start in range(0, hidden.shape[0], rows):
+        for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = times_transposed(hidden[part], weight).float()
             if softcap:
@@ -123,8 +124,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             if softcap:
                 error.mul_(slope)
             gradient[part] = times_transposed(error.to(weight.dtype), weight.T)
-        ctx.save_for_backward(gradient)
-        return losses
+        ctx.save_for_backward(None if gradient is None else gradient[:count])
+        return losses[:count]
 
     @staticmethod
     def backward(ctx, upstream):

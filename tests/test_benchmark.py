@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from common import benchmark, likelihood, tasks
 from common.answer import Answer, Answerer
@@ -190,11 +191,11 @@ def test_likelihood_is_that_of_a_plain_forward_pass(answerer):
 class Rigged(torch.nn.Module):
     """A causal model whose next id after a prompt is what `wanted(prompt ids)` says; elsewhere it says id 0."""
 
-    device, config = torch.device("cpu"), SimpleNamespace()
+    device = torch.device("cpu")
 
     def __init__(self, vocabulary):
         super().__init__()
-        self.vocabulary = vocabulary
+        self.vocabulary, self.config = vocabulary, PreTrainedConfig(vocab_size=vocabulary)
 
     def get_decoder(self):
         return self

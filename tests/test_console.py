@@ -104,7 +104,7 @@ def terminals(small_gemma, environment, tmp_path_factory):
     """Two chats, one with short answers and one with endless ones, started side by side: they import for seconds."""
     folder = tmp_path_factory.mktemp("terminal")
     flags = ["--path_model_pretrain", small_gemma, "--model_save_dir", folder / "none"]
-    short = Terminal(folder, environment, *flags, "--max_new_tokens", 20)
+    short = Terminal(folder, environment, *flags, "--max_new_tokens", 20, "--seed", 1)
     endless = Terminal(folder, environment, *flags, "--max_new_tokens", 100_000, "--do_sample", "false")
     yield short, endless
     short.close()

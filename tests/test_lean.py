@@ -15,7 +15,7 @@ from gemma_sft.ft_gemma.config import Config
 def nets(request, small_gemma, monkeypatch):
     """A plain model with LoRA in training, and the same made lean."""
     torch.manual_seed(0)
-    monkeypatch.setattr(lean, "ROWS", 10)  # several parts of a gated layer
+    monkeypatch.setattr(lean, "ROWS", 32)  # several parts of a gated layer
     config = Config(lora_dropout=0.0, target_modules=(request.param,))
     plain = tuning.make_trainable(AutoModelForCausalLM.from_pretrained(small_gemma), config).train()
     for name, parameter in plain.named_parameters():
@@ -97,3 +97,23 @@ def test_the_backward_pass_casts_as_the_forward_pass_did(small_gemma):
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(out.float().square().sum(), hidden)[0] for out in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
+
+
+def test_few_numbers_of_rows_reach_onednn(monkeypatch):
+    met = set()
+    whole = torch.ops.mkldnn._linear_pointwise
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is whole.default:
+                met.add(len(args[0]))
+            return function(*args, **(kwargs or {}))
+
+    weight = torch.randn(7, 16)
+    with Watch():
+        for rows in range(1, 2000):
+            x = torch.full((rows, 16), float(rows))
+            assert lean.times_transposed(x, weight).shape == (rows, 7)
+            assert 0 <= len(lean.with_pads(x)) - rows < max(16, rows / 15)
+    assert len(met) < 100
+    torch.testing.assert_close(lean.times_transposed(x, weight), x @ weight.T)
