@@ -38,11 +38,11 @@ def main():
 
 
 def measure(size, folder):
-    """Seconds and peak MiB of `train.py --max_steps 1` on `size` short rows, {"mib": of the file, first, second}."""
+    """{"mib": of the file, first, second: seconds and peak MiB} of `train.py --max_steps 1` on `size` short rows."""
     file = folder / f"{size}.jsonl"
     write_rows(file, size)
     command = [ROOT / "gemma_sft/ft_gemma/train.py", "--data_path", file, "--cache_dir", folder / "cache"]
-    command += ["--model_save_dir", folder / f"out{size}", "--max_steps", 1, "--eval_rows", 10, "--val_set_size", 50]
+    command += ["--model_save_dir", folder / f"out{size}", "--max_steps", 1, "--eval_rows", 0, "--val_set_size", 50]
     found = {"mib": file.stat().st_size / (1 << 20)}
     for start in ("first", "second"):
         _, seconds, mib = run([*command, "--resume", "never"])

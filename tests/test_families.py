@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,6 +195,25 @@ def test_gradient_checkpointing_changes_nothing(family, trained, tmp_path):
         module(family, "train").main([*given, *more, "--model_save_dir", str(tmp_path / name)])
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "recomputed"))
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_scoring_and_serving_run_as_processes(family, trained, recipe, environment):
+    """Nothing this process has imported helps them."""
+    place, flags = family.package.replace(".", "/"), trained[1]
+    done = recipe("evaluation.py", *flags, "--limit", "2", "--max_new_tokens", "4", family=place)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, ROOT / place / "post_api.py", *flags, "--port", "0"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            url = process.stdout.readline().decode().partition("listening on ")[2].split("/ ")[0]
+            body = json.dumps({"text": "1+1", "max_new_tokens": 4}).encode()
+            asked = urllib.request.Request(f"{url}/nlg/text_generate", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=60) as response:
+                assert response.status == 200 and isinstance(json.load(response), str)
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_help_names_the_family_own_port(family, recipe):

@@ -16,6 +16,7 @@ from common.errors import run_main
 
 def load_answer(cfg, base=False, base_url=""):
     """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
+    import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
     from common import answer, remote
 
     return remote.load(cfg, prompt, base_url) if base_url else answer.load(cfg, prompt, base)
