@@ -3,12 +3,15 @@
 python benchmarks/train.py                                    # both models, five rounds, the tables of README.md
 python benchmarks/train.py --model head --rounds 1 --rows 16  # a quick look
 python benchmarks/train.py --curves                           # the loss of every step on the same batches
+python benchmarks/train.py --model 2b --length 1024 --dtype bfloat16 --runs "trl, grouped" "trl, Liger" ours   # a GPU
 
-ours                 common/trainer.py as train.py calls it
-ours, checkpointing  the same with --gradient_checkpointing
-trl                  SFTTrainer at its defaults
-trl, tuned           without checkpointing, with batches grouped by length
-trl, our batches     without checkpointing, on the very batches ours takes (--curves)
+ours                  common/trainer.py as train.py calls it
+ours, checkpointing   the same with --gradient_checkpointing
+trl                   SFTTrainer at its defaults
+trl, no checkpointing the same without checkpointing
+trl, grouped          without checkpointing, with batches grouped by length
+trl, Liger            that with Liger's kernels, which need a GPU
+trl, our batches      without checkpointing, on the very batches ours takes (--curves)
 
 All: loss on the answers only, micro batch 4, LoRA r 16 on q/k/v, AdamW, no dropout, the same --dtype. Packing is left
 out: without FlashAttention, TRL's packed rows would see each other.
@@ -24,16 +27,19 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from measure import ROOT, machine, run, table
+from measure import MIB, ROOT, machine, run, table
 
 MODELS = {
     "quarter": dict(hidden_size=512, num_hidden_layers=18, intermediate_size=4096, vocab_size=64_000),
     "head": dict(hidden_size=256, num_hidden_layers=4, intermediate_size=2048, vocab_size=256_000),
+    "2b": dict(hidden_size=2048, num_hidden_layers=18, intermediate_size=16_384, vocab_size=256_000),  # for a GPU
     "small": dict(hidden_size=64, num_hidden_layers=2, intermediate_size=128, vocab_size=2_000),  # to try this script
 }
 OURS, OURS_CHECKPOINTING = "ours", "ours, checkpointing"
-TRL, TRL_TUNED, TRL_OUR_BATCHES = "trl", "trl, tuned", "trl, our batches"
-RUNS = (TRL, OURS, TRL_TUNED, OURS_CHECKPOINTING)
+TRL, TRL_PLAIN, TRL_GROUPED = "trl", "trl, no checkpointing", "trl, grouped"
+TRL_LIGER, TRL_OUR_BATCHES = "trl, Liger", "trl, our batches"
+RUNS = (TRL, OURS, TRL_PLAIN, OURS_CHECKPOINTING, TRL_GROUPED)
+OTHERS = (TRL_LIGER, TRL_OUR_BATCHES)
 MICRO, SEED = 4, 0
 
 
@@ -57,10 +63,11 @@ def arguments():
     parser.add_argument("--model", choices=MODELS, help="one of the models")
     parser.add_argument("--rounds", type=int, default=5, help="times each run is made, in turn")
     parser.add_argument("--rows", type=int, default=128, help="rows trained on in a run")
+    parser.add_argument("--length", type=int, help="ids of every row, in place of rows of many lengths")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--runs", nargs="+", default=RUNS, choices=(*RUNS, TRL_OUR_BATCHES))
+    parser.add_argument("--runs", nargs="+", default=RUNS, choices=(*RUNS, *OTHERS))
     parser.add_argument("--curves", action="store_true", help="compare losses on the same batches instead of speed")
-    parser.add_argument("--one", choices=(*RUNS, TRL_OUR_BATCHES), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=(*RUNS, *OTHERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -99,6 +106,7 @@ def compare_curves(name, folder, args):
 
 def start(which, folder, args):
     command = [Path(__file__), "--one", which, "--folder", folder, "--rows", args.rows, "--dtype", args.dtype]
+    command += ["--length", args.length] if args.length else []
     return run(command)[0]
 
 
@@ -112,13 +120,18 @@ def make_model(shape, folder):
     GemmaForCausalLM(config).save_pretrained(folder)
 
 
-def make_rows(count, vocabulary):
-    """`count` rows of random ids: prompts of about 40, answers of about 60 ids, log-normal, at most 512 in all."""
+def make_rows(count, vocabulary, length=None):
+    """`count` rows of random ids: prompts of about 40, answers of about 60 ids, log-normal, at most 512 in all.
+
+    Or all of one length, two fifths of it prompt.
+    """
     import numpy
 
     rng, rows = numpy.random.default_rng(SEED), []
     for number in range(count):
         asked, answered = (max(4, min(256, int(rng.lognormal(numpy.log(m), 0.7)))) for m in (40, 60))
+        if length:
+            asked, answered = length * 2 // 5, length - length * 2 // 5
         ids = rng.integers(10, vocabulary, asked + answered).tolist()
         labels = [-100] * asked + ids[asked:]
         rows.append({"input_ids": ids, "labels": labels, "length": len(ids), "where": f"row {number}"})
@@ -129,10 +142,10 @@ def train(which, args):
     """Train one epoch and say how fast: what a fresh process does."""
     from common import model, tuning
 
-    rate = matrix_rate()
+    rate = matrix_rate(args.dtype)
     net = model.load_base(args.folder, args.dtype)
     net = tuning.make_trainable(net, config(args, which))
-    rows = make_rows(args.rows, net.config.vocab_size)
+    rows = make_rows(args.rows, net.config.vocab_size, args.length)
     timed = train_ours if which.startswith(OURS) else train_trl
     seconds, losses, batches = timed(which, net, rows, args)
     tokens = sum(row["length"] for row in rows)
@@ -141,14 +154,14 @@ def train(which, args):
     layers = sum(p.numel() for n, p in net.named_parameters() if "layers" in n and p.ndim == 2 and "lora" not in n)
     head = net.config.hidden_size * net.config.vocab_size
     work = 4 * (tokens * layers + supervised * head)  # forward, and the gradient of the inputs; attention left out
-    rate = (rate + matrix_rate()) / 2
+    rate = (rate + matrix_rate(args.dtype)) / 2
     return {
         "tokens_per_second": tokens / seconds,
         "supervised_per_second": supervised / seconds,
         "padding": 1 - tokens / width,
         "matrix_rate": rate,
         "share": work / seconds / 1e9 / rate,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "losses": losses,
     }
 
@@ -196,6 +209,7 @@ def our_sampler(rows, cfg):
 
 def train_trl(which, net, rows, args):
     """(seconds, loss of each step, batches) of TRL's SFTTrainer on the same ids."""
+    import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -215,7 +229,6 @@ def train_trl(which, net, rows, args):
         def _get_train_sampler(self, dataset=None):
             return our_sampler(rows, config(args, which))
 
-    tuned = which != TRL
     settings = SFTConfig(
         output_dir=args.folder,
         per_device_train_batch_size=MICRO,
@@ -226,11 +239,13 @@ def train_trl(which, net, rows, args):
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=args.dtype == "bfloat16",
         completion_only_loss=True,
         seed=SEED,
-        **({"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"} if tuned else {}),
+        gradient_checkpointing=which == TRL,
+        train_sampling_strategy="group_by_length" if which in (TRL_GROUPED, TRL_LIGER) else "random",
+        use_liger_kernel=which == TRL_LIGER,
     )
     data = Dataset.from_list([{"input_ids": r["input_ids"], "completion_mask": mask_of(r)} for r in rows])
     make = OurBatches if which == TRL_OUR_BATCHES else SFTTrainer
@@ -251,17 +266,33 @@ def tokenizer(net):
     return AutoTokenizer.from_pretrained(ROOT / "gemma_sft/embedded")
 
 
-def matrix_rate():
-    """GFLOP/s of a large fp32 matrix product, best of ten."""
+def matrix_rate(dtype):
+    """GFLOP/s of a large matrix product in `dtype`, best of ten."""
     import torch
 
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 4096)
+    from common.model import device
+
+    kind = {"device": device(), "dtype": getattr(torch, dtype)}
+    side = 1024 if kind["device"].type == "cpu" else 8192
+    a, b = torch.randn(side, side, **kind), torch.randn(side, 4 * side, **kind)
+    done = torch.cuda.synchronize if kind["device"].type == "cuda" else time.perf_counter
     a @ b
+    done()
     times = [time.perf_counter()]
     for _ in range(10):
         a @ b
+        done()
         times.append(time.perf_counter())
-    return 2 * 1024 * 1024 * 4096 / min(after - before for before, after in pairwise(times)) / 1e9
+    return 2 * 4 * side**3 / min(after - before for before, after in pairwise(times)) / 1e9
+
+
+def peak_mib():
+    """MiB this process used at most: of its card, or of the machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":
