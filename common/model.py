@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from common import processes
 from common.config import LORA
@@ -64,20 +64,43 @@ def load_base(path, dtype, bits=0):
     bits: 4 (nf4, its constants quantised too; QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 (LLM.int8, Dettmers
     et al. 2022, arXiv 2208.07339) load the linear layers quantised, the head left as it is; 0 does not.
     """
-    kind = resolve_dtype(dtype)
+    kind, stored = resolve_dtype(dtype), _stored_bits(path)
+    if stored not in (0, bits):
+        raise UserError(
+            f"{path}: 已量化为 {stored} 位 is quantised to {stored} bits already: --tuning qlora "
+            f"--quantization_bit {stored}, or its unquantised original (export needs that one)"
+        )
     if not bits:
         model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind)
         return (model if processes.shards_weights() else model.to(device())).eval()
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('--tuning qlora 需要 needs bitsandbytes: pip install "bitsandbytes>=0.50,<0.51"')
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
-    quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **(four if bits == 4 else {}))
-    options = {"quantization_config": quantised, "device_map": {"": device()}}
-    model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind, **options)
+    options = {} if stored else {"quantization_config": _quantisation(bits, kind)}
+    model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind, device_map={"": device()}, **options)
     for module in model.modules():
         if hasattr(module, REPACKING):  # other weights, in evaluation and from then on, and not of every size
             setattr(module, REPACKING, False)
     return model.eval()
+
+
+def _quantisation(bits, kind):
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    double = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=kind, **double)
+
+
+def _stored_bits(path):
+    """Bits to which bitsandbytes has quantised the model at `path`, or 0; UserError where it takes more than text."""
+    config = _loaded(AutoConfig, path, "模型 model")
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"{path}: 不是纯文本模型 not a model of text alone ({config.model_type}: images or sound beside it)"
+        )
+    stored = getattr(config, "quantization_config", {})
+    if stored.get("quant_method") != "bitsandbytes":
+        return 0
+    return 4 if stored.get("load_in_4bit") else 8
 
 
 def _loaded(auto_class, path, what, **kwargs):
@@ -86,7 +109,7 @@ def _loaded(auto_class, path, what, **kwargs):
     path = _from_modelscope(path) if _is_modelscope(path) else path
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, ImportError) as problem:  # the last: what a quantised checkpoint needs is missing
         reason = " ".join(str(problem).split())[:300]
         raise UserError(f"{path}: 无法加载{what} cannot be loaded: {reason}") from None
 

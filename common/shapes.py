@@ -29,6 +29,7 @@ ROLES = {
     "model": "assistant",
     "function_call": "assistant",  # and a call is what it says
 }
+UTTERANCE = (("role", "content"), ("from", "value"))  # who speaks and what is said
 CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 MOSS_MARKS = re.compile(r"^\s*<\|\w+\|>:\s*|\s*<eo\w>\s*$")
 SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要求|[Ww]ord count)[^）)]*[）)]\s*)?")
@@ -162,14 +163,16 @@ def _question_answer(question_keys, answer_key):
     return read
 
 
-def _messages(key, role_key, text_key):
-    """A reader of rows whose `key` lists utterances {role_key: …, text_key: …}."""
+def _messages(key):
+    """A reader of rows whose `key` lists utterances {role: …, content: …} or {from: …, value: …}."""
 
     def read(row):
         turns = _opening(row)
         for message in _list(row, key):
-            if not (isinstance(message, dict) and role_key in message):
-                raise ShapeError(f"{key}: 应有 {role_key} 和 {text_key} expected, found {str(message)[:60]!r}")
+            found = [names for names in UTTERANCE if isinstance(message, dict) and names[0] in message]
+            if not found:
+                raise ShapeError(f"{key}: 应有 role, content 或 from, value expected, found {str(message)[:60]!r}")
+            role_key, text_key = found[0]
             role = ROLES.get(message[role_key] if isinstance(message[role_key], str) else None)
             if role is None:
                 raise ShapeError(f"{key}: 未知角色 unknown role {message[role_key]!r}; known: {', '.join(ROLES)}")
@@ -184,7 +187,10 @@ def _rounds(row):
     for round_ in _list(row, "conversation"):
         if not isinstance(round_, dict):
             raise ShapeError(f"conversation: 应有 human 和 assistant expected, found {str(round_)[:60]!r}")
-        turns += [Turn("user", _text(round_, "human")), Turn("assistant", _text(round_, "assistant"))]
+        if round_.get("system"):
+            turns.append(Turn("system", _text(round_, "system")))
+        question, answer = ("input", "output") if "input" in round_ else ("human", "assistant")
+        turns += [Turn("user", _text(round_, question)), Turn("assistant", _text(round_, answer))]
     return [turns]
 
 
@@ -250,12 +256,13 @@ def _plain_text(key):
 
 
 SHAPES = {
-    frozenset({"messages"}): _messages("messages", "role", "content"),
-    frozenset({"conversations"}): _messages("conversations", "from", "value"),
+    frozenset({"messages"}): _messages("messages"),
+    frozenset({"conversations"}): _messages("conversations"),
     frozenset({"conversation"}): _rounds,
     frozenset({"instruction", "output"}): _question_answer(("instruction", "input"), "output"),
     frozenset({"input", "output"}): _question_answer(("input",), "output"),
     frozenset({"instruction", "input", "output"}): _question_answer(("instruction", "input"), "output"),
+    frozenset({"instruction", "response"}): _question_answer(("instruction", "input", "context"), "response"),
     frozenset({"content", "summary"}): _question_answer(("content",), "summary"),
     frozenset({"instruct", "query", "answer"}): _question_answer(("instruct", "query"), "answer"),
     frozenset({"query", "response"}): _question_answer(("query",), "response"),
@@ -264,6 +271,7 @@ SHAPES = {
     frozenset({"question", "human_answers", "chatgpt_answers"}): _many_answers,
     frozenset({"input", "target"}): _question_answer(("input",), "target"),
     frozenset({"prompt", "response"}): _question_answer(("prompt",), "response"),
+    frozenset({"prompt", "completion"}): _question_answer(("prompt",), "completion"),
     frozenset({"textbox_question", "textbox_answer"}): _exam,
     frozenset({"chat", "num_turns"}): _moss,
     frozenset({"message_tree_id", "prompt"}): _best_thread,

@@ -243,25 +243,6 @@ def test_a_model_that_is_broken_is_not_alive(batcher_of, monkeypatch):
         batcher.submit("base", [ask(batcher, "有", 6)])
 
 
-def test_a_cache_with_windows(small_gemma, tmp_path):
-    """Gemma 2 sees only the last ids in every other layer; padded rows keep that."""
-    import torch
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(small_gemma)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
-    Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), **sizes, **heads)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    answer = answerer("gemma", tmp_path)
-    batcher = Batcher(answer, {"base": None})
-    tickets = [batcher.submit("base", [ask(batcher, question, 20)]) for question in QUESTIONS[:6]]
-    expected = [generated(answer, question, max_new_tokens=20) for question in QUESTIONS[:6]]
-    assert [ids_and_stop(ticket)[0] for ticket in tickets] == expected
-    batcher.close()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_words_come_whole(family, request):
     """Whatever ids: the parts are the text, and nothing that was shown changes."""

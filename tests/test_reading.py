@@ -187,6 +187,20 @@ def test_real_turns(fixtures, name):
             talk("一", "二", "三", "四"),
         ),
         ({"system": "简短", "conversation": [{"human": "一", "assistant": "二"}]}, talk("一", "二", system="简短")),
+        (
+            {
+                "conversation": [{"system": "简短", "input": "一", "output": "二"}, {"input": "三", "output": "四"}]
+            },  # XTuner
+            talk("一", "二", "三", "四", system="简短"),
+        ),
+        (  # ChatGLM3
+            {"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]},
+            talk("问", "答"),
+        ),
+        ({"messages": [{"from": "user", "value": "问"}, {"from": "assistant", "value": "答"}]}, talk("问", "答")),
+        ({"instruction": "问", "context": "文", "response": "答", "category": "qa"}, talk("问\n文", "答")),  # Dolly
+        ({"instruction": "问", "input": "", "response": "答"}, talk("问", "答")),
+        ({"prompt": "问", "completion": "答"}, talk("问", "答")),
         ({"instruction": "选", "input": "", "output": "选甲", "answer": "甲"}, talk("选", "选甲")),
         ({"question": " 问\n题 ", "answer": " 答 "}, talk(" 问\n题 ", " 答 ")),  # nothing is trimmed here
     ],
@@ -274,7 +288,7 @@ def test_hc3_is_a_conversation_an_answer(tmp_path):
 @pytest.mark.parametrize(
     "row",
     [
-        {"instruction": "问", "response": "答"},
+        {"instruct": "问", "response": "答"},
         {"prompt": "问", "text": "答"},
         {"question": "问", "response": "答"},
         {"instruction": "问", "text": "答"},
@@ -353,7 +367,17 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ({"messages": [U, A, A]}, ["turn 3 must be user", "assistant"]),
         ({"messages": [U, S, A]}, ["turn 2 must be assistant", "system"]),
         ({"messages": [S, U, A], "system": "又一个"}, ["first turn must be the user's", "system"]),
-        ({"conversations": [{"role": "user", "content": "问"}]}, ["conversations", "from", "value"]),
+        ({"conversations": [{"role": "user", "content": "问"}]}, ["last turn must be an answer"]),
+        ({"conversations": [{"speaker": "user", "text": "问"}]}, ["conversations", "role", "from", "value"]),
+        ({"conversation": [{"system": "简短", "input": "一"}]}, ["output", "is empty"]),
+        (
+            {"conversation": [{"human": "一", "assistant": "二"}, {"system": "简", "human": "三", "assistant": "四"}]},
+            ["turn 3 must be user", "system"],
+        ),
+        (
+            {"instruction": "问", "query": "题", "response": "答"},
+            ["ambiguous", "query+response"],
+        ),
         ({"conversation": ["问"]}, ["conversation", "human", "assistant", "问"]),
         ({"conversation": [{"human": "问"}]}, ["assistant", "is empty"]),
         ({"conversation": []}, ["no question and answer"]),
