@@ -28,11 +28,12 @@ def next_ids(logits, rows):
     chosen = logits.argmax(-1)
     drawn = [number for number, row in enumerate(rows) if row.ask.sampling.do_sample]
     if drawn:
-        chosen[drawn] = draw(
+        found = draw(
             logits[drawn],
             [rows[number].ask.sampling for number in drawn],
             [rows[number].random.random() for number in drawn],
         )
+        chosen[drawn] = found.to(chosen.device)
     return chosen.tolist()
 
 
@@ -41,6 +42,8 @@ def draw(logits, samplings, numbers):
 
     The same row with the same number draws the same id in whatever batch it stands.
     """
+    if logits.device.type == "mps":  # Apple's GPUs have no float64
+        logits = logits.cpu()
     device, size = logits.device, logits.shape[-1]
     top_k = torch.tensor([min(s.top_k or size, size) for s in samplings], device=device)[:, None]
     top_p = torch.tensor([s.top_p for s in samplings], device=device, dtype=torch.float64)[:, None]

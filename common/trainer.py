@@ -245,7 +245,7 @@ def arguments(cfg, plan, validate, checkpointing):
         deepspeed=cfg.deepspeed or None,
         ddp_find_unused_parameters=False,  # there are none, and looking for them takes time
         use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
+        dataloader_pin_memory=models.device().type == "cuda",
         logging_steps=cfg.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would print 0.0 for NaN
