@@ -2,10 +2,13 @@
 
 import errno
 import os
+import re
 import sys
 import time
 
 from common import launch
+
+NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # CUDA and Apple's GPUs; the CPU
 
 
 class UserError(Exception):
@@ -36,20 +39,35 @@ def run_main(main):
 
 
 def _end_of(error):
-    """End with what is to be said of an error that is no UserError: a line for a full disk, or its traceback."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        line = f"{error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room"
-    elif launch.world_size() > 1 and _lost_another(error):
-        line = "另一个进程退出了 another process ended; its error, if any, is above"
-        time.sleep(launch.GRACE)  # its launcher ends this one too
-    elif launch.world_size() > 1:
-        launch.let_first_speak()
-        sys.excepthook(*sys.exc_info())
-        _end(1)
-    else:
+    """End with what is to be said of an error that is no UserError: a line the user can act on, or its traceback."""
+    line = _line_of(error)
+    if line is None and launch.world_size() == 1:
         raise error
-    print(f"错误 error: {line}", file=sys.stderr)
+    if launch.world_size() > 1 and _lost_another(error):
+        time.sleep(launch.GRACE)  # its launcher ends this one too
+    else:
+        launch.let_first_speak()
+    if line is None:
+        sys.excepthook(*sys.exc_info())
+    else:
+        print(f"错误 error: {line}", file=sys.stderr)
     _end(1)
+
+
+def _line_of(error):
+    """What, where and how to mend it, or None."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+        found = " ".join(str(error).split())[:200]
+        return (
+            f"内存或显存不足 out of memory ({found}); train.py: --gradient_checkpointing true, a smaller "
+            "--micro_batch_size or --max_length_q and --max_length_a, --tuning qlora; evaluation.py: a smaller "
+            "--eval_batch_size; post_api.py: fewer --slots"
+        )
+    if launch.world_size() > 1 and _lost_another(error):
+        return "另一个进程退出了 another process ended; its error, if any, is above"
+    return None
 
 
 def _end(code):
