@@ -202,7 +202,7 @@ def train_ours(which, net, rows, args):
 
 
 def our_sampler(rows, cfg):
-    from common.trainer import sampler_of
+    from common.batches import sampler_of
 
     return sampler_of([row["length"] for row in rows], cfg)
 

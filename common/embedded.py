@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 from common import run
+from common.batches import collate
 from common.config import ROOT
 from common.loss import use_supervised_loss
 from common.pieces import training_sample
 from common.shapes import Turn
-from common.trainer import collate
 
 BATCH, SEED, WARMUP, LIMIT = 16, 42, 200, 2048
 

@@ -8,7 +8,7 @@ import numpy
 import torch
 from transformers import TrainerCallback
 
-from common import memory, trainer
+from common import batches, memory, trainer
 from common.lean import make_lean
 from common.loss import use_supervised_loss
 
@@ -25,7 +25,7 @@ def rehearse(net, rows, cfg, tokenizer, steps):
     use_supervised_loss(net.train(), cfg.label_smoothing_factor)
     make_lean(net)
     data, lengths = trainer.training_data(net, rows.train, cfg)
-    plan, sampler = trainer.make_plan(cfg, len(data)), trainer.sampler_of(lengths, cfg)
+    plan, sampler = trainer.make_plan(cfg, len(data)), batches.sampler_of(lengths, cfg)
     micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
     heaviest, ordinary = micro[-1], micro[len(micro) // 2]
     step = trainer.step_memory(cfg, net, rows, tokenizer, sampler.shape(heaviest))
@@ -35,7 +35,7 @@ def rehearse(net, rows, cfg, tokenizer, steps):
     mean = numpy.mean([sampler.ids_in(numbers) for numbers in micro])
     line = numpy.interp(mean, [sampler.ids_in(ordinary), sampler.ids_in(heaviest)], [others, seconds])
     runs = plan["total_steps"] * plan["accumulation"] * float(line)
-    where = trainer.collate(data.__getitems__(heaviest), pad_id=0)["where"]
+    where = batches.collate(data.__getitems__(heaviest), pad_id=0)["where"]
     shape = {"where": where, "rows": len(where), "length": sampler.shape(heaviest)[1]}
     taken = {"peak": used.peak, "measured": used.peak - used.before, "free": step.free}
     taken |= {"estimate": step.estimate.total(step.checkpointing), "gradient_checkpointing": step.checkpointing}

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from common import check, rehearsal, trainer
+from common import batches, check, rehearsal
 from common.errors import UserError
 from common.pieces import IGNORED
 from gemma_sft import prompt
@@ -191,9 +191,9 @@ def test_colours_only_on_a_terminal():
 
 def test_the_heaviest_micro_batch_of_the_run_is_tried():
     lengths = [5, 5, 9, 5, 5, 5, 5, 7]
-    sampler = trainer.LengthGroupedSampler(lengths, 4, seed=1)
-    batches = sampler.by_weight(2, passes=2)
-    assert sorted(batches[-1]) == [2, 7] and sampler.ids_in(batches[-1]) == 18 and len(batches) == 8
+    sampler = batches.LengthGroupedSampler(lengths, 4, seed=1)
+    micro = sampler.by_weight(2, passes=2)
+    assert sorted(micro[-1]) == [2, 7] and sampler.ids_in(micro[-1]) == 18 and len(micro) == 8
 
 
 def test_the_heaviest_packs_are_tried_where_rows_are_packed(report):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import evaluate, model, trainer
+from common import callbacks, evaluate, model, trainer
 from common.answer import Sampling, decode
 from common.config import EvaluationFlags, PredictFlags, parse
 from common.errors import UserError
@@ -181,7 +181,7 @@ def test_an_adapter_cut_off_from_the_loss_is_caught(family, trained, monkeypatch
     monkeypatch.setattr(trainer.SupervisedTrainer, "compute_loss", compute_loss)
     with pytest.raises(UserError, match="got no gradient in the first step"):
         module(family, "train").main([*given, "--model_save_dir", str(tmp_path / "caught")])
-    monkeypatch.setattr(trainer.Gradients, "check", lambda self: None)
+    monkeypatch.setattr(callbacks.Gradients, "check", lambda self: None)
     with pytest.raises(UserError, match="nothing was learned"):
         module(family, "train").main([*given, "--model_save_dir", str(tmp_path / "unnoticed")])
     log = [json.loads(line) for line in (tmp_path / "unnoticed/trainer_log.jsonl").read_text().splitlines()]

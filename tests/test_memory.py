@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from common import memory, model, trainer, tuning
+from common import batches, memory, model, trainer, tuning
 from common.loss import use_supervised_loss
 from gemma_sft.ft_gemma import train
 from gemma_sft.ft_gemma.config import Config
@@ -93,7 +93,7 @@ def test_recomputing_is_decided_by_the_memory(net, monkeypatch, capsys, tokenize
     lengths = [8, 16, 30, 12]
     ids = [[7 + n % 200 for n in range(length)] for length in lengths]
     rows = SimpleNamespace(train=fake_dataset([ROW | {"input_ids": i, "labels": i, "length": len(i)} for i in ids]))
-    sampler = trainer.LengthGroupedSampler(lengths, 2, seed=1)
+    sampler = batches.LengthGroupedSampler(lengths, 2, seed=1)
     cfg = Config(gradient_checkpointing=knob, micro_batch_size=2)
     assert trainer.needs_checkpointing(cfg, net, rows, tokenizer, sampler) is on
     out = capsys.readouterr().out
@@ -108,7 +108,7 @@ def fake_dataset(rows):
 
 def test_sharded_weights_are_recomputed(monkeypatch, capsys, net, tokenizer):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    sampler = trainer.LengthGroupedSampler([8], 1, seed=1)
+    sampler = batches.LengthGroupedSampler([8], 1, seed=1)
     rows = SimpleNamespace(train=fake_dataset([{"length": 8}]))
     assert trainer.needs_checkpointing(Config(), net, rows, tokenizer, sampler) is True
     assert "the weights are sharded" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import export, loss, model, packing, pieces, report, trainer, tuning
+from common import batches, callbacks, export, loss, model, packing, pieces, report, trainer, tuning
 from common.answer import Sampling
 from common.config import TrainFlags, parse
 from common.errors import UserError
@@ -352,7 +352,7 @@ def test_every_method_resumes_bit_for_bit(fit, monkeypatch, flags):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.WholeCheckpoints, "on_step_begin", stop, raising=False)
+        patch.setattr(callbacks.WholeCheckpoints, "on_step_begin", stop, raising=False)
         fit("stopped", *flags, "--max_steps", 6, "--save_steps", 3, "--learning_rate", 0.01)
     stopped = fit("stopped", *flags, "--max_steps", 6, "--save_steps", 3, "--learning_rate", 0.01)
     name = "model.safetensors" if "full" in flags else "adapter_model.safetensors"
@@ -379,7 +379,7 @@ def test_a_pack_as_tensors():
         {"input_ids": [2, 8], "labels": [-100, 8], "where": "f:2"},
         {"input_ids": [2, 6, 6, 1], "labels": [-100, -100, 6, 1], "where": "f:3"},
     ]
-    batch = trainer.collate([rows[:2], rows[2:]], pad_id=0)
+    batch = batches.collate([rows[:2], rows[2:]], pad_id=0)
     assert batch["input_ids"].tolist() == [[2, 7, 9, 2, 8], [2, 6, 6, 1, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch["labels"].tolist() == [[-100, 7, 9, -100, 8], [-100, -100, 6, 1, -100]]
@@ -399,7 +399,7 @@ def test_packed_rows_have_the_loss_they_have_alone(family, attention):
     with torch.no_grad():
         alone = torch.cat([logits(net, packing.collate([[row]], 0)) for row in rows])
         together = logits(net, packing.collate([rows[:3], rows[3:]], 0))
-        unpacked = logits(net, trainer.collate(rows, 0))
+        unpacked = logits(net, batches.collate(rows, 0))
     torch.testing.assert_close(together.sum(0), alone.sum(0), rtol=1e-5, atol=0)
     torch.testing.assert_close(unpacked, alone, rtol=1e-5, atol=1e-5)
     packing.check_apart(net, FakePacks([rows]), torch.float32)

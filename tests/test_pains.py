@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import (
     answer,
+    batches,
+    callbacks,
     dataset,
     evaluate,
     export,
@@ -96,7 +98,7 @@ def batch_of(*lengths):
         ids = torch.randint(7, 300, (length,), generator=generator).tolist()
         labels = [IGNORED] * (length // 2) + ids[length // 2 :]
         rows.append({"input_ids": ids, "labels": labels, "where": f"f:{number}"})
-    batch = trainer.collate(rows, pad_id=0)
+    batch = batches.collate(rows, pad_id=0)
     return {name: batch[name] for name in ("input_ids", "labels")}
 
 
@@ -122,7 +124,7 @@ def test_pain_01_a_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
 
 
 def test_pain_01_without_the_guard_it_trains_on_to_the_end(flags, tmp_path, monkeypatch):
-    off(monkeypatch, trainer.Guard, "on_pre_optimizer_step")
+    off(monkeypatch, callbacks.Guard, "on_pre_optimizer_step")
     off(monkeypatch, model, "verify_adapter")
     train.main(flags(tmp_path / "out", *EXPLODING))
     assert results_of(tmp_path / "out")["steps"] == 4 and math.isnan(results_of(tmp_path / "out")["train_loss"])
@@ -139,7 +141,7 @@ def test_pain_02_a_row_without_a_supervised_id_is_dropped_and_listed(tmp_path, t
 
 
 def test_pain_03_padding_is_no_end_and_every_answer_has_one(tmp_path, tokenizer, trained, flags):
-    batch = trainer.collate([{"input_ids": [9, EOS], "labels": [IGNORED, EOS], "where": "f:1"}] * 2, pad_id=EOS)
+    batch = batches.collate([{"input_ids": [9, EOS], "labels": [IGNORED, EOS], "where": "f:1"}] * 2, pad_id=EOS)
     assert batch["labels"].tolist() == [[IGNORED, EOS]] * 2 and "attention_mask" not in batch
     rows = prepared(tmp_path, [{"query": "a", "response": "b", "history": [["c", "d"]]}], tokenizer)
     assert rows.train[0]["labels"].count(END) == 2 and rows.train[0]["labels"][-1] == END
@@ -213,7 +215,7 @@ def test_pain_08_an_adapter_without_gradient_stops_the_run(flags, tmp_path, monk
 
 def test_pain_08_without_the_guard_a_run_that_learns_nothing_ends_well(flags, tmp_path, monkeypatch):
     cut_off(monkeypatch)
-    off(monkeypatch, trainer.Gradients, "check")
+    off(monkeypatch, callbacks.Gradients, "check")
     off(monkeypatch, trainer.tuning, "settle")  # these two would see it at the end, after all the hours
     off(monkeypatch, model, "verify_adapter")
     train.main(flags(tmp_path / "out"))
@@ -244,7 +246,7 @@ def test_pain_11_a_resume_is_the_same_run_and_refuses_another(flags, tmp_path, m
     more = ["--max_steps", 4, "--save_steps", 2, "--lora_dropout", 0.1]
     train.main(flags(tmp_path / "whole", *more))
     with monkeypatch.context() as dying:
-        dying.setattr(trainer.StopOnSignal, "on_step_end", lambda self, args, state, *rest, **kw: die(state, 3))
+        dying.setattr(callbacks.StopOnSignal, "on_step_end", lambda self, args, state, *rest, **kw: die(state, 3))
         with pytest.raises(RuntimeError, match="died"):
             train.main(flags(tmp_path / "halves", *more))
     with pytest.raises(UserError, match="data or options differ from that run .*seed: 42 → 7"):

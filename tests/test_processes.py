@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import processes, trainer
+from common import batches, processes
 from common.config import parse
 from common.errors import UserError
 from gemma_sft.ft_gemma import train
@@ -123,17 +123,17 @@ def assert_same_training(folder, other, tolerance):
 
 def test_pain_21_every_process_has_a_row_in_every_step():
     lengths = [(n * 37) % 100 + 1 for n in range(43)]
-    one = trainer.LengthGroupedSampler(lengths, 8, seed=1)
-    two = trainer.LengthGroupedSampler(lengths, 8, seed=1, multiple=4)
-    assert list(two) == [*one, trainer.BLANK] and len(two) == 44
-    assert trainer.LengthGroupedSampler(lengths[:40], 8, seed=1, multiple=4).blanks == 0
+    one = batches.LengthGroupedSampler(lengths, 8, seed=1)
+    two = batches.LengthGroupedSampler(lengths, 8, seed=1, multiple=4)
+    assert list(two) == [*one, batches.BLANK] and len(two) == 44
+    assert batches.LengthGroupedSampler(lengths[:40], 8, seed=1, multiple=4).blanks == 0
 
 
 def test_a_blank_row_is_not_counted():
     from datasets import Dataset
 
     rows = Dataset.from_dict({"input_ids": [[2, 7]], "labels": [[-100, 7]], "where": ["f:1"]}).with_format("numpy")
-    batch = trainer.collate(trainer.RowsAndBlanks(rows).__getitems__([0, trainer.BLANK]), pad_id=0)
+    batch = batches.collate(batches.RowsAndBlanks(rows).__getitems__([0, batches.BLANK]), pad_id=0)
     assert batch["input_ids"].tolist() == [[2, 7], [2, 7]] and batch["tokens"] == 2
     assert batch["labels"].tolist() == [[-100, 7], [-100, -100]] and batch["where"] == ["f:1", ""]
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
-from common import config, loss, model, run, trainer, tuning
+from common import batches, callbacks, config, loss, model, run, trainer, tuning
 from common.config import TrainFlags, parse
 from common.errors import UserError
 from gemma_sft import prompt
@@ -150,10 +150,10 @@ def test_accumulation_is_clamped_to_the_epoch():
 
 def test_batches_are_of_like_length_and_repeat_by_seed_and_epoch():
     lengths = [(n * 37) % 100 + 1 for n in range(1003)]
-    sampler = trainer.LengthGroupedSampler(lengths, 4, seed=1)
+    sampler = batches.LengthGroupedSampler(lengths, 4, seed=1)
     first = list(sampler)
     assert sorted(first) == list(range(1003)) and len(sampler.batches()[-1]) == 3
-    assert first == list(trainer.LengthGroupedSampler(lengths, 4, seed=1))
+    assert first == list(batches.LengthGroupedSampler(lengths, 4, seed=1))
     sampler.set_epoch(1)
     assert list(sampler) != first
     assert sampler.padding(4) < 0.05
@@ -163,7 +163,7 @@ def test_batches_are_of_like_length_and_repeat_by_seed_and_epoch():
 
 def test_the_longest_row_comes_first():
     lengths = [*range(1, 50), 400, *range(1, 50)]
-    sampler = trainer.LengthGroupedSampler(lengths, 4, seed=1)
+    sampler = batches.LengthGroupedSampler(lengths, 4, seed=1)
     for epoch in range(3):
         sampler.set_epoch(epoch)
         assert sampler.batches()[0][0] == 49
@@ -175,7 +175,7 @@ def test_padding_is_told_by_length_not_by_id():
         {"input_ids": [2, 0, 9], "labels": [-100, 0, 9], "where": "f:1"},
         {"input_ids": [2], "labels": [-100], "where": "f:2"},
     ]
-    batch = trainer.collate(rows, pad_id=0)
+    batch = batches.collate(rows, pad_id=0)
     assert batch["input_ids"].tolist() == [[2, 0, 9], [2, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 0, 9], [-100, -100, -100]]
 
@@ -361,7 +361,7 @@ def test_early_stopping_counts_on_after_a_resume(flags, tmp_path, validations, m
     more = ["--max_steps", 12, *EVERY_STEP, "--early_stopping_patience", 3]
     validations(5.0, 3.0, 4.0, float("nan"))
     with monkeypatch.context() as dying:
-        dying.setattr(trainer.Recorder, "on_save", lambda self, args, state, *rest, **kwargs: fail_at(state, 4))
+        dying.setattr(callbacks.Recorder, "on_save", lambda self, args, state, *rest, **kwargs: fail_at(state, 4))
         with pytest.raises(RuntimeError, match="died"):
             train.main(flags("out", *more))
     validations(4.0, 4.5, 5.5)
@@ -399,7 +399,7 @@ def test_early_stopping_needs_validation_rows(flags):
     ],
 )
 def test_a_loss_that_does_not_fall_is_named_once(capsys, losses, told):
-    watch, state = trainer.StallWatch(), TrainerState(is_world_process_zero=True)
+    watch, state = callbacks.StallWatch(), TrainerState(is_world_process_zero=True)
     for value in losses:
         watch.on_log(None, state, None, {"loss": value, "learning_rate": 1e-9})
     out = capsys.readouterr().out
