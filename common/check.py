@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy
 
 from common import dataset, memory, rehearsal, tuning
-from common.errors import UserError
+from common.errors import UserError, is_out_of_memory
 from common.launch import world_size
 from common.pieces import IGNORED
 
@@ -286,8 +286,8 @@ def rehearse(cfg, base, tokenizer, rows):
         return rehearsal.rehearse(tuning.make_trainable(base, cfg), rows, cfg, tokenizer, STEPS), []
     except UserError as problem:
         return {}, [str(problem)]
-    except (MemoryError, RuntimeError) as problem:  # torch's own is a RuntimeError
-        if not re.search("out of memory|allocate memory", str(problem)):
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
             raise
         return {}, [f"内存不足 out of memory on the heaviest micro batch; remedy: {OUT_OF_MEMORY}"]
 

@@ -58,7 +58,7 @@ def _line_of(error):
     """What, where and how to mend it, or None."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room"
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+    if is_out_of_memory(error):
         found = " ".join(str(error).split())[:200]
         return (
             f"内存或显存不足 out of memory ({found}); train.py: --gradient_checkpointing true, a smaller "
@@ -68,6 +68,11 @@ def _line_of(error):
     if launch.world_size() > 1 and _lost_another(error):
         return "另一个进程退出了 another process ended; its error, if any, is above"
     return None
+
+
+def is_out_of_memory(error):
+    """Whether an error says that memory ran out, the machine's or a GPU's."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
 
 
 def _end(code):
