@@ -59,7 +59,7 @@ def _line_of(error):
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room"
     if is_out_of_memory(error):
-        found = " ".join(str(error).split())[:200]
+        found = " ".join(str(error).split())[:200] or type(error).__name__
         return (
             f"内存或显存不足 out of memory ({found}); train.py: --gradient_checkpointing true, a smaller "
             "--micro_batch_size or --max_length_q and --max_length_a, --tuning qlora; evaluation.py: a smaller "

@@ -97,7 +97,7 @@ def _stored_bits(path):
         raise UserError(
             f"{path}: 不是纯文本模型 not a model of text alone ({config.model_type}: images or sound beside it)"
         )
-    stored = getattr(config, "quantization_config", {})
+    stored = getattr(config, "quantization_config", None) or {}
     if stored.get("quant_method") != "bitsandbytes":
         return 0
     return 4 if stored.get("load_in_4bit") else 8

@@ -23,8 +23,6 @@ from common.ticket import Ask
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-
-
 QUESTIONS = [[Turn("user", text)] for text in ("1+1", "问" * 40, "有在他" * 5, "3+4")]
 
 

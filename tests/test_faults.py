@@ -257,17 +257,20 @@ run_main(lambda: train.main(sys.argv[2:]))
     assert "磁盘已满 the disk is full" in done.stderr
 
 
-def test_too_little_memory_is_one_line(environment):
-    script = """
+@pytest.mark.parametrize(
+    "work, found", [("torch.empty(1 << 50)", "tried to allocate"), ("bytearray(1 << 60)", "(MemoryError)")]
+)
+def test_too_little_memory_is_one_line(environment, work, found):
+    script = f"""
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from common.errors import run_main
-run_main(lambda: torch.empty(1 << 50))
+run_main(lambda: {work})
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(ROOT)], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("错误 error:")]
-    assert "out of memory" in line and "tried to allocate" in line and "--micro_batch_size" in line
+    assert "out of memory" in line and found in line and "--micro_batch_size" in line
