@@ -5,7 +5,7 @@ python benchmarks/train.py --model head --rounds 1 --rows 16  # a quick look
 python benchmarks/train.py --curves                           # the loss of every step on the same batches
 python benchmarks/train.py --model 2b --length 1024 --dtype bfloat16 --runs "trl, grouped" "trl, Liger" ours   # a GPU
 
-ours                  common/trainer.py as train.py calls it
+ours                  common/training/trainer.py as train.py calls it
 ours, checkpointing   the same with --gradient_checkpointing
 trl                   SFTTrainer at its defaults
 trl, no checkpointing the same without checkpointing
@@ -140,7 +140,8 @@ def make_rows(count, vocabulary, length=None):
 
 def train(which, args):
     """Train one epoch and say how fast: what a fresh process does."""
-    from common import model, tuning
+    from common.model import model
+    from common.training import tuning
 
     rate = matrix_rate(args.dtype)
     net = model.load_base(args.folder, args.dtype)
@@ -187,22 +188,24 @@ def config(args, which):
 
 
 def train_ours(which, net, rows, args):
-    """(seconds, loss of each step, batches) of common/trainer.py."""
+    """(seconds, loss of each step, batches) of common/training/trainer.py."""
     from types import SimpleNamespace
 
     from datasets import Dataset
 
-    from common import dataset, jsonl, trainer
+    from common import jsonl
+    from common.data.dataset import Rows
+    from common.training.trainer import fit
 
     data = Dataset.from_list(rows)
     cfg = config(args, which)
-    trainer.fit(net, dataset.Rows(data, data.select([]), [], []), cfg, SimpleNamespace(pad_token_id=0))
+    fit(net, Rows(data, data.select([]), [], []), cfg, SimpleNamespace(pad_token_id=0))
     log = jsonl.read(Path(args.folder) / "trainer_log.jsonl")
     return log[-1]["seconds"], [record["loss"] for record in log], our_sampler(rows, cfg).batches()
 
 
 def our_sampler(rows, cfg):
-    from common.batches import sampler_of
+    from common.training.batches import sampler_of
 
     return sampler_of([row["length"] for row in rows], cfg)
 
@@ -270,7 +273,7 @@ def matrix_rate(dtype):
     """GFLOP/s of a large matrix product in `dtype`, best of ten."""
     import torch
 
-    from common.model import device
+    from common.model.model import device
 
     kind = {"device": device(), "dtype": getattr(torch, dtype)}
     side = 1024 if kind["device"].type == "cpu" else 8192

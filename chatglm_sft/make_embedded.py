@@ -17,8 +17,8 @@ import sentencepiece
 from chatglm_sft import prompt
 from chatglm_sft.ft_chatglm.config import Config
 from chatglm_sft.models.chatglm import ChatGLMConfig, ChatGLMForCausalLM, ChatGLMTokenizer
-from common import embedded
-from common.shapes import Turn
+from common.data.shapes import Turn
+from common.training import embedded
 
 CONTROL = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 BLANKS = ["<n>", "<|tab|>", *(f"<|blank_{width}|>" for width in range(2, 81))]

@@ -11,9 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from common import answer, evaluate, model, pieces, run, templates
+from common.data import pieces, templates
+from common.data.shapes import Turn
 from common.errors import UserError
-from common.shapes import Turn
+from common.evaluation import evaluate
+from common.inference import answer
+from common.model import model
+from common.runs import run
 
 # largest difference of a logit, as a share of the largest logit: fp32 rounds sums only, the others each weight too
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}

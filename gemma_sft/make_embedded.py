@@ -10,7 +10,7 @@ if __name__ == "__main__":  # finds common/ from any directory
 
 from transformers import GemmaConfig, GemmaForCausalLM, GemmaTokenizer
 
-from common import embedded
+from common.training import embedded
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 

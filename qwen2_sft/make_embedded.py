@@ -11,7 +11,7 @@ if __name__ == "__main__":  # finds common/ from any directory
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from common import embedded
+from common.training import embedded
 from qwen2_sft import prompt
 from qwen2_sft.ft_qwen2.config import Config
 

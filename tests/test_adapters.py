@@ -7,12 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from common import adapters, model
-from common.answer import Answerer, Sampling
-from common.batching import Batcher
+from common.data.shapes import Turn
+from common.engine.batching import Batcher
+from common.engine.ticket import Ask
 from common.errors import UserError
-from common.shapes import Turn
-from common.ticket import Ask
+from common.inference.answer import Answerer, Sampling
+from common.model import model
+from common.serving import adapters
 from gemma_sft import prompt
 
 QUESTIONS = [f"{n}+{n}=有他问答" for n in range(6)]

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from common import serve
-from common.answer import Sampling
-from common.batching import Batcher
-from common.body import LIMIT
+from common.data.shapes import Turn
+from common.engine.batching import Batcher
+from common.engine.ticket import Part
 from common.errors import UserError
-from common.listen import Server
-from common.shapes import Turn
-from common.ticket import Part
+from common.inference.answer import Sampling
+from common.serving import serve
+from common.serving.body import LIMIT
+from common.serving.listen import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 URL = "/nlg/text_generate"

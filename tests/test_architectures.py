@@ -11,14 +11,14 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import model
-from common.answer import Sampling
-from common.batching import Batcher
 from common.config import PredictFlags, parse
+from common.data.shapes import Turn
+from common.engine.batching import Batcher
+from common.engine.ticket import Ask
 from common.errors import UserError
-from common.loss import use_supervised_loss
-from common.shapes import Turn
-from common.ticket import Ask
+from common.inference.answer import Sampling
+from common.model import model
+from common.model.loss import use_supervised_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)

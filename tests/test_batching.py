@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from common.answer import Sampling, decode
-from common.batching import Batcher, Full
-from common.shapes import Turn
-from common.ticket import Ask, Failed, Gone, TimedOut
-from common.wording import Wording
+from common.data.shapes import Turn
+from common.engine.batching import Batcher, Full
+from common.engine.ticket import Ask, Failed, Gone, TimedOut
+from common.inference.answer import Sampling, decode
+from common.inference.wording import Wording
 
 FAMILIES = {
     "gemma": "gemma_sft.ft_gemma",
@@ -113,7 +113,7 @@ def test_beams_as_in_generate(answer, batcher):
 
 def test_long_prompts_are_read_in_chunks(answer, batcher, monkeypatch):
     """… where the model allows it; the answer is the same."""
-    monkeypatch.setattr("common.batching.CHUNK", 16)
+    monkeypatch.setattr("common.engine.batching.CHUNK", 16)
     question = "的一是不了人我在有他" * 10
     expected = generated(answer, question, max_new_tokens=10)
     short = batcher.submit("base", [ask(batcher, "有", 30)])

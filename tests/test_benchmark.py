@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
-from common import benchmark, likelihood, tasks
-from common.answer import Answer, Answerer
 from common.config import DATA, EvaluationFlags, parse
+from common.data.shapes import Turn
 from common.errors import UserError
-from common.model import load_base, load_tokenizer
-from common.shapes import Turn
+from common.evaluation import benchmark, tasks
+from common.inference import likelihood
+from common.inference.answer import Answer, Answerer
+from common.model.model import load_base, load_tokenizer
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 
@@ -29,7 +30,7 @@ def questions(fixtures, names, **flags):
 
 
 def keys_in_the_files(fixtures, name):
-    """The right answers, read in another way than common/tasks.py does."""
+    """The right answers, read in another way than common/evaluation/tasks.py does."""
     folder = fixtures / "data"
     if name == "arc":
         return [row["answer"] for row in json.loads((folder / "arc_options_in_instruction.json").read_text())]

@@ -5,11 +5,11 @@ import threading
 
 import pytest
 
-from common import serve
-from common.answer import Sampling
-from common.batching import Batcher
-from common.listen import Server
-from common.shapes import Turn
+from common.data.shapes import Turn
+from common.engine.batching import Batcher
+from common.inference.answer import Sampling
+from common.serving import serve
+from common.serving.listen import Server
 from gemma_sft.ft_gemma import predict
 from gemma_sft.ft_gemma.config import Config
 

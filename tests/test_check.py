@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from common import batches, check, rehearsal
+from common.data.pieces import IGNORED
 from common.errors import UserError
-from common.pieces import IGNORED
+from common.training import batches, check, rehearsal
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import train
 
@@ -222,7 +222,7 @@ def test_a_step_out_of_memory_is_a_line(report, monkeypatch):
 
 
 def test_a_gradient_that_does_not_arrive_is_found_before_the_run(report, monkeypatch):
-    from common import loss
+    from common.model import loss
 
     whole = loss.token_losses
     monkeypatch.setattr(loss, "token_losses", lambda *args: whole(*args).detach().requires_grad_(True))

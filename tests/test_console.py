@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import answer as answers
-from common import console
-from common.answer import Answer, Sampling
 from common.config import PredictFlags
+from common.data.shapes import Turn
 from common.errors import UserError
-from common.shapes import Turn
+from common.inference import console
+from common.inference.answer import Answer, Answerer, Sampling
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import predict
 from gemma_sft.ft_gemma.config import Config
@@ -441,7 +440,7 @@ def test_a_character_cut_in_its_middle_is_never_shown(tokenizer, parts, text, st
     end = ids_of(tokenizer, "<end_of_turn>")[0]
     if streamed and end in ids:
         ids = ids[: ids.index(end) + 1]  # generate stops there
-    answer = answers.Answerer(Scripted(ids), tokenizer, prompt, "chat", 64)
+    answer = Answerer(Scripted(ids), tokenizer, prompt, "chat", 64)
     turns = [Turn("user", "问")]
     found = list(answer.stream(turns, GREEDY)) if streamed else [answer([turns], GREEDY)[0].text]
     assert "".join(found) == text
@@ -449,7 +448,7 @@ def test_a_character_cut_in_its_middle_is_never_shown(tokenizer, parts, text, st
 
 
 def test_characters_of_several_bytes_come_whole_and_at_once(tokenizer):
-    answer = answers.Answerer(Scripted(ids_of(tokenizer, "人", NI, SMILE, "的")), tokenizer, prompt, "chat", 64)
+    answer = Answerer(Scripted(ids_of(tokenizer, "人", NI, SMILE, "的")), tokenizer, prompt, "chat", 64)
     assert "".join(answer.stream([Turn("user", "问")], GREEDY)) == "人你😀的"
 
 
@@ -468,7 +467,7 @@ def test_the_stream_of_any_ids_is_the_whole_answer(tokenizer):
     different = []
     for _ in range(200):
         parts = draw.choices(words, k=draw.randrange(1, 9))
-        answer = answers.Answerer(Scripted(ids_of(tokenizer, *parts)), tokenizer, prompt, "chat", 64)
+        answer = Answerer(Scripted(ids_of(tokenizer, *parts)), tokenizer, prompt, "chat", 64)
         turns = [Turn("user", "问")]
         streamed, whole = "".join(answer.stream(turns, GREEDY)), answer([turns], GREEDY)[0].text
         if streamed != whole:
@@ -496,7 +495,7 @@ def test_closing_the_stream_stops_the_generation(real):
 
 def test_closing_ends_the_generation_early(tokenizer):
     net = Scripted(ids_of(tokenizer, *["的"] * 100_000))
-    stream = answers.Answerer(net, tokenizer, prompt, "chat", 64).stream([Turn("user", "问")], GREEDY)
+    stream = Answerer(net, tokenizer, prompt, "chat", 64).stream([Turn("user", "问")], GREEDY)
     assert next(stream).startswith("的")
     stream.close()
     assert net.said < 100_000
@@ -509,7 +508,7 @@ def test_a_failure_in_the_middle_reaches_the_reader(tokenizer):
             raise RuntimeError("out of memory")
 
     before = set(threading.enumerate())
-    stream = answers.Answerer(Broken(ids_of(tokenizer, "的")), tokenizer, prompt, "chat", 64)
+    stream = Answerer(Broken(ids_of(tokenizer, "的")), tokenizer, prompt, "chat", 64)
     found = []
     with pytest.raises(RuntimeError, match="out of memory"):
         found.extend(stream.stream([Turn("user", "问")], GREEDY))
@@ -518,12 +517,12 @@ def test_a_failure_in_the_middle_reaches_the_reader(tokenizer):
 
 def test_a_stream_never_started_generates_nothing(tokenizer):
     net = Scripted(ids_of(tokenizer, "的"))
-    answers.Answerer(net, tokenizer, prompt, "chat", 64).stream([Turn("user", "问")], GREEDY).close()
+    Answerer(net, tokenizer, prompt, "chat", 64).stream([Turn("user", "问")], GREEDY).close()
     assert net.said == 0
 
 
 def test_a_prompt_that_cannot_fit_is_a_user_error(tokenizer):
-    answer = answers.Answerer(Scripted([]), tokenizer, prompt, "chat", 3)
+    answer = Answerer(Scripted([]), tokenizer, prompt, "chat", 3)
     with pytest.raises(UserError):
         answer([[Turn("user", "问")]], GREEDY)
     with pytest.raises(UserError):

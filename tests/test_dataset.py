@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import dataset, parallel, pieces
+from common.data import dataset, parallel, pieces
+from common.data.shapes import Turn
 from common.errors import UserError
-from common.shapes import Turn
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 
@@ -627,7 +627,7 @@ def test_counts_add_up(tmp_path, prepare, val_set_size):
 
 
 SILENT = """
-from common.pieces import ANSWER, FRAME, Piece, encode_text
+from common.data.pieces import ANSWER, FRAME, Piece, encode_text
 
 ONE_ANSWER = False
 

@@ -7,8 +7,8 @@ import torch
 
 from chatglm_sft import make_embedded as chatglm
 from chatglm_sft import prompt as chatglm_prompt
-from common import embedded
-from common.pieces import encode_text
+from common.data.pieces import encode_text
+from common.training import embedded
 from gemma_sft import make_embedded as gemma
 from gemma_sft import prompt as gemma_prompt
 from qwen2_sft import make_embedded as qwen

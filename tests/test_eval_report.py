@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from common import eval_report, evaluate, overlap
-from common.answer import Answer
 from common.config import EvaluationFlags
-from common.dataset import file_hash
-from common.shapes import Turn
+from common.data.dataset import file_hash
+from common.data.shapes import Turn
+from common.evaluation import eval_report, evaluate, overlap
+from common.inference.answer import Answer
 from gemma_sft.ft_gemma.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]

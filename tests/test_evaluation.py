@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 
-from common import dataset, evaluate, metrics
-from common.answer import Answer
 from common.config import EvaluationFlags, parse
+from common.data import dataset
+from common.data.shapes import Turn
 from common.errors import UserError
-from common.shapes import Turn
+from common.evaluation import evaluate, metrics
+from common.inference.answer import Answer
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import evaluation, predict, train
 from gemma_sft.ft_gemma.config import Config
@@ -421,7 +422,7 @@ def test_training_ends_with_a_comparison_on_the_validation_rows(trained):
     assert found["signature"] == metrics.signature()
     assert found["train_loss"] > 0
     cfg, _ = parse(Config, EvaluationFlags, [flag for flag in flags if flag not in ("--max_steps", "4")])
-    from common.model import load_tokenizer
+    from common.model.model import load_tokenizer
 
     rows = dataset.prepare(cfg, load_tokenizer(cfg.base, prompt), prompt)
     for base in (True, False):

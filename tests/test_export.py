@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import export, templates
-from common.answer import Sampling
+from common import export
 from common.config import PredictFlags, parse
+from common.data import templates
+from common.data.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
+from common.data.shapes import Turn
 from common.errors import UserError
-from common.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
-from common.shapes import Turn
+from common.inference.answer import Sampling
 from gemma_sft import prompt as gemma_prompt
 from gemma_sft.ft_gemma import config as gemma_config
 

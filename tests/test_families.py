@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import callbacks, evaluate, model, trainer
-from common.answer import Sampling, decode
 from common.config import EvaluationFlags, PredictFlags, parse
+from common.data.shapes import Turn
 from common.errors import UserError
-from common.shapes import Turn
+from common.evaluation import evaluate
+from common.inference.answer import Sampling, decode
+from common.model.model import load_base
+from common.training import callbacks, trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,7 +103,7 @@ def test_plain_peft_gives_our_logits_in_another_process(family, trained, answer,
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         ours = answer.net(input_ids=torch.tensor([ids])).logits
-        untuned = model.load_base(base, "float32")(input_ids=torch.tensor([ids])).logits
+        untuned = load_base(base, "float32")(input_ids=torch.tensor([ids])).logits
     assert (ours - torch.load(folder / "logits.pt", weights_only=True)).abs().max() == 0
     assert (ours - untuned).abs().max() > 1e-4, "the adapter must do something"
 
@@ -148,8 +150,8 @@ def test_evaluation_scores_base_and_tuned(family, trained):
 
 
 def test_the_service_answers(family, answer):
-    from common.batching import Batcher
-    from common.serve import Service, create_app
+    from common.engine.batching import Batcher
+    from common.serving.serve import Service, create_app
 
     batcher = Batcher(answer, {"tuned": "default", "base": None})
     try:
@@ -227,7 +229,7 @@ def test_no_verb_names_a_family():
     """A family's peculiarities are passed in."""
     named = [
         f"{file.name}:{number}: {line.strip()}"
-        for file in sorted((ROOT / "common").glob("*.py"))
+        for file in sorted((ROOT / "common").rglob("*.py"))
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
         if re.search(r"gemma|qwen|chatglm|\bglm", line, flags=re.I)
     ]

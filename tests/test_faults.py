@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from common import run
 from common.config import TrainFlags, parse
 from common.errors import UserError
+from common.runs import run
 from gemma_sft.ft_gemma import predict, train
 from gemma_sft.ft_gemma.config import Config
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import lean, model, tuning
-from common.answer import Sampling
 from common.config import PredictFlags, parse
-from common.loss import use_supervised_loss
-from common.shapes import Turn
+from common.data.shapes import Turn
+from common.inference.answer import Sampling
+from common.model import lean, model
+from common.model.loss import use_supervised_loss
+from common.training import tuning
 from gemma_sft.ft_gemma.config import Config
 
 pytestmark = [

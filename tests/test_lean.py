@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import lean, memory, tuning
-from common.loss import use_supervised_loss
+from common.model import lean
+from common.model.loss import use_supervised_loss
+from common.training import memory, tuning
 from gemma_sft.ft_gemma.config import Config
 
 

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
-from common import loss as losses
-from common.loss import IGNORED, use_supervised_loss
+from common.model import loss
+from common.model.loss import IGNORED, use_supervised_loss
 
 SHAPE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True, "initializer_range": 0.3}
@@ -52,7 +52,7 @@ def gradients(model):
 @pytest.mark.parametrize("counted", ["all", "answer", "last"])
 @pytest.mark.parametrize("kind", ["gemma", "gemma2 with soft cap"])
 def test_equals_plain_cross_entropy(kind, counted, train_head, monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS", 64 * 300)  # several chunks
+    monkeypatch.setattr(loss, "LOGITS", 64 * 300)  # several chunks
     model, batch = make_model(kind, train_head), make_batch(counted)
     expected = plain_loss(model, batch)
     expected.backward()
@@ -80,7 +80,7 @@ def test_softcap_changes_the_loss():
 @pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
 def test_never_makes_all_logits(monkeypatch, train_head):
     """No tensor of the forward or backward pass has more rows of the vocabulary's width than a chunk."""
-    monkeypatch.setattr(losses, "LOGITS", 64 * 300)
+    monkeypatch.setattr(loss, "LOGITS", 64 * 300)
     model, batch = make_model("gemma", train_head), make_batch("all")
     use_supervised_loss(model)
     rows = []
@@ -145,4 +145,4 @@ def test_without_labels_the_forward_is_the_models_own():
     "vocabulary, where, rows", [(256_000, "cpu", 64), (64_000, "cpu", 128), (256_000, "cuda", 256), (10**9, "cpu", 16)]
 )
 def test_a_chunk_of_logits_has_at_most_so_many_bytes_and_rows(vocabulary, where, rows):
-    assert losses.chunk_rows(vocabulary, where) == rows
+    assert loss.chunk_rows(vocabulary, where) == rows

@@ -8,8 +8,9 @@ import numpy
 import pytest
 import torch
 
-from common import batches, memory, model, trainer, tuning
-from common.loss import use_supervised_loss
+from common.model import model
+from common.model.loss import use_supervised_loss
+from common.training import batches, memory, trainer, tuning
 from gemma_sft.ft_gemma import train
 from gemma_sft.ft_gemma.config import Config
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import batches, callbacks, export, loss, model, packing, pieces, report, trainer, tuning
-from common.answer import Sampling
+from common import export
 from common.config import TrainFlags, parse
+from common.data import pieces
+from common.data.shapes import Turn
 from common.errors import UserError
-from common.shapes import Turn
+from common.inference.answer import Sampling
+from common.model import loss, model
+from common.training import batches, callbacks, packing, report, trainer, tuning
 from gemma_sft.ft_gemma.config import Config
 
 # {recipes: the module that tells transformers about the family's model}; a family more is one entry more
@@ -55,7 +58,7 @@ for base, folder, bits, ids in json.loads(sys.argv[1]):
     options = dict(quantization_config=BitsAndBytesConfig(**quantised)) if bits else {}
     model = AutoModelForCausalLM.from_pretrained(base or folder, dtype=torch.float32, **options)
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # see common/model.py
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # see common/model/model.py
             module.support_avx512bf16_for_cpu = False
     model = (PeftModel.from_pretrained(model, folder) if base else model).eval()
     with torch.no_grad():

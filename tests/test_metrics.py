@@ -12,7 +12,7 @@ import sacrebleu
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge import Rouge, rouge_score
 
-from common import bootstrap, metrics
+from common.evaluation import bootstrap, metrics
 
 with warnings.catch_warnings():  # its strings have invalid escapes, which Python says where it compiles them
     warnings.simplefilter("ignore")

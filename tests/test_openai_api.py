@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from common import serve
-from common.answer import Sampling
-from common.batching import Batcher
-from common.listen import Server
-from common.shapes import Turn
+from common.data.shapes import Turn
+from common.engine.batching import Batcher
+from common.inference.answer import Sampling
+from common.serving import serve
+from common.serving.listen import Server
 
 FAMILIES = {"gemma": "gemma_sft.ft_gemma", "qwen": "qwen2_sft.ft_qwen2", "chatglm": "chatglm_sft.ft_chatglm"}
 ASK = [{"role": "user", "content": "有问答吗"}]

@@ -14,28 +14,18 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import (
-    answer,
-    batches,
-    callbacks,
-    dataset,
-    evaluate,
-    export,
-    loss,
-    metrics,
-    model,
-    packing,
-    pieces,
-    reading,
-    run,
-    shapes,
-    trainer,
-)
+from common import export
 from common.config import TrainFlags, parse
+from common.data import dataset, pieces, reading, shapes
+from common.data.pieces import TooLong
+from common.data.shapes import Turn
 from common.errors import UserError
-from common.loss import IGNORED
-from common.pieces import TooLong
-from common.shapes import Turn
+from common.evaluation import evaluate, metrics
+from common.inference import answer
+from common.model import loss, model
+from common.model.loss import IGNORED
+from common.runs import run
+from common.training import batches, callbacks, packing, trainer
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import export as export_recipe
 from gemma_sft.ft_gemma import predict, train

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import batches, processes
+from common import processes
 from common.config import parse
 from common.errors import UserError
+from common.training import batches
 from gemma_sft.ft_gemma import train
 from gemma_sft.ft_gemma.config import Config
 

@@ -7,9 +7,9 @@ from transformers import AutoTokenizer
 
 import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
 from chatglm_sft import prompt
-from common import dataset, pieces
-from common.pieces import IGNORED
-from common.shapes import Turn
+from common.data import dataset, pieces
+from common.data.pieces import IGNORED
+from common.data.shapes import Turn
 
 GMASK, SOP, EOP = 130001, 130004, 130005
 FAMILY = "chatglm_sft/ft_chatglm"
@@ -97,7 +97,7 @@ def test_every_answer_of_a_conversation_is_taught_in_a_row_of_its_own():
 
 def test_a_system_text_stands_before_the_first_question():
     turns = [Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")]
-    from common.shapes import fold_system
+    from common.data.shapes import fold_system
 
     assert prompt.prompt_text(fold_system(turns)) == "[Round 0]\n问：s\n\na\n答：b\n[Round 1]\n问：c\n答："
 

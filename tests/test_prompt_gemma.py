@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from common import pieces
-from common.shapes import Turn
+from common.data import pieces
+from common.data.shapes import Turn
 from gemma_sft import prompt
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from common import pieces
-from common.shapes import Turn
+from common.data import pieces
+from common.data.shapes import Turn
 from qwen2_sft import prompt
 
 END, START, TEXT_END = 151645, 151644, 151643

@@ -8,10 +8,10 @@ import tracemalloc
 
 import pytest
 
-from common import reading, shapes
+from common.data import reading, shapes
+from common.data.reading import read_records
+from common.data.shapes import ShapeError, Turn
 from common.errors import UserError
-from common.reading import read_records
-from common.shapes import ShapeError, Turn
 
 QA = '{"question": "问", "answer": "答"}'
 ASKED = [Turn("user", "问"), Turn("assistant", "答")]
@@ -96,7 +96,7 @@ def test_real_files_lose_no_row(fixtures, name):
     assert len(set(lines)) == rows + len(expected)
 
 
-# the turns of a raw row, said once more and independently of common/shapes.py
+# the turns of a raw row, said once more and independently of common/data/shapes.py
 REAL_TURNS = {
     "advgen_content_summary.json": lambda row: talk(row["content"], row["summary"]),
     "advgen_input_output.json": lambda row: talk(row["input"], row["output"]),

@@ -6,12 +6,13 @@ import threading
 
 import pytest
 
-from common import remote, serve
-from common.answer import Sampling
-from common.batching import Batcher
+from common.data.shapes import Turn
+from common.engine.batching import Batcher
 from common.errors import UserError
-from common.listen import Server
-from common.shapes import Turn
+from common.inference import remote
+from common.inference.answer import Sampling
+from common.serving import serve
+from common.serving.listen import Server
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import evaluation, predict
 from gemma_sft.ft_gemma.config import Config

@@ -17,9 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
-from common import batches, callbacks, config, loss, model, run, trainer, tuning
+from common import config
 from common.config import TrainFlags, parse
 from common.errors import UserError
+from common.model import loss, model
+from common.runs import run
+from common.training import batches, callbacks, trainer, tuning
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import predict, train
 from gemma_sft.ft_gemma.config import Config

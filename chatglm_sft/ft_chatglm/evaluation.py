@@ -17,7 +17,8 @@ from common.errors import run_main
 
 def main(argv=None):
     cfg, flags = parse(Config, EvaluationFlags, argv)
-    from common import benchmark, evaluate, processes, tasks
+    from common import processes
+    from common.evaluation import benchmark, evaluate, tasks
 
     processes.join(cfg)
     rows = tasks.read(flags) if flags.tasks else evaluate.rows_to_score(cfg, flags.limit)

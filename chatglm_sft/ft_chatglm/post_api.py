@@ -16,7 +16,7 @@ from common.errors import run_main
 
 def main(argv=None):
     cfg, flags = parse(Config, ServeFlags, argv)
-    from common import serve
+    from common.serving import serve
 
     serve.run(load_answer, cfg, flags)
 

@@ -17,9 +17,14 @@ from common.errors import run_main
 def main(argv=None):
     cfg, flags = parse(Config, TrainFlags, argv)
     import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
+    from common import processes
+    from common.data import dataset
+    from common.evaluation import evaluate
+    from common.model import model
+    from common.runs import run
 
     # torch is imported only now, so that --help answers at once
-    from common import check, dataset, evaluate, model, processes, report, run, trainer, tuning
+    from common.training import check, report, trainer, tuning
 
     processes.join(cfg)
     tokenizer = model.load_tokenizer(cfg.base, prompt)

@@ -16,7 +16,7 @@ from gemma_sft.ft_gemma.predict import load_answer
 
 def main(argv=None):
     cfg, flags = parse(Config, ServeFlags, argv)
-    from common import serve
+    from common.serving import serve
 
     serve.run(load_answer, cfg, flags)
 

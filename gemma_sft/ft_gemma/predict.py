@@ -16,15 +16,16 @@ from gemma_sft.ft_gemma.config import Config
 
 def load_answer(cfg, base=False, base_url=""):
     """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
-    from common import answer, remote
+    from common.inference import remote
+    from common.inference.answer import load
 
-    return remote.load(cfg, prompt, base_url) if base_url else answer.load(cfg, prompt, base)
+    return remote.load(cfg, prompt, base_url) if base_url else load(cfg, prompt, base)
 
 
 def main(argv=None):
     cfg, flags = parse(Config, PredictFlags, argv)
-    from common import console
-    from common.answer import Sampling
+    from common.inference import console
+    from common.inference.answer import Sampling
 
     if flags.print_prompt:
         return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)

@@ -17,7 +17,12 @@ from qwen2_sft.ft_qwen2.config import Config
 def main(argv=None):
     cfg, flags = parse(Config, TrainFlags, argv)
     # torch is imported only now, so that --help answers at once
-    from common import check, dataset, evaluate, model, processes, report, run, trainer, tuning
+    from common import processes
+    from common.data import dataset
+    from common.evaluation import evaluate
+    from common.model import model
+    from common.runs import run
+    from common.training import check, report, trainer, tuning
 
     processes.join(cfg)
     tokenizer = model.load_tokenizer(cfg.base, prompt)

@@ -1,0 +1,157 @@
+"""Conversations as ids: pieces with a part each, limits that only cut what a user wrote, labels by part."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from common.data.shapes import Turn
+
+FRAME, QUESTION, ANSWER = "frame", "question", "answer"
+IGNORED = -100  # the label of an id the loss does not count
+
+
+class Piece(NamedTuple):
+    """Some ids of a conversation and what they are: FRAME (headers), QUESTION, or ANSWER (its stop id included)."""
+
+    ids: list
+    part: str
+
+
+class Sample(NamedTuple):
+    """A row as the model trains on it: ids and labels of equal length, and whether the prompt had to be cut."""
+
+    input_ids: list
+    labels: list
+    cut: bool
+
+
+class TooLong(ValueError):
+    """A row that cannot be cut to the limits without losing a header, an answer or its stop token."""
+
+
+def encode_text(tokenizer, text):
+    """Ids of a text as text: no special tokens are added, and control tokens typed in it stay ordinary characters."""
+    if not tokenizer.is_fast:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    backend = tokenizer.backend_tokenizer  # the same ids in a third of the time
+    backend.no_padding(), backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+@lru_cache(maxsize=64)
+def frame_ids(tokenizer, text):
+    """Ids of a template's own words, as a tuple; the same few texts are asked for in every row."""
+    return tuple(encode_text(tokenizer, text))
+
+
+@lru_cache(maxsize=64)
+def special_id(tokenizer, token):
+    """The id of a control token; ValueError where the tokenizer has none."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or found == tokenizer.unk_token_id:
+        raise ValueError(f"分词器没有 the tokenizer has no {token}")
+    return found
+
+
+def prompt_ids(tokenizer, prompt, turns, style, max_length):
+    """Ids that ask for the answer to `turns` (the last one a question), at most `max_length`: (ids, cut).
+
+    Raises TooLong where headers and system text alone exceed the limit.
+    """
+    turns, cut = fit_turns(lambda turns: len(_joined(prompt.render(tokenizer, turns, style))), turns, max_length)
+    return _joined(prompt.render(tokenizer, turns, style)), cut
+
+
+def training_sample(tokenizer, prompt, turns, style, loss_on, max_length_q, max_length_a):
+    """The Sample of a conversation whose last turn is an answer. Its ids up to the answer are `prompt_ids` of the rest.
+
+    loss_on: "all" ids but the first, every "answer", or the "last" answer. Raises TooLong.
+    """
+    pieces, cut = prompt.render(tokenizer, turns, style), False
+    if len(_joined(pieces[:-1])) > max_length_q:
+        asked, cut = fit_turns(
+            lambda asked: len(_joined(prompt.render(tokenizer, asked, style))), turns[:-1], max_length_q
+        )
+        pieces = prompt.render(tokenizer, [*asked, turns[-1]], style)
+    if len(pieces[-1].ids) > max_length_a:
+        raise TooLong(f"回答有 {len(pieces[-1].ids)} 个 token, the answer is over --max_length_a {max_length_a}")
+    return Sample(_joined(pieces), _labels(pieces, loss_on), cut)
+
+
+def fit_turns(length, turns, limit):
+    """Turns whose `length(turns)` is at most `limit`, and whether something was cut: (turns, cut).
+
+    The oldest question and answer go first, then the middle of the last question; the system text stays.
+    """
+    if length(turns) <= limit:
+        return list(turns), False
+    system, spoken = _apart(turns)
+    while len(spoken) > 1 and length([*system, *spoken]) > limit:
+        spoken = spoken[2:]
+    if length([*system, *spoken]) <= limit:
+        return [*system, *spoken], True
+    question = spoken[0]
+
+    def shortened(kept):
+        return [*system, question._replace(text=_without_middle(question.text, kept))]
+
+    longest = _largest(lambda kept: length(shortened(kept)) <= limit, len(question.text))
+    if longest < 1:
+        raise TooLong(f"提问放不下 not even one character of the question fits in --max_length_q {limit}")
+    return shortened(longest), True
+
+
+def _apart(turns):
+    return (turns[:1], turns[1:]) if turns[0].role == "system" else ([], turns)
+
+
+def _without_middle(text, kept):
+    """`kept` characters from both ends: a question's task stands at its start, what it is about at its end."""
+    head = kept - kept // 2
+    return text[:head] + text[len(text) - kept // 2 :]
+
+
+def _largest(fits, upper):
+    """The largest n in 0..upper for which `fits(n)`, by bisection."""
+    low, high = 0, upper
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _joined(pieces):
+    return [id_ for piece in pieces for id_ in piece.ids]
+
+
+def _labels(pieces, loss_on):
+    """Labels aligned with the ids. The very first id is predicted from nothing and never counts."""
+    last = len(pieces) - 1
+    labels = []
+    for number, (ids, part) in enumerate(pieces):
+        counted = loss_on == "all" or part == ANSWER and (loss_on == "answer" or number == last)
+        labels += ids if counted else [IGNORED] * len(ids)
+    return [IGNORED, *labels[1:]]
+
+
+def shown(tokenizer, ids):
+    """The text of ids with their control tokens, also those that the tokenizer's own decode leaves out."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    hidden = [bool(token.strip("▁")) and not tokenizer.decode([id_]) for token, id_ in zip(tokens, ids, strict=True)]
+    text, start = "", 0
+    for number in [number for number, hide in enumerate(hidden) if hide]:
+        text += tokenizer.decode(ids[start:number]) + tokens[number]
+        start = number + 1
+    return text + tokenizer.decode(ids[start:])
+
+
+def template_text(tokenizer, prompt, style):
+    """A fixed conversation as this style renders it: what the manifest keeps, and what must not change."""
+    turns = [
+        Turn("system", "{system}"),
+        Turn("user", "{question 1}"),
+        Turn("assistant", "{answer 1}"),
+        Turn("user", "{question 2}"),
+        Turn("assistant", "{answer 2}"),
+    ]
+    return shown(tokenizer, _joined(prompt.render(tokenizer, turns, style)))

@@ -1,0 +1,175 @@
+"""Benchmarks: questions answered by likelihood or in writing, counted by subject, base against tuned.
+
+A choice is the option whose ids the model finds likeliest on average; a written answer is its last number.
+Prompts are those of training, rendered by the family's own `prompt`; examples are earlier rounds of the conversation.
+"""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from common.data.shapes import Turn
+from common.errors import UserError
+from common.evaluation import bootstrap, eval_report, evaluate, tasks
+from common.inference import likelihood
+from common.inference.answer import Sampling
+from common.runs import run
+
+PROMPT_LIMIT = 2048  # ids of a prompt, more than tuning allows, unless --max_length_q says otherwise
+
+
+def report(answer, questions, cfg, flags):
+    """Ask base, tuned or both (flags: EvaluationFlags) the `questions` of tasks.read; print and leave the accuracies.
+
+    Under torchrun each process asks its share, and the first one prints and writes.
+    """
+    if "max_length_q" not in cfg.given:
+        answer.max_length_q = PROMPT_LIMIT
+    models = evaluate.models_of(flags)
+    for model in models:
+        for task, asked in questions.items():
+            run_task(answer, task, asked, cfg, model == "base")
+    if evaluate.is_first():
+        results = save_results(questions, models, cfg, flags)
+        evaluate.leave_report(cfg, results)
+        show_table(results["tasks"], models, questions)
+
+
+def run_task(answer, task, questions, cfg, base=False):
+    """The records of a task's `questions`, in order; kept in a file, and gone on with, as an evaluation's are."""
+    sampling = Sampling(max_new_tokens=cfg.max_new_tokens)
+    settings = [questions, vars(sampling), answer.max_length_q, "likelihood an id"]
+
+    def predict(numbers):
+        asked = [(number, questions[number]) for number in numbers]
+        if questions[0].options:
+            return _choose(answer, asked, cfg.eval_batch_size, base)
+        batch = [(number, each.where, [*each.turns, Turn("assistant", each.key)]) for number, each in asked]
+        return evaluate.predict(answer, batch, sampling, base, _number_score)
+
+    return evaluate.score_rows(
+        _path(cfg, task, base),
+        evaluate.key_of(cfg, base, settings),
+        sorted(range(len(questions)), key=lambda number: sum(len(turn.text) for turn in questions[number].turns)),
+        predict,
+        cfg,
+        (f"{task} {'基座 base' if base else '微调 tuned'}", "accuracy"),
+    )
+
+
+def save_results(questions, models, cfg, flags):
+    """Put {model: {task: accuracies}} and their change into all_results.json; all of it.
+
+    The other model's accuracies on other questions of the same task are dropped.
+    """
+    results = evaluate.read_results(cfg)
+    found = {name: dict(results.get("tasks", {}).get(name, {})) for name in ("base", "tuned")}
+    for task, asked in questions.items():
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        for name in ("base", "tuned"):
+            if name in models:
+                scores = [record["scores"] for record in evaluate.records_in(_path(cfg, task, name == "base"))]
+                found[name][task] = accuracies(asked, scores, cfg.seed) | {
+                    "method": method(task, asked, flags.shots, cfg),
+                    "sha256": digest,
+                }
+            elif found[name].get(task, {}).get("sha256") != digest:
+                found[name].pop(task, None)
+    results["tasks"] = {name: each for name, each in found.items() if each} | {"change": _changes(found, cfg)}
+    run.write_json(Path(cfg.model_save_dir) / "all_results.json", results)
+    return results
+
+
+def accuracies(questions, scores, seed):
+    """{accuracy, interval, questions, average, loss, subjects} of a task: shares of right answers.
+
+    average is the mean over the subjects; loss (nats an id) is that of the right answers, where there are options.
+    """
+    subjects = {}
+    for question, score in zip(questions, scores, strict=True):
+        subjects.setdefault(question.subject, []).append(score["accuracy"])
+    shares = {name: {"accuracy": _mean(part), "questions": len(part)} for name, part in subjects.items()}
+    losses = [score["loss"] for score in scores if "loss" in score]
+    return {
+        "accuracy": _mean([score["accuracy"] for score in scores]),
+        "interval": bootstrap.intervals(_alone(scores), seed)["accuracy"],
+        "questions": len(scores),
+        "average": _mean([share["accuracy"] for share in shares.values()]),
+        "subjects": shares,
+    } | ({"loss": _mean(losses)} if losses else {})
+
+
+def method(task, questions, shots, cfg):
+    """How a task was asked and counted, in words."""
+    if not questions[0].options:
+        how = f"the last number of a greedy answer of at most {cfg.max_new_tokens} tokens"
+    else:
+        how = "the option of the highest mean log probability an id"
+    return f"{task}: {0 if task == 'probe' else shots}-shot, {how}"
+
+
+def show_table(found, models, questions):
+    """Print accuracy by task and subject, a column a model."""
+    for task in questions:
+        print(found[models[0]][task]["method"])
+    kept = {name: {task: found[name][task] for task in questions} for name in models} | {"change": found["change"]}
+    rows = eval_report.task_rows(kept, models)
+    for name, count, *cells in [["task", "questions", *eval_report.heads(models)], *rows]:
+        print(f"{name:<32} {count:>9}  " + "".join(f"{cell:<26}" for cell in cells).rstrip())
+
+
+def _choose(answer, asked, batch_size, base):
+    """Records of (row number, Question), each answered by its likeliest option; one that cannot be asked scores 0."""
+    started = time.monotonic()
+    try:
+        pairs = [(question.turns, list(question.options.values())) for _, question in asked]
+        found, stop = likelihood.fits(answer, pairs, base, batch_size), "choice"
+    except UserError as problem:
+        if len(asked) > 1:
+            for each in asked:
+                yield from _choose(answer, [each], batch_size, base)
+            return
+        found, stop = [None], f"error: {problem}"
+    seconds = (time.monotonic() - started) / len(asked)
+    for (number, question), fits in zip(asked, found, strict=True):
+        losses = dict(zip(question.options, (fit.loss / fit.ids for fit in fits or []), strict=False))
+        chosen = min(losses, key=losses.get, default="")
+        right = {"accuracy": float(chosen == question.key)}
+        yield {
+            "row": number,
+            "where": question.where,
+            "prompt": [{"role": turn.role, "content": turn.text} for turn in question.turns],
+            "question": question.turns[-1].text,
+            "reference": question.key,
+            "answer": chosen,
+            "stop": stop,
+            "seconds": round(seconds, 3),
+            "losses": losses,
+            "scores": right | ({"loss": losses[question.key]} if losses else {}),
+        }
+
+
+def _number_score(text, reference, question):
+    return {"accuracy": float(tasks.last_number(text) == tasks.last_number(reference))}
+
+
+def _changes(found, cfg):
+    """{task: [low, high]} of the change of accuracy, for the tasks that both models have."""
+    changes = {}
+    for task in found["base"].keys() & found["tuned"].keys():
+        each = [_alone([r["scores"] for r in evaluate.records_in(_path(cfg, task, base))]) for base in (True, False)]
+        changes[task] = bootstrap.change_intervals(*each, cfg.seed)["accuracy"]
+    return changes
+
+
+def _alone(scores):
+    return [{"accuracy": score["accuracy"]} for score in scores]
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _path(cfg, task, base):
+    return Path(cfg.model_save_dir) / f"task_{task}{'_base' if base else ''}.jsonl"

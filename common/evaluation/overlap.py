@@ -1,0 +1,46 @@
+"""Rows to be scored that the training files hold too: such a score says what was remembered, not what was learnt."""
+
+from types import SimpleNamespace
+
+from common.data import dataset
+from common.errors import UserError
+
+
+def count(manifest, rows, apart=False):
+    """{questions, rows, unread}: how many of `rows` [(where, turns)] have their question, or question and answer, in
+    the files the run in `manifest` was trained on; `unread` names files that are gone or no longer the same.
+
+    Blanks and system texts do not count. apart: the rows are the run's validation rows, which were kept out of
+    training: what stands in their own line of the file is no overlap.
+    """
+    wanted = {}
+    for number, (_, turns) in enumerate(rows):
+        for kept in (turns[:-1], turns):
+            wanted.setdefault(_key(kept), set()).add(number)
+    own = {where for where, _ in rows} if apart else set()
+    trained, unread = set(), []
+    knobs = SimpleNamespace(**{name: manifest["config"][name] for name in ("model_name", "model_author")})
+    for source in manifest["data"]:
+        try:
+            same = dataset.file_hash(source["path"]) == source["sha256"]
+        except UserError:
+            same = False
+        if not same:
+            unread.append(source["path"])
+            continue
+        for where, turns, reason in dataset.conversations(source["path"], knobs):
+            if reason is None and where not in own:
+                trained |= _keys_of(turns) & wanted.keys()
+    questions, whole = ({number for key in trained if key[0] == kind for number in wanted[key]} for kind in "qa")
+    return {"questions": len(questions), "rows": len(whole), "unread": unread}
+
+
+def _keys_of(turns):
+    """Keys of every question and every answer in a conversation, with all that was said before."""
+    return {_key(turns[:end]) for end in range(1, len(turns) + 1)}
+
+
+def _key(turns):
+    """("q" for a question or "a" for an answer at the end, the texts without blanks)."""
+    texts = tuple("".join(turn.text.split()) for turn in turns if turn.role != "system")
+    return ("a" if turns[-1].role == "assistant" else "q", texts)

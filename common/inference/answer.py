@@ -1,0 +1,277 @@
+"""The seam between a model and its users: turns in, answer text out, for console, evaluation and service alike."""
+
+import contextlib
+import itertools
+import re
+import threading
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from common.data import pieces
+from common.errors import UserError
+from common.model import model
+from common.runs.run import check_fits, read_manifest
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn. Greedy unless `do_sample`."""
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+
+    @classmethod
+    def of(cls, cfg, **changes):
+        """The sampling a config asks for."""
+        return cls(**{name: getattr(cfg, name) for name in cls.__dataclass_fields__} | changes)
+
+
+class Answer(NamedTuple):
+    """One generated answer. `stop` is "stop" (it ended itself) or "length" (it was cut off)."""
+
+    text: str
+    stop: str
+    tokens: int
+
+
+class Answerer:
+    """Answers conversations with one model; safe to call from several threads, one generation at a time."""
+
+    def __init__(self, net, tokenizer, prompt, style, max_length_q, load_base=None):
+        """load_base: gives the base of a `net` that has no adapter to switch off, when it is first asked for."""
+        self.net, self.tokenizer, self.prompt, self.style = net, tokenizer, prompt, style
+        self.load_base, self.base_net = load_base, None
+        self.max_length_q, self.stop_ids = max_length_q, prompt.stop_ids(tokenizer, style)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
+        self.lock = threading.Lock()
+        _forget_generation_config(net)
+
+    def prompt_ids(self, turns):
+        """The ids the model is asked with; UserError where even the headers do not fit."""
+        try:
+            return pieces.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)[0]
+        except pieces.TooLong as problem:
+            raise UserError(str(problem)) from None
+
+    def __call__(self, conversations, sampling, base=False):
+        """Answers (in order) to conversations, each a list of Turns that ends with a question, in one batch.
+
+        base: without the adapter. Sampling draws from torch's global generator.
+        """
+        prompts = [self.prompt_ids(turns) for turns in conversations]
+        rows = self._generate(prompts, sampling, base)
+        return [self._answer(row) for row in rows]
+
+    def stream(self, turns, sampling, base=False):
+        """Yield the pieces of text of one answer as they are generated. Closing the generator stops the generation."""
+        if sampling.num_beams > 1:  # beams change their minds: there is nothing to show before the end
+            yield self([turns], sampling, base)[0].text
+            return
+        streamer = _Pieces(self.tokenizer, self.prompt, self.stop_ids)
+        arguments = ([self.prompt_ids(turns)], sampling, base, streamer)
+        worker = threading.Thread(target=streamer.run, args=(self._generate, *arguments), daemon=True)
+        worker.start()
+        try:
+            yield from streamer
+        finally:
+            streamer.cancelled = True
+            worker.join()
+
+    def _generate(self, prompts, sampling, base=False, streamer=None):
+        """New ids of each prompt, pads and all; padded on the left for the batch."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts], device=self.net.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.net.device)
+        with self.lock, torch.inference_mode(), self.chosen(base) as net:
+            output = net.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=self.generation_config(sampling),
+                streamer=streamer,
+                stopping_criteria=[streamer.stopped] if streamer else None,
+            )
+        return output[:, width:].tolist()
+
+    @contextlib.contextmanager
+    def chosen(self, base):
+        """The net that answers: the tuned one, its adapter switched off for `base`, or the base loaded beside it."""
+        if base and hasattr(self.net, "disable_adapter"):
+            with self.net.disable_adapter():
+                yield self.net
+        elif base and self.load_base:
+            if self.base_net is None:
+                self.base_net = self.load_base()
+                _forget_generation_config(self.base_net)
+            yield self.base_net
+        else:
+            yield self.net
+
+    def generation_config(self, sampling):
+        """transformers' settings for a Sampling."""
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.do_sample,
+            num_beams=sampling.num_beams,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.pad_id,
+            use_cache=True,
+            **(drawn if sampling.do_sample else {}),
+        )
+
+    def _answer(self, ids):
+        ends = [number for number, id_ in enumerate(ids) if id_ in self.stop_ids]
+        kept = ids[: ends[0]] if ends else ids
+        text = self.prompt.clean(decode(self.tokenizer, kept))
+        return Answer(text, "stop" if ends else "length", len(kept))
+
+
+def _forget_generation_config(net):
+    """What the checkpoint's own generation config asks for would mix with ours."""
+    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+    causal.generation_config = GenerationConfig()
+
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte piece of a SentencePiece vocabulary
+
+
+def decode(tokenizer, ids):
+    """Text of generated ids; bytes that make no whole character are left out."""
+    if not tokenizer.is_fast:
+        return tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
+    text = ""
+    for are_bytes, run_ids in itertools.groupby(ids, key=lambda id_: _byte(tokenizer, id_) is not None):
+        if are_bytes:  # the tokenizer would turn a whole run into U+FFFD for one byte that is missing
+            text += bytes(_byte(tokenizer, id_) for id_ in run_ids).decode("utf-8", "ignore")
+        else:
+            text += tokenizer.decode(list(run_ids), skip_special_tokens=True)
+    return text.replace("\ufffd", "")
+
+
+def _byte(tokenizer, id_):
+    match = BYTE.fullmatch(tokenizer.convert_ids_to_tokens(id_) or "")
+    return int(match[1], 16) if match else None
+
+
+class _Pieces(BaseStreamer):
+    """Hands generated text from `generate`'s thread to an iterator, whole characters only."""
+
+    def __init__(self, tokenizer, prompt, stop_ids):
+        self.tokenizer, self.prompt, self.stop_ids = tokenizer, prompt, stop_ids
+        self.ids, self.sent, self.cancelled, self.error, self.prompt_seen = [], "", False, None, False
+        self.ready, self.parts, self.done = threading.Condition(), [], False
+
+    def run(self, generate, *arguments):
+        try:
+            generate(*arguments)
+            self._show(ended=True)
+        except BaseException as error:  # carried over to the reader's thread, which raises it
+            self.error = error
+        finally:
+            with self.ready:
+                self.done = True
+                self.ready.notify()
+
+    def put(self, value):
+        if not self.prompt_seen:  # generate hands over the prompt first
+            self.prompt_seen = True
+            return
+        self.ids += [id_ for id_ in value.flatten().tolist() if id_ not in self.stop_ids]
+        self._show(ended=False)
+
+    def _show(self, ended):
+        """Hand over what is new in the answer so far; what later ids could still change waits."""
+        whole = self.prompt.clean(decode(self.tokenizer, self.ids), ended)
+        if len(whole) > len(self.sent):
+            with self.ready:
+                self.parts.append(whole[len(self.sent) :])
+                self.sent = whole
+                self.ready.notify()
+
+    def end(self):
+        pass  # `run` says when it is over, also after an error
+
+    def stopped(self, input_ids, scores, **kwargs):
+        """A stopping criterion: the reader is gone."""
+        return torch.full((input_ids.shape[0],), self.cancelled, device=input_ids.device)
+
+    def __iter__(self):
+        while True:
+            with self.ready:
+                self.ready.wait_for(lambda: self.parts or self.done)
+                parts, self.parts = self.parts, []
+                over = self.done
+            yield from parts
+            if over:
+                break
+        if self.error:
+            raise self.error
+
+
+def load(cfg, prompt, base=False):
+    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone. Errors: `open_run`."""
+    _, trained, tokenizer = open_run(cfg, prompt, base)
+    if "seed" in cfg.given:
+        torch.manual_seed(cfg.seed)
+
+    def load_base():
+        return model.load_base(trained["path_model_pretrain"], cfg.dtype, trained["bits"])
+
+    net = load_base() if base else model.load_tuned(trained, cfg.model_save_dir, cfg.dtype)
+    return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"], load_base)
+
+
+def open_run(cfg, prompt, base=False):
+    """(manifest, trained_with's dict, tokenizer) of the run in `cfg.model_save_dir`; base: its base model is enough.
+
+    Base model, prompt style and lengths are the run's own; UserError where the user asks for others, or where base,
+    tokenizer or template are no longer the ones trained with.
+    """
+    manifest = read_manifest(cfg.model_save_dir)
+    if manifest is None and not base:
+        raise UserError(f"{cfg.model_save_dir}: 还没有训练结果 no trained run here; run train.py first, or give --base")
+    if manifest is not None and manifest["state"] != "finished" and not base:
+        raise UserError(
+            f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; the same train.py command resumes it"
+        )
+    trained = trained_with(cfg, manifest, base)
+    tokenizer = model.load_tokenizer(trained["path_model_pretrain"], prompt)
+    if manifest is not None and (not base or trained["path_model_pretrain"] == manifest["base"]["path"]):
+        check_fits(manifest, trained["path_model_pretrain"], tokenizer, prompt)
+    return manifest, trained, tokenizer
+
+
+def trained_with(cfg, manifest, base):
+    """{path_model_pretrain, prompt_style, max_length_q, tuning, bits} of the run in `manifest`, or the user's.
+
+    UserError where the user asks for another base model or style; the same weights in another folder are the same
+    base. base: the base model alone may be any.
+    """
+    knobs = ("prompt_style", "max_length_q")
+    asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base}
+    asked |= {"tuning": cfg.tuning, "bits": cfg.bits}
+    if manifest is None or base and "path_model_pretrain" in cfg.given:
+        return asked
+    config = {"tuning": "lora"} | manifest["config"]  # the first runs knew no other
+    trained = {name: config[name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
+    bits = config["quantization_bit"] if config["tuning"] == "qlora" else 0
+    trained |= {"tuning": config["tuning"], "bits": bits}
+    if manifest["base"]["sha256"] and model.base_hash(cfg.base) == manifest["base"]["sha256"]:
+        trained["path_model_pretrain"] = cfg.base
+    for name in ("path_model_pretrain", "prompt_style"):
+        if name in cfg.given and asked[name] != trained[name]:
+            raise UserError(
+                f"--{name} {asked[name]}: 训练时用的是 the run in {cfg.model_save_dir} was trained "
+                f"with {trained[name]}; leave the flag out, or give another --model_save_dir"
+            )
+    return trained | ({"max_length_q": cfg.max_length_q} if "max_length_q" in cfg.given else {})

@@ -1,0 +1,86 @@
+"""The console chat of predict.py, on any object with `stream(turns, sampling, base)`."""
+
+import json
+import sys
+import time
+
+from common.data import pieces
+from common.data.shapes import Turn
+from common.errors import UserError
+from common.inference.answer import trained_with
+from common.model import model
+from common.runs import run
+
+HELP = "输入 CLEAR 清空对话 clears the history, EXIT 或 Ctrl-D 退出 leaves, Ctrl-C 停止当前回答 stops an answer"
+
+
+def chat(answer, sampling, flags, ask=input):
+    """Ask, stream the answer, remember both; until EXIT or the end of the input. flags: PredictFlags."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # half a character, left by a backspace, is no reason to leave
+    print(HELP)
+    history = []
+    while (question := _question(ask)) is not None:
+        if question.strip().upper() == "CLEAR":
+            history = []
+            print("对话已清空 history cleared")
+        elif question.strip():
+            asked = [*history, Turn("user", question)]
+            history = [*asked, Turn("assistant", _show(answer, [*_system(flags.system), *asked], sampling, flags.base))]
+
+
+def ask_once(answer, sampling, flags):
+    """Print the answer to `flags.query`; with `flags.compare` the base's above the tuned model's."""
+    turns = [*_system(flags.system), Turn("user", flags.query)]
+    if flags.compare:
+        print("基座 base: ", answer([turns], sampling, base=True)[0].text)
+        print("微调 tuned:", end=" ")
+    print(answer([turns], sampling, base=flags.base and not flags.compare)[0].text)
+
+
+def print_prompt(cfg, prompt, question, system=""):
+    """Print text and ids of the prompt for `question` as one JSON object; only the tokenizer is loaded."""
+    manifest = run.read_manifest(cfg.model_save_dir)
+    trained = trained_with(cfg, manifest, base=True)
+    tokenizer = model.load_tokenizer(trained["path_model_pretrain"], prompt)
+    turns = [*_system(system), Turn("user", question)]
+    try:
+        ids, _ = pieces.prompt_ids(tokenizer, prompt, turns, trained["prompt_style"], trained["max_length_q"])
+    except pieces.TooLong as problem:
+        raise UserError(str(problem)) from None
+    text = pieces.shown(tokenizer, ids)
+    print(json.dumps({"text": text, "input_ids": ids}, ensure_ascii=False))
+
+
+def _system(text):
+    return [Turn("system", text)] if text else []
+
+
+def _question(ask):
+    """What the user typed; None to leave."""
+    while True:
+        try:
+            question = ask("请输入:")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print("\n" + HELP)
+            continue
+        return None if question.strip().upper() == "EXIT" else question
+
+
+def _show(answer, turns, sampling, base):
+    """Stream one answer to the screen and return it; Ctrl-C keeps what there is."""
+    print("请稍等...")
+    started, text = time.time(), ""
+    stream = answer.stream(turns, sampling, base=base)
+    try:
+        for part in stream:
+            print(part, end="", flush=True)
+            text += part
+    except KeyboardInterrupt:
+        stream.close()
+        print(" [已停止 stopped]", end="")
+    print(f"\n{time.time() - started:.2f} 秒 seconds")
+    return text

@@ -1,0 +1,97 @@
+"""How likely a model finds given answers: their log probability after the very prompt it was trained with."""
+
+from typing import NamedTuple
+
+import torch
+
+from common.data import pieces
+from common.data.shapes import Turn
+from common.errors import UserError
+from common.model.loss import token_losses
+
+
+class Fit(NamedTuple):
+    """A model's view of one answer: its loss in nats over `ids` ids (the stop id left out)."""
+
+    loss: float
+    ids: int
+
+
+class Sequence(NamedTuple):
+    """Ids to run through the model, and which of its outputs count: (answer number, position, id to be predicted)."""
+
+    ids: list
+    targets: list
+
+
+def fits(answerer, questions, base=False, batch_size=32):
+    """A list of Fits for each (turns, answers) of `questions`, in order.
+
+    answerer: an answer.Answerer; turns end with a question, rendered as in training; answers are texts. base: without
+    the adapter. batch_size: sequences run together. UserError where a prompt's headers exceed the answerer's limit.
+    """
+    sequences = [
+        (number, sequence) for number, question in enumerate(questions) for sequence in _sequences(answerer, *question)
+    ]
+    sequences.sort(key=lambda item: len(item[1].ids))
+    losses = [[0.0] * len(answers) for _, answers in questions]
+    counts = [[0] * len(answers) for _, answers in questions]
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start : start + batch_size]
+        places = [(number, answer) for number, sequence in batch for answer, _, _ in sequence.targets]
+        found = _losses(answerer, [sequence for _, sequence in batch], base)
+        for (number, answer), loss in zip(places, found, strict=True):
+            losses[number][answer] += loss
+            counts[number][answer] += 1
+    return [list(map(Fit, *parts)) for parts in zip(losses, counts, strict=True)]
+
+
+def _sequences(answerer, turns, answers):
+    """One Sequence for all answers that differ in their last id alone, as letters do; or else one for each."""
+    prompt = answerer.prompt_ids(turns)
+    endings = [_answer_ids(answerer, turns[-1], answer) for answer in answers]
+    if len({tuple(ending[:-1]) for ending in endings}) == 1:
+        groups = [list(enumerate(endings))]
+    else:
+        groups = [[item] for item in enumerate(endings)]
+    for group in groups:
+        targets = [
+            (answer, len(prompt) - 1 + place, id_) for answer, ending in group for place, id_ in enumerate(ending)
+        ]
+        yield Sequence(prompt + group[0][1][:-1], targets)
+
+
+def _answer_ids(answerer, question, text):
+    """Ids of `text` as an answer is trained on, without its stop id."""
+    rendered = answerer.prompt.render(answerer.tokenizer, [question, Turn("assistant", text)], answerer.style)
+    ids = list(rendered[-1].ids)[:-1]
+    if rendered[-1].part != pieces.ANSWER or not ids:
+        raise UserError(f"{text!r}: 选项没有 token the option has no ids of its own")
+    return ids
+
+
+def _losses(answerer, sequences, base):
+    """The loss in nats of each target of each sequence, in order."""
+    device = answerer.net.device
+    longest = max(len(sequence.ids) for sequence in sequences)
+    ids = torch.full((len(sequences), longest), answerer.pad_id)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        mask[row, : len(sequence.ids)] = 1
+    rows, positions, targets = zip(
+        *((row, place, id_) for row, sequence in enumerate(sequences) for _, place, id_ in sequence.targets),
+        strict=True,
+    )
+    with answerer.lock, torch.inference_mode(), answerer.chosen(base) as net:
+        causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+        trunk = causal.get_decoder()
+        hidden = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+        found = token_losses(
+            hidden[list(rows), list(positions)],
+            torch.tensor(targets, device=device),
+            causal.get_output_embeddings(),
+            causal.config.get_text_config().vocab_size,
+            softcap=getattr(causal.config, "final_logit_softcapping", None),
+        )
+    return found.tolist()

@@ -1,0 +1,127 @@
+"""An Answerer elsewhere: any server of OpenAI's completions (ours, vLLM, SGLang, llama.cpp), asked with our prompts."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+from common.data import pieces
+from common.errors import UserError
+from common.inference.answer import Answer, trained_with
+from common.model import model
+from common.runs import run
+
+TOGETHER = 16  # requests at once
+BUSY = (429, 503)  # worth another try
+
+
+class Remote:
+    """Called like an Answerer. Prompts go as token ids; as text where a server takes no ids.
+
+    url: up to and with /v1. The key is taken from the environment's OPENAI_API_KEY. UserError where nobody answers.
+    """
+
+    def __init__(self, url, tokenizer, prompt, style, max_length_q):
+        self.url, self.tokenizer, self.prompt, self.style = url.rstrip("/"), tokenizer, prompt, style
+        self.max_length_q, self.as_text = max_length_q, False
+        try:
+            with self._open("/models") as response:
+                self.names = [one["id"] for one in json.load(response)["data"]]
+        except (ValueError, KeyError, TypeError):
+            self.names = []
+        if not self.names:
+            raise UserError(f"--base_url {url}: 没有模型 no model is served there; the URL ends with /v1")
+        self.origin = f"{self.url} {self.names[0]}"  # what predictions made by it are remembered under
+
+    def __call__(self, conversations, sampling, base=False):
+        """Answers (in order) to conversations, each a list of Turns that ends with a question; some at once."""
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            return list(pool.map(lambda turns: self._answer(turns, sampling, base), conversations))
+
+    def stream(self, turns, sampling, base=False):
+        """Yield the pieces of text of one answer as they come. Closing the generator leaves the server."""
+        text, sent = "", ""
+        with self._complete(turns, sampling, base, stream=True) as response:
+            for line in response:
+                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b"[DONE]"
+                if data == b"[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise UserError(f"{self.url}: {event['error'].get('message', event['error'])}")
+                text += event["choices"][0]["text"] if event["choices"] else ""
+                whole = self.prompt.clean(text, ended=False)
+                yield whole[len(sent) :]
+                sent = whole
+        yield self.prompt.clean(text)[len(sent) :]
+
+    def _answer(self, turns, sampling, base):
+        with self._complete(turns, sampling, base) as response:
+            found = json.load(response)
+        choice, tokens = found["choices"][0], (found.get("usage") or {}).get("completion_tokens", 0)
+        return Answer(self.prompt.clean(choice["text"]), choice["finish_reason"] or "stop", tokens)
+
+    def _complete(self, turns, sampling, base, stream=False):
+        """The open response to a completion of the conversation."""
+        try:
+            ids, _ = pieces.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
+        except pieces.TooLong as problem:
+            raise UserError(str(problem)) from None
+        body, refused = self._body(sampling, base) | {"stream": stream}, None
+        if not self.as_text:
+            try:
+                return self._open("/completions", body | {"prompt": ids})
+            except _Refused as problem:
+                refused = problem
+        whole = ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids  # a server puts it before a text
+        response = self._open("/completions", body | {"prompt": pieces.shown(self.tokenizer, whole)}, refused)
+        if refused:
+            self.as_text = True
+            print(f"{self.url}: 不接受 token id，改发文字 takes no token ids; prompts go as text: {refused}")
+        return response
+
+    def _body(self, sampling, base):
+        if sampling.num_beams > 1:
+            raise UserError("--num_beams: 服务端没有 a server has no beam search; leave it out")
+        if base and "base" not in self.names:
+            raise UserError(f"--base_url {self.url}: 没有 serves no model called base: {', '.join(self.names)}")
+        body = {"model": "base" if base else self.names[0], "max_tokens": sampling.max_new_tokens, "temperature": 0}
+        if sampling.do_sample:
+            body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        if sampling.repetition_penalty != 1:  # not OpenAI's, and so not sent unasked
+            body["repetition_penalty"] = sampling.repetition_penalty
+        return body
+
+    def _open(self, path, body=None, refused=None, tries=8):
+        """The open response; asks again where the server is busy. _Refused where it does not take the body."""
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = json.dumps(body).encode() if body else None
+        try:
+            return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=600)
+        except urllib.error.HTTPError as problem:
+            with problem:
+                said = problem.read(2000).decode("utf-8", "replace")
+            if problem.code in BUSY and tries:
+                time.sleep(min(int(problem.headers.get("Retry-After") or 1), 10))
+                return self._open(path, body, refused, tries - 1)
+            if problem.code in (400, 422) and body and not refused:
+                raise _Refused(said) from None
+            raise UserError(f"--base_url {self.url}{path}: {problem.code}: {refused or said}") from None
+        except (OSError, ValueError) as problem:
+            raise UserError(f"--base_url {self.url}: 无法连接 nobody answers there: {problem}") from None
+
+
+class _Refused(UserError):
+    """The server does not take this body."""
+
+
+def load(cfg, prompt, url):
+    """The Remote at `url` with tokenizer, prompt style and length of the run in `cfg.model_save_dir`, or the user's."""
+    trained = trained_with(cfg, run.read_manifest(cfg.model_save_dir), base=True)
+    tokenizer = model.load_tokenizer(trained["path_model_pretrain"], prompt)
+    return Remote(url, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])

@@ -1,0 +1,139 @@
+"""Cross entropy over supervised positions only, a chunk of logits at a time, never [batch, length, vocabulary]."""
+
+import functools
+from types import MethodType
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from common.data.pieces import IGNORED
+from common.model.lean import times_transposed, with_pads
+
+LOGITS, ROWS = 1 << 24, 128  # of logits alive at once on a CPU: 64 MiB in fp32, and more rows are no faster
+
+
+def chunk_rows(vocabulary, device_type):
+    """Rows of logits alive at once; a GPU's matrix products want more of them."""
+    times = 1 if device_type == "cpu" else 4
+    return max(16, min(times * LOGITS // vocabulary, times * ROWS) // 16 * 16)
+
+
+def use_supervised_loss(model, smoothing=0.0):
+    """Make `model(input_ids, labels=…)` return the chunked loss; without labels its forward stays as it is.
+
+    `model` is a transformers causal LM (peft's wrapper around it included). labels [B, T] are aligned with input_ids,
+    -100 is not counted. The loss is the sum over counted ids divided by `num_items_in_batch`, or by their number where
+    that is not given. In evaluation mode `logits` holds [B, 2] instead: each row's summed loss and counted ids.
+    smoothing: share of the target that all pieces get alike, in training mode.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain_forward = causal.forward
+    _score_in_head(causal.get_output_embeddings())
+
+    @functools.wraps(type(causal).forward)  # generate looks up in its signature what a model takes
+    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+        if labels is None:
+            return plain_forward(input_ids=input_ids, **kwargs)
+        hidden = self.get_decoder()(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+        targets = labels[:, 1:]
+        counted = targets != IGNORED
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        smoothed = smoothing if self.training else 0.0
+        vocabulary = self.config.get_text_config().vocab_size
+        losses = self.get_output_embeddings()(hidden[:, :-1][counted], targets[counted], vocabulary, softcap, smoothed)
+        loss = losses.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=None if self.training else _row_sums(losses, counted))
+
+    causal.forward = MethodType(forward, causal)
+    causal.accepts_loss_kwargs = True  # the Trainer then counts the supervised ids of the whole batch and hands them in
+
+
+def _score_in_head(head):
+    """Make `head(hidden, targets, vocabulary, …)` return the losses; without targets its forward stays as it is.
+
+    A call of the head lets FSDP2 and ZeRO-3 put its weight together, of which each process holds a part.
+    """
+    project, is_linear = head.forward, type(head) is torch.nn.Linear and head.bias is None
+
+    def forward(self, hidden, targets=None, vocabulary=None, softcap=None, smoothing=0.0):
+        if targets is None:
+            return project(hidden)
+        weight = self.weight if is_linear and not self.weight.requires_grad else None
+        return token_losses(hidden, targets, project, vocabulary, weight, softcap, smoothing)
+
+    head.forward = MethodType(forward, head)
+
+
+def token_losses(hidden, targets, project, vocabulary, weight=None, softcap=None, smoothing=0.0):
+    """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], project(hidden) the logits [N, V].
+
+    weight [V, H]: the output layer's, where it is all of it and not trained. softcap: where the model has one, logits =
+    softcap * tanh(logits / softcap). smoothing: the target is (1 - smoothing) at the piece wanted plus
+    smoothing / vocabulary everywhere (Szegedy et al. 2015, arXiv 1512.00567).
+    """
+    if weight is not None:
+        return _FrozenHeadLoss.apply(hidden, weight, targets, softcap, smoothing)
+    rows = chunk_rows(vocabulary, hidden.device.type)
+    losses = [
+        checkpoint(_chunk_losses, part, target, project, softcap, smoothing, use_reentrant=False)
+        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _chunk_losses(hidden, targets, project, softcap, smoothing):
+    logits = project(hidden).float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The loss under a head that is not trained: its gradient is known as soon as the logits are.
+
+    So it is computed in the forward pass, chunk by chunk: two matrix products a chunk, and no logits are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, smoothing):
+        count, hidden, targets = len(hidden), with_pads(hidden), with_pads(targets)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = chunk_rows(weight.shape[0], hidden.device.type)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = times_transposed(hidden[part], weight).float()
+            if softcap:
+                logits.div_(softcap).tanh_()
+                slope = 1 - logits.square() if gradient is not None else None
+                logits.mul_(softcap)
+            wanted, largest = targets[part, None], logits.amax(dim=-1, keepdim=True)
+            reached = (1 - smoothing) * logits.gather(1, wanted)
+            if smoothing:
+                reached += smoothing * logits.mean(dim=-1, keepdim=True)
+            error = logits.sub_(largest).exp_()  # softmax, in the logits' own memory
+            total = error.sum(dim=-1, keepdim=True)
+            losses[part] = (largest + total.log() - reached).squeeze(1)
+            if gradient is None:
+                continue
+            error.div_(total).scatter_add_(1, wanted, torch.full_like(total, smoothing - 1.0))
+            if smoothing:
+                error.sub_(smoothing / weight.shape[0])
+            if softcap:
+                error.mul_(slope)
+            gradient[part] = times_transposed(error.to(weight.dtype), weight.T)
+        ctx.save_for_backward(None if gradient is None else gradient[:count])
+        return losses[:count]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
+
+
+def _row_sums(losses, counted):
+    """[B, 2] fp32 from the losses of the counted positions [N]: each row's sum and count."""
+    sums = losses.new_zeros(counted.shape[0]).index_add_(0, counted.nonzero()[:, 0], losses)
+    return torch.stack([sums, counted.sum(1).to(sums.dtype)], dim=1)

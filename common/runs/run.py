@@ -1,0 +1,316 @@
+"""A run's folder: its manifest, its lock, its whole checkpoints, and what of it may be resumed."""
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from common import jsonl, processes
+from common.config import ROOT
+from common.data import dataset, pieces
+from common.errors import UserError
+from common.launch import rank
+from common.model import model
+
+AROUND = 12  # characters shown before and after a difference
+MANIFEST, WHOLE, DRAFT = "run_manifest.json", "whole.json", "adapter.part"
+DISK_FULL = re.compile(
+    "No space left|File too large|Disk quota|os error (27|28|122)|PytorchStreamWriter|unexpected pos"
+)
+# knobs that may change between a stop and a resume without changing what is trained
+FREE = set(
+    "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
+    "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
+    "repetition_penalty num_beams eval_batch_size host port deepspeed given".split()
+)
+# without the same of these, a checkpoint's weights do not load
+SHAPING = set(
+    "base tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules "
+    "modules_to_save".split()
+)
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
+
+
+class Run(NamedTuple):
+    """A run under way: its folder, its manifest, the lock that keeps others out, and where to go on from.
+
+    Only the first of several processes has the lock and writes.
+    """
+
+    folder: Path
+    manifest: dict
+    lock: FileLock | None
+    checkpoint: Path | None
+
+
+def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
+    """Open the run's folder for this run alone and write its manifest and rejected.jsonl: the Run.
+
+    resume: "auto" goes on from the last whole checkpoint of an unfinished run; "never" starts anew; or a checkpoint's
+    folder. An earlier run's files are moved aside, never overwritten. UserError where the data or options differ from
+    the run to be resumed (but with resume_anyway, where they fit its weights), or another process trains into the
+    folder.
+    """
+    folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
+    opened = processes.first(lambda: _open(folder, manifest, resume, rows, resume_anyway))
+    lock, checkpoint = opened or (None, None)
+    return Run(folder, _seen_by_all(folder, manifest), lock, processes.share(checkpoint))
+
+
+def _open(folder, manifest, resume, rows, resume_anyway):
+    """(lock, checkpoint to go on from or None), the folder being ready to be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder}: 另一个训练正在写入 another run is writing here; give another --model_save_dir"
+        ) from None
+    try:
+        if resume in ("auto", "never"):
+            checkpoint = _checkpoint_in(folder, manifest, resume, resume_anyway)
+        else:
+            checkpoint = _chosen_checkpoint(Path(resume), manifest, resume_anyway)
+    except UserError:
+        lock.release()
+        raise
+    write_json(folder / MANIFEST, manifest)
+    jsonl.write(folder / "rejected.jsonl", rows.rejected)
+    return lock, checkpoint
+
+
+def _seen_by_all(folder, manifest):
+    """The first process's manifest; UserError in a process that does not find it in its own `folder`."""
+    written = processes.share(manifest)
+    if (read_manifest(folder) or {}).get("started") != written["started"]:
+        raise UserError(
+            f"{folder}: 各机器看到的不是同一个文件夹 not one folder for all machines; put it on a shared disk"
+        )
+    return written
+
+
+def describe(cfg, tokenizer, prompt, rows):
+    """The manifest of a run about to start: all that decides what it learns, and what its users must match."""
+    template = pieces.template_text(tokenizer, prompt, cfg.prompt_style)
+    knobs = {name: value for name, value in asdict(cfg).items() if name != "given"}
+    return {
+        "state": "training",
+        "config": knobs,
+        "base": {"path": cfg.base, "sha256": model.base_hash(cfg.base)},
+        "tokenizer_sha256": dataset.tokenizer_hash(tokenizer),
+        "template": {
+            "style": cfg.prompt_style,
+            "text": template,
+            "sha256": hashlib.sha256(template.encode()).hexdigest(),
+        },
+        "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
+        "data": rows.sources,
+        "processes": processes.describe(cfg),
+        "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
+        "versions": {n: importlib.metadata.version(n) for n in (*PACKAGES, *(["bitsandbytes"] if cfg.bits else []))},
+        "git_commit": _git_commit(),
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def read_manifest(folder):
+    """The manifest in `folder`, or None where there is none; UserError where it is damaged."""
+    try:
+        return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{Path(folder) / MANIFEST}: 文件损坏 is damaged; train again or restore it") from None
+
+
+def write_json(path, value):
+    """Write `value` as JSON so that `path` is either the old file or the whole new one."""
+    draft = Path(f"{path}.part")
+    draft.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def mark_whole(checkpoint):
+    """Record the sha256 of a checkpoint's files: one without this record was cut off while being written."""
+    write_json(Path(checkpoint) / WHOLE, _hashes(checkpoint))
+
+
+def last_whole_checkpoint(folder):
+    """The newest checkpoint whose files are what was written, or None; those cut off or damaged are removed."""
+    found = Path(folder).glob("checkpoint-*")
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if _is_whole(checkpoint):
+            return checkpoint
+        print(f"删除不完整的检查点 removing a checkpoint that was cut off or damaged: {checkpoint}")
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def save_tuned(net, tokenizer, folder):
+    """Save adapter or whole model, and tokenizer, into `folder`; check them; each file appears whole or not at all.
+
+    All processes call it, the first one writes.
+    """
+    state = model.whole_state(net) if processes.is_sharded(net) else None
+    if rank():
+        return
+    draft = Path(folder) / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
+    net.save_pretrained(draft, **({"state_dict": state} if state else {}))
+    verify = model.verify_adapter if hasattr(net, "peft_config") else model.verify_whole
+    verify(net, draft, state)
+    tokenizer.save_pretrained(draft)
+    for file in draft.iterdir():
+        os.replace(file, Path(folder) / file.name)
+    draft.rmdir()
+
+
+def check_fits(manifest, base, tokenizer, prompt):
+    """UserError where base (a path), tokenizer or template are not what the run in `manifest` was trained with."""
+    template = pieces.template_text(tokenizer, prompt, manifest["template"]["style"])
+    weights, ids = model.base_hash(base), dataset.tokenizer_hash(tokenizer)
+    pairs = [
+        ("基座模型 base model", manifest["base"]["sha256"], weights, "give the base trained with"),
+        ("分词器 tokenizer", manifest["tokenizer_sha256"], ids, "restore the base's tokenizer files"),
+        ("提示模板 prompt template", manifest["template"]["text"], template, "restore prompt.py"),
+    ]
+    for what, trained, now, remedy in pairs:
+        if trained != now:
+            trained, now = differing_parts(trained, now)
+            raise UserError(
+                f"{what} 与训练时不同 is not the one trained with: trained {trained}, now {now}; "
+                f"{remedy}, or train again"
+            )
+
+
+def differing_parts(trained, now):
+    """Where two texts differ, as two short quotations with a few characters around."""
+    same = len(os.path.commonprefix([trained, now]))
+    ends = len(os.path.commonprefix([trained[same:][::-1], now[same:][::-1]]))
+    quoted = []
+    for text in (trained, now):
+        start, end = max(0, same - AROUND), len(text) - ends
+        part = text[start : min(end + AROUND, start + 5 * AROUND)]
+        quoted.append(f"{'…' if start else ''}{part!r}{'…' if start + len(part) < len(text) else ''}")
+    return quoted
+
+
+@contextlib.contextmanager
+def told_when_full(folder):
+    """UserError of one line where writing into `folder` fails because the disk is full; what is half written goes."""
+    try:
+        yield
+    except Exception as problem:  # safetensors and torch raise errors of their own for a failed write
+        if isinstance(problem, UserError) or not DISK_FULL.search(f"{problem} {problem.__context__}"):
+            raise
+        last = None
+        if rank() == 0:
+            shutil.rmtree(Path(folder) / DRAFT, ignore_errors=True)
+            last = last_whole_checkpoint(folder)
+        reason = " ".join(str(problem).split())[:120]
+        raise UserError(
+            f"{folder}: 写不下了，磁盘已满？ cannot be written, the disk is full? ({reason}); "
+            f"最近的检查点 last good checkpoint: {last or 'none'}; make room, then the same command resumes"
+        ) from None
+
+
+def finish(work, results):
+    """Mark the run as finished: from now on predict, evaluation and service take its adapter."""
+    write_json(work.folder / MANIFEST, work.manifest | {"results": results, "state": "finished"})
+
+
+def _checkpoint_in(folder, manifest, resume, anyway):
+    """The checkpoint an unfinished run in `folder` goes on from; None for a fresh start, earlier files moved aside."""
+    earlier = read_manifest(folder)
+    checkpoint = last_whole_checkpoint(folder) if earlier and earlier["state"] == "training" else None
+    if resume == "auto" and checkpoint:
+        _check_same(earlier, manifest, checkpoint, anyway)
+        print(f"从检查点继续 resuming from {checkpoint}")
+        return checkpoint
+    if earlier or any(folder.glob("checkpoint-*")):  # without a manifest: a run that was killed while moved aside
+        _move_aside(folder)
+    return None
+
+
+def _chosen_checkpoint(checkpoint, manifest, anyway):
+    if not _is_whole(checkpoint):
+        raise UserError(f"--resume {checkpoint}: 不是完整的检查点 not a whole checkpoint")
+    earlier = read_manifest(checkpoint.parent)
+    if earlier:
+        _check_same(earlier, manifest, checkpoint, anyway)
+    return checkpoint
+
+
+def _is_whole(checkpoint):
+    try:
+        written, found = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8")), _hashes(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return all(found.get(name) == value for name, value in written.items())
+
+
+def _hashes(checkpoint):
+    """{file: sha256 in hex} of a checkpoint's files, those in its folders too, the record of them left out."""
+    files = sorted(file for file in Path(checkpoint).rglob("*") if file.is_file())
+    relative = {file.relative_to(checkpoint).as_posix(): file for file in files}
+    return {name: dataset.file_hash(str(file)) for name, file in relative.items() if not name.startswith(WHOLE)}
+
+
+def _check_same(earlier, manifest, checkpoint, anyway):
+    """UserError naming what differs between the run that wrote `checkpoint` and the one that would go on from it.
+
+    anyway: what differs is printed and kept in the manifest instead, unless the weights could not be loaded.
+    """
+    old, new = _flat(earlier), _flat(json.loads(json.dumps(manifest)))
+    changed = {
+        name: f"{old.get(name)} → {new.get(name)}" for name in sorted(old | new) if old.get(name) != new.get(name)
+    }
+    told = "; ".join(f"{name}: {values}" for name, values in changed.items())
+    if anyway and changed and not changed.keys() & SHAPING:
+        print(f"照样继续 resuming although data or options differ: {told}")
+        manifest["resumed_anyway"] = changed
+    elif changed:
+        way_out = "" if changed.keys() & SHAPING else "--resume_anyway 照样继续 resumes all the same, "
+        raise UserError(
+            f"{checkpoint}: 数据或参数变了 data or options differ from that run ({told}); "
+            f"{way_out}--resume never 重新开始 starts anew and keeps the old files"
+        )
+
+
+def _flat(manifest):
+    """What must be equal for a resume, as one flat dict."""
+    knobs = {name: value for name, value in manifest["config"].items() if name not in FREE}
+    data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
+    base, tokenizer, template = manifest["base"], manifest["tokenizer_sha256"], manifest["template"]["sha256"]
+    shared = {"processes": manifest.get("processes", "1")}
+    return knobs | data | shared | {"base": base, "tokenizer": tokenizer, "template": template}
+
+
+def _move_aside(folder):
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):  # it says what the others are: last
+        if file.name != ".lock":
+            file.rename(aside / file.name)
+    print(f"旧的训练结果移到 the earlier run is kept in {aside}")
+
+
+def _git_commit():
+    try:
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

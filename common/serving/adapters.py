@@ -1,0 +1,44 @@
+"""Several adapters over one base, each by a name requests choose."""
+
+import re
+
+from common.errors import UserError
+from common.model import model
+from common.runs import run
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def load(answer, specs, alone="tuned"):
+    """{name: peft's name, None for the base} of all an Answerer's model can answer as, more adapters loaded into it.
+
+    specs: "name=folder" each. The Answerer's own adapter is called tuned, the model without any base; a model without
+    adapter is called `alone`: base, or tuned where its own weights were. UserError where a name is taken or a run's
+    base or prompt style is another one.
+    """
+    models = {"tuned": "default", "base": None} if hasattr(answer.net, "get_base_model") else {alone: None}
+    for spec in specs:
+        name, equals, folder = spec.partition("=")
+        if not equals or not NAME.fullmatch(name) or name in (*models, "tuned", "default"):
+            raise UserError(
+                f"--adapters {spec}: 应为 must be name=folder, with a name not yet taken ({', '.join(models)})"
+            )
+        _check(answer, folder)
+        answer.net = model.attach(answer.net, folder, name)
+        models[name] = name
+    return models
+
+
+def _check(answer, folder):
+    """UserError where the run in `folder` was trained on another base or prompt; a bare adapter says nothing of it."""
+    manifest = run.read_manifest(folder)
+    if manifest is None:
+        return
+    net = answer.net.get_base_model() if hasattr(answer.net, "get_base_model") else answer.net
+    served = model.base_hash(net.name_or_path), answer.style
+    trained = manifest["base"]["sha256"], manifest["template"]["style"]
+    if trained != served:
+        raise UserError(
+            f"--adapters {folder}: 基座或模板不同 another base or prompt style: trained on {manifest['base']['path']}, "
+            f"{trained[1]}; served: {net.name_or_path}, {served[1]}"
+        )

@@ -1,0 +1,303 @@
+"""OpenAI's chat/completions and completions: bodies to Asks, Parts to answers and chunks."""
+
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+from common.data.shapes import Turn
+from common.engine.ticket import Ask
+from common.inference.answer import Sampling
+from common.serving.body import Field, Refused, checked, is_unicode, shown, values
+
+MOST_ANSWERS = 16  # prompts × n
+SAMPLING = {
+    "model": Field(str, "", about="a name of /v1/models; the served run if left out"),
+    "max_tokens": Field(int, None, 1, 1 << 20, "most tokens of the answer"),
+    "temperature": Field(float, None, 0, 100, "0: greedy"),
+    "top_p": Field(float, None, 0, 1, "nucleus"),
+    "top_k": Field(int, None, -1, 1 << 20, "candidates; 0 or -1: all"),
+    "presence_penalty": Field(float, 0.0, -2, 2, "taken off pieces that have occurred in the answer"),
+    "frequency_penalty": Field(float, 0.0, -2, 2, "the same, for each time"),
+    "repetition_penalty": Field(float, None, 0.01, 10, "above 1: fewer repetitions of prompt and answer"),
+    "seed": Field(int, None, -(2**63), 2**63 - 1, "the same seed draws the same answer"),
+    "n": Field(int, 1, 1, 8, "answers"),
+    "stream": Field(bool, False, about="server-sent events, the last one [DONE]"),
+    "stream_options": Field(dict, None, about='{"include_usage": true}: a last chunk with the token counts'),
+    "user": Field(str, "", about="ignored"),
+}
+CHAT = SAMPLING | {
+    "messages": Field(list, None, about='[{"role": "system|user|assistant", "content": text}]'),
+    "max_completion_tokens": Field(int, None, 1, 1 << 20, "as max_tokens"),
+    "logprobs": Field(bool, False, about="log probability of each piece"),
+    "top_logprobs": Field(int, 0, 0, 20, "and of the most probable ones in its place"),
+}
+COMPLETION = SAMPLING | {
+    "logprobs": Field(int, None, 0, 20, "log probabilities, with so many alternatives"),
+}
+# taken where they say what happens anyway, refused where they ask for something else
+ONLY = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "modalities": (["text"],),
+}
+IGNORED = "metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls reasoning_effort".split()
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+class Wanted(NamedTuple):
+    """A body read: the model's name, one Ask an answer, n of them a prompt, and how to hand them over."""
+
+    model: str
+    asks: list
+    n: int
+    stream: bool
+    include_usage: bool
+    chat: bool
+
+
+def read_chat(body, batcher, defaults):
+    """The Wanted of a chat/completions body; defaults: the service's Sampling."""
+    given = _values(body, CHAT, ("messages",))
+    if given["top_logprobs"] and not given["logprobs"]:
+        raise Refused("top_logprobs 需要 needs logprobs: true", param="top_logprobs", code="invalid_value")
+    given["max_tokens"] = given["max_completion_tokens"] or given["max_tokens"]
+    turns = read_messages(given["messages"])
+    logprobs = given["top_logprobs"] if given["logprobs"] else None
+    return _wanted(given, body, [batcher.prompt_ids(turns)], batcher, defaults, logprobs, chat=True)
+
+
+def read_completion(body, batcher, defaults):
+    """The Wanted of a completions body."""
+    given = _values(body, COMPLETION, ("prompt",))
+    prompts = _read_prompts(body.get("prompt"), batcher)
+    return _wanted(given, body, prompts, batcher, defaults, given["logprobs"], chat=False)
+
+
+def read_messages(messages):
+    """Turns, ending with a question, of a list of messages; neighbours of one role become one turn."""
+    if not isinstance(messages, list) or not messages:
+        raise Refused("messages 应为非空列表 must be a list that is not empty", param="messages", code="invalid_type")
+    turns = []
+    for number, message in enumerate(messages):
+        turn = _read_message(message, f"messages[{number}]")
+        if turns and turns[-1].role == turn.role:
+            turns[-1] = turn._replace(text=f"{turns[-1].text}\n\n{turn.text}")
+            continue
+        spoken = turns[1:] if turns and turns[0].role == "system" else turns
+        wanted = ("user", "assistant")[len(spoken) % 2]
+        if turn.role != wanted and not (turn.role == "system" and not turns):
+            raise _bad_message(f"messages[{number}]", f"role 应为 must be {wanted} here, found {turn.role}")
+        turns.append(turn)
+    if turns[-1].role != "user":
+        raise _bad_message(f"messages[{len(messages) - 1}]", "最后一轮应是 the last one must be the user's")
+    return turns
+
+
+def _read_message(message, where):
+    if not isinstance(message, dict):
+        raise _bad_message(where, f"应为对象 an object expected, found {shown(message)}")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise _bad_message(f"{where}.role", f"应为 must be one of {', '.join(ROLES)}, found {shown(role)}")
+    for name, value in message.items():
+        if name not in ("role", "content", "name") and value:
+            raise _bad_message(f"{where}.{name[:64]}", "不支持 is not supported")
+    if "name" in message and not isinstance(message["name"], str | None):
+        raise _bad_message(f"{where}.name", "应为文字 must be text")
+    text = _read_content(content, f"{where}.content")
+    if role != "assistant" and not text.strip():
+        raise _bad_message(f"{where}.content", "是空的 is empty")
+    return Turn(ROLES[role], text)
+
+
+def _read_content(content, where):
+    """The text of a content: a string, or a list of text parts."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise _bad_message(where, f"应为文字 must be text, or a list of text parts, found {shown(content)}")
+        if not is_unicode(part["text"]):
+            raise _bad_message(where, "有半个字符 holds half a character (a lone surrogate)")
+    return "\n".join(part["text"] for part in parts)
+
+
+def _bad_message(where, why):
+    return Refused(f"{where} {why}", param=where, code="invalid_message")
+
+
+def _read_prompts(prompt, batcher):
+    """Lists of ids of a `prompt`: a text, a list of texts, a list of ids, or a list of lists of ids."""
+    many = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    prompts = prompt if many else [prompt]
+    if len(prompts) > MOST_ANSWERS:
+        raise Refused(f"prompt: 最多 at most {MOST_ANSWERS}, found {len(prompts)}", param="prompt", code="out_of_range")
+    return [_read_prompt(one, batcher) for one in prompts]
+
+
+def _read_prompt(prompt, batcher):
+    if isinstance(prompt, str) and prompt and is_unicode(prompt):
+        return batcher.text_ids(prompt)
+    if isinstance(prompt, list) and prompt and all(type(id_) is int for id_ in prompt):
+        problem = batcher.problem_of(prompt)
+        if problem is None:
+            return prompt
+        raise Refused(f"prompt: {problem}", param="prompt", code="invalid_prompt")
+    raise Refused(
+        f"prompt 应为非空的文字或 token id must be text or token ids that are not empty, found {shown(prompt)}",
+        param="prompt",
+        code="invalid_type",
+    )
+
+
+def _values(body, fields, others):
+    """The checked fields; what is there and means nothing here is passed over, what cannot be done is refused."""
+    for name, allowed in ONLY.items():
+        if body.get(name) is not None and body[name] not in allowed:
+            raise Refused(f"{name} 不支持 is not supported here", param=name, code="unsupported_parameter")
+    return values(body, fields, (*others, "stop", *ONLY, *IGNORED), null=True)
+
+
+def _wanted(given, body, prompts, batcher, defaults, logprobs, chat):
+    options = given["stream_options"] or {}
+    include_usage = checked("stream_options.include_usage", options.get("include_usage", False), Field(bool))
+    if len(prompts) * given["n"] > MOST_ANSWERS:
+        raise Refused(f"n × prompt 最多 at most {MOST_ANSWERS}", param="n", code="out_of_range")
+    sampling, stop = _sampling(given, defaults), _read_stop(body.get("stop"))
+    asks = [
+        Ask(
+            ids,
+            fitted(sampling, len(ids), batcher.context, given["max_tokens"] is not None),
+            given["presence_penalty"],
+            given["frequency_penalty"],
+            None if given["seed"] is None else given["seed"] + number,
+            stop,
+            logprobs,
+            clean=chat,
+            live=given["stream"],
+        )
+        for ids in prompts
+        for number in range(given["n"])
+    ]
+    return Wanted(given["model"], asks, given["n"], given["stream"], include_usage, chat)
+
+
+def fitted(sampling, length, context, asked):
+    """`sampling` for a prompt of so many ids: prompt and answer fit in the context. Refused, with the numbers, if not.
+
+    asked: the client asked for this many tokens; otherwise the answer is as long as there is room.
+    """
+    room = context - length
+    if room < 1 or asked and room < sampling.max_new_tokens:
+        wanted = f" + max_tokens {sampling.max_new_tokens}" if asked else ""
+        raise Refused(
+            f"提示太长 the prompt is too long: {length} tokens{wanted}, 上限 the limit for both is {context}",
+            param="max_tokens" if room > 0 else None,
+            code="context_length_exceeded",
+        )
+    return replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
+
+
+def _sampling(given, defaults):
+    """The Sampling asked for. temperature 0 is greedy; what is left out is the service's default."""
+    names = {"max_tokens": "max_new_tokens", "top_p": "top_p", "repetition_penalty": "repetition_penalty"}
+    chosen = {ours: given[name] for name, ours in names.items() if given[name] is not None}
+    if given["top_k"] is not None:
+        chosen["top_k"] = max(given["top_k"], 0)
+    if given["temperature"] is not None:
+        chosen |= {"do_sample": given["temperature"] > 0, "temperature": given["temperature"] or 1.0}
+    return Sampling(**vars(defaults) | {"num_beams": 1} | chosen)
+
+
+def _read_stop(stop):
+    stops = [stop] if isinstance(stop, str) else stop or []
+    good = isinstance(stops, list) and len(stops) <= 8
+    if not good or not all(isinstance(s, str) and 0 < len(s) <= 256 and is_unicode(s) for s in stops):
+        raise Refused(
+            f"stop 应为 must be 1 to 8 texts of 1 to 256 characters, found {shown(stop)}",
+            param="stop",
+            code="invalid_value",
+        )
+    return tuple(stops)
+
+
+class Shape:
+    """What a client gets: JSON objects of one request, whole or in chunks. Texts of several answers side by side."""
+
+    def __init__(self, wanted, name, model, batcher):
+        self.wanted, self.batcher, self.started = wanted, batcher, set()
+        prefix, kind = ("chatcmpl-", "chat.completion") if wanted.chat else ("cmpl-", "text_completion")
+        self.head = {"id": prefix + name, "object": kind, "created": int(time.time()), "model": model}
+        self.offsets = [0] * len(wanted.asks)
+
+    def usage(self, tokens):
+        """Token counts; a prompt with n answers counts once."""
+        asked = sum(len(ask.ids) for ask in self.wanted.asks[:: self.wanted.n])
+        return {"prompt_tokens": asked, "completion_tokens": tokens, "total_tokens": asked + tokens}
+
+    def whole(self, parts, tokens):
+        """The answer to a request that is not streamed; parts: all of them."""
+        choices = []
+        for index in range(len(self.wanted.asks)):
+            mine = [part for part in parts if part.index == index]
+            text, entries = "".join(part.text for part in mine), [entry for part in mine for entry in part.entries]
+            said = (
+                {"message": {"role": "assistant", "content": text, "refusal": None}}
+                if self.wanted.chat
+                else {"text": text}
+            )
+            choices.append(self._choice(index, said, entries, mine[-1].stop))
+        return self.head | {"choices": choices, "usage": self.usage(tokens)}
+
+    def chunk(self, part):
+        """The chunk of one Part; the first one of a chat's answer names the role."""
+        said = {"text": part.text}
+        if self.wanted.chat:
+            role = {} if part.index in self.started else {"role": "assistant"}
+            said = {"delta": role | ({"content": part.text} if part.text or role else {})}
+            self.started.add(part.index)
+        choice = self._choice(part.index, said, part.entries, part.stop)
+        kind = "chat.completion.chunk" if self.wanted.chat else "text_completion"
+        return self.head | {"object": kind, "choices": [choice]}
+
+    def last_chunk(self, tokens):
+        """The chunk that holds the token counts."""
+        kind = "chat.completion.chunk" if self.wanted.chat else "text_completion"
+        return self.head | {"object": kind, "choices": [], "usage": self.usage(tokens)}
+
+    def _choice(self, index, said, entries, stop):
+        wanted = self.wanted.asks[index].logprobs is not None
+        logprobs = (self._chat_logprobs if self.wanted.chat else self._logprobs)(index, entries) if wanted else None
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": stop}
+
+    def _chat_logprobs(self, index, entries):
+        def one(id_, logprob):
+            token, raw = self.batcher.token(id_)
+            return {"token": token, "logprob": max(logprob, -9999.0), "bytes": raw}
+
+        content = [one(e.id, e.logprob) | {"top_logprobs": [one(*other) for other in e.top]} for e in entries]
+        return {"content": content, "refusal": None}
+
+    def _logprobs(self, index, entries):
+        found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for entry in entries:
+            token, _ = self.batcher.token(entry.id)
+            found["tokens"].append(token)
+            found["token_logprobs"].append(max(entry.logprob, -9999.0))
+            found["top_logprobs"].append({self.batcher.token(id_)[0]: max(p, -9999.0) for id_, p in entry.top})
+            found["text_offset"].append(self.offsets[index])
+            self.offsets[index] += len(token)
+        return found
+
+
+def error(message, status, param=None, code=None):
+    """OpenAI's error object."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,125 @@
+"""What a batch is made of: rows of like length together, padded on the right, blank ones where a row is missing."""
+
+import math
+import random
+
+import numpy
+import torch
+
+from common.data.pieces import IGNORED
+from common.launch import world_size
+from common.training import packing
+
+WINDOW = 50  # batches sorted by length together: little padding, yet another order every epoch
+BLANK = -1  # number of a row that is none: it fills the last batch of an epoch, so that all processes have one
+
+
+def collate(rows, pad_id):
+    """A batch of rows, or of packs, padded on the right by length.
+
+    Rows give input_ids and labels [B, T], tokens (neither padding nor blank ones), where (names). No attention mask:
+    no row looks at what is right of it, and nothing is learnt from what pads give.
+    """
+    if isinstance(rows[0], list):
+        return packing.collate(rows, pad_id)
+    longest = max(len(row["input_ids"]) for row in rows)
+    shape = (len(rows), longest)
+    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[number, :length] = torch.as_tensor(row["input_ids"])
+        labels[number, :length] = torch.as_tensor(row["labels"])
+    where = [str(row["where"]) for row in rows]
+    tokens = sum(len(row["input_ids"]) for row, name in zip(rows, where, strict=True) if name)
+    return {"input_ids": ids, "labels": labels, "tokens": tokens, "where": where}
+
+
+class RowsAndBlanks(torch.utils.data.Dataset):
+    """The rows, or packs, of `rows`; number BLANK is a row that is not counted: the first one, its labels ignored."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.blank = _blank(rows.__getitems__([0])[0])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, numbers):
+        kept = [number for number in numbers if number != BLANK]
+        return (self.rows.__getitems__(kept) if kept else []) + [self.blank] * (len(numbers) - len(kept))
+
+
+def _blank(row):
+    """A row, or a pack's first one, as one that teaches nothing and has no name."""
+    if isinstance(row, list):
+        return [_blank(row[0])]
+    return {"input_ids": row["input_ids"], "labels": [IGNORED] * len(row["input_ids"]), "where": ""}
+
+
+def sampler_of(lengths, cfg):
+    """The order in which a run of `cfg` takes rows of these lengths."""
+    together = cfg.micro_batch_size * world_size() if world_size() > 1 else 1  # one process takes what is left
+    return LengthGroupedSampler(lengths, cfg.batch_size, cfg.seed, together)
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """Row numbers in batches (of an optimizer step) of like length.
+
+    The order depends on lengths, batch, seed and epoch alone: a resume repeats it, and so does another split into micro
+    batches and processes. Blank rows at the end of an epoch make its rows a multiple of `multiple`.
+    """
+
+    def __init__(self, lengths, batch, seed, multiple=1):
+        self.lengths, self.batch, self.seed, self.epoch = numpy.asarray(lengths), batch, seed, 0
+        self.blanks = -len(self.lengths) % multiple
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.lengths) + self.blanks
+
+    def __iter__(self):
+        for batch in self.batches():
+            yield from batch
+        yield from [BLANK] * self.blanks
+
+    def batches(self):
+        """Lists of row numbers, shuffled; the longest row's comes first, a smaller one, if any, last.
+
+        So what does not fit into memory is seen at once, and a CPU's memory is taken once, not in pieces that grow.
+        """
+        order = numpy.random.default_rng((self.seed, self.epoch)).permutation(len(self.lengths))
+        window = self.batch * WINDOW
+        found = []
+        for start in range(0, len(order), window):
+            rows = order[start : start + window]
+            rows = rows[numpy.argsort(-self.lengths[rows], kind="stable")]
+            found += [rows[at : at + self.batch].tolist() for at in range(0, len(rows), self.batch)]
+        smaller = [found.pop()] if found and len(found[-1]) < self.batch else []
+        random.Random(self.seed + self.epoch).shuffle(found)
+        if found:
+            longest = max(range(len(found)), key=lambda number: self.lengths[found[number][0]])
+            found.insert(0, found.pop(longest))
+        return found + smaller
+
+    def by_weight(self, micro, passes):
+        """Row numbers of the micro batches of so many passes, those of the fewest ids first, padding included."""
+        found = []
+        for self.epoch in range(passes):
+            found += [batch[at : at + micro] for batch in self.batches() for at in range(0, len(batch), micro)]
+        return sorted(found, key=self.ids_in)
+
+    def shape(self, numbers):
+        """(rows, length) of a batch of these rows."""
+        return len(numbers), int(self.lengths[numbers].max())
+
+    def ids_in(self, numbers):
+        """Ids of a batch of these rows, padding included."""
+        return math.prod(self.shape(numbers))
+
+    def padding(self, micro):
+        """Share of the ids in an epoch that are padding, `micro` rows in one forward pass."""
+        parts = [batch[at : at + micro] for batch in self.batches() for at in range(0, len(batch), micro)]
+        width = sum(int(self.lengths[part].max()) * len(part) for part in parts)
+        return 1 - int(self.lengths.sum()) / width

@@ -1,0 +1,363 @@
+"""What train.py --check does: judges every row, shows what the loss sees, tries the heaviest step, gives a verdict."""
+
+import contextlib
+import hashlib
+import json
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy
+
+from common.data import dataset
+from common.data.pieces import IGNORED
+from common.errors import UserError, is_out_of_memory
+from common.launch import world_size
+from common.training import memory, rehearsal, tuning
+
+SAMPLES = 3  # rows shown with their mask
+SHOWN = 20  # lines printed of each kind of defect; --json has all
+PERCENTS = (50, 90, 95, 99, 100)
+STEPS = 2  # of a rehearsal; the first is not timed
+NO_END = "有的行不以停止符结尾 rows whose last supervised id is no stop id: the model would not stop"
+OUT_OF_MEMORY = "--micro_batch_size 1, --gradient_checkpointing true, a smaller --max_length_q or --max_length_a"
+
+
+class Finding(NamedTuple):
+    """A defect: file:line (or file), its kind, what was found and expected, the remedy, whether the verdict is bad."""
+
+    where: str
+    kind: str
+    found: str
+    expected: str
+    remedy: str
+    bad: bool = True
+
+
+# words of the reason why a row was left out: (kind, what was expected, remedy); the first that fits is taken
+REASONS = {
+    "broken JSON line": ("broken line", "one whole JSON object a line", "repair or delete the line"),
+    "columns expected": ("broken line", "as many cells as the header", "repair or delete the line, quote commas"),
+    "an object expected": ("wrong type", "a JSON object with named fields", "write the row as {…}"),
+    "unknown keys": ("unknown keys", "the keys of a known shape", "rename the keys as README's Data section shows"),
+    "ambiguous keys": ("ambiguous keys", "the keys of one shape", "remove the keys that are not meant"),
+    "multiple-choice": ("unknown keys", "a question and an answer", "score with it, do not train on it"),
+    "is not filled": ("identity", "a value for each placeholder", "--model_name 小黄 'Xiao Huang' --model_author …"),
+    "there is no question": ("no question", "a question and its answer", "add them or delete the row"),
+    "the first turn must": (
+        "turn order",
+        "user, assistant, user, assistant, …",
+        "delete what stands before a question",
+    ),
+    "the last turn must": ("turn order", "an answer at the end", "add the answer or delete the last question"),
+    "must be user": ("turn order", "user, assistant, user, assistant, …", "join or delete turns said in a row"),
+    "must be assistant": ("turn order", "user, assistant, user, assistant, …", "join or delete turns said in a row"),
+    "unknown role": ("wrong type", "a known role", "rename the role"),
+    "must be": ("wrong type", "text, or a list where the shape has one", "write the value as the shape asks"),
+    "expected, found": ("wrong type", "an utterance with its role and text", "write it as the shape asks"),
+    "empty": ("empty", "text that can be seen", "write it or delete the row"),
+    "only blanks": ("empty", "text that can be seen", "write it or delete the row"),
+    "half a character": ("broken text", "whole characters", "repair the text where it was cut"),
+    "--max_length_a": ("over-long", "an answer within --max_length_a", "a larger --max_length_a or a shorter answer"),
+    "--max_length_q": (
+        "masked",
+        "room for the question: else every label of the row is masked",
+        "a larger --max_length_q or a shorter system text",
+    ),
+    "is supervised": ("masked", "an id that the loss counts", "look at the row's answer and at --loss_on"),
+}
+
+
+def run(cfg, flags, base, tokenizer, prompt):
+    """Print what --check found, with `flags.json` as one JSON object; SystemExit(1) where the verdict is bad."""
+    if world_size() > 1:
+        raise UserError(
+            "--check: 用一个进程运行 run it as one process, without a launcher; a step's memory is per process"
+        )
+    with contextlib.redirect_stdout(sys.stderr) if flags.json else contextlib.nullcontext():
+        rows, report = examine(cfg, tokenizer, prompt)
+        show_rows(report)
+        measured, failures = rehearse(cfg, base, tokenizer, rows) if rows else ({}, [])
+        show_step(measured)
+        problems = Counter(finding["kind"] for finding in report["findings"] if finding["bad"])
+        problems += Counter(failures) + Counter([NO_END] if report["stop_share"] < 1 else [])
+        show_verdict(problems)
+    report |= measured | {"problems": dict(problems), "verdict": "bad" if problems else "good"}
+    if flags.json:
+        print(json.dumps(report, ensure_ascii=False))
+    if problems:
+        raise SystemExit(1)
+
+
+def examine(cfg, tokenizer, prompt):
+    """(Rows or None where nothing can be trained on, the report about every row of data_path and eval_data_path)."""
+    cfg = replace(cfg, strict=False, max_dropped=1.0)
+    files, findings = _files(cfg, tokenizer, prompt)
+    lost = {row["where"] for _, _, rejected in files for row in rejected}
+    known, asked, same = {}, set(), []
+    findings += _judge_texts(cfg, lost, tokenizer, known, asked, same)
+    overlap = _held_out_overlap(cfg, known, asked, findings)
+    try:
+        rows = dataset.prepare(cfg, tokenizer, prompt)
+    except UserError as problem:
+        rows = None
+        if not findings:
+            findings.append(_unreadable(problem))
+    validation = set(rows.validation["where"]) if rows else set()
+    straddling = [pair for pair in same if len(validation & set(pair)) == 1]
+    findings += [_on_both_sides(first, second) for first, second in straddling]
+    sources = [source for _, source, _ in files]
+    totals = {name: sum(source[name] for source in sources) for name in ("rows", "kept", "cut", "tokens", "supervised")}
+    report = {
+        "rows": {name: totals[name] for name in ("rows", "kept", "cut")}
+        | {"dropped": totals["rows"] - totals["kept"], "duplicates": len(same)}
+        | ({"train": len(rows.train), "validation": len(rows.validation)} if rows else {}),
+        "overlap": overlap | {"validation": len(straddling)},
+        **_shares(files, totals, set(prompt.stop_ids(tokenizer, cfg.prompt_style))),
+        "kinds": dict(Counter(finding.kind for finding in findings)),
+        "findings": [finding._asdict() for finding in sorted(findings, key=_place)],
+        "samples": _samples(rows, tokenizer, cfg.seed) if rows else [],
+    }
+    return rows, report
+
+
+def _files(cfg, tokenizer, prompt):
+    """[(tokenised dataset, source, rejected)] of the readable files of data_path; the Findings of their rows."""
+    files, findings, tokenizer_id = [], [], dataset.tokenizer_hash(tokenizer)
+    for path in dict.fromkeys(dataset.split_sample(spec)[0] for spec in cfg.data_path):
+        try:
+            files.append(dataset.tokenised(path, cfg, tokenizer, tokenizer_id, prompt))
+        except UserError as problem:
+            findings.append(_unreadable(problem))
+            continue
+        rows, _, rejected = files[-1]
+        findings += [_left_out(row["where"], row["reason"]) for row in rejected]
+        findings += [_cut(cfg, where) for where, cut in zip(rows["where"], rows["cut"], strict=True) if cut]
+    return files, findings
+
+
+def _left_out(where, reason):
+    kind, expected, remedy = next(
+        (said for words, said in REASONS.items() if words in reason), ("unusable", "a known shape", "see README, Data")
+    )
+    return Finding(where, kind, reason, expected, remedy)
+
+
+def _unreadable(problem):
+    where, _, found = str(problem).partition(": ")
+    return Finding(where, "unreadable file", found, "a whole file in UTF-8", "repair it or check the path")
+
+
+def _cut(cfg, where):
+    found = "提问太长，中间或最早的轮次被截去 older turns or the question's middle are cut"
+    return Finding(
+        where, "cut", found, f"a prompt within --max_length_q {cfg.max_length_q}", "a larger --max_length_q", bad=False
+    )
+
+
+def _on_both_sides(first, second):
+    found = f"训练与验证各有一份 in training and in validation: {first} and {second}"
+    return Finding(second, "validation overlap", found, "each row on one side", "delete one of the two", bad=False)
+
+
+def _judge_texts(cfg, lost, tokenizer, known, asked, same):
+    """Findings about what rows say: repeated rows, typed control tokens.
+
+    Fills `known` {digest of a row: where}, `asked` {digest of a question} and `same` [(first, again)].
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control = re.compile("|".join([*map(re.escape, special), r"<\|\w+\|>"]))  # the last: what most templates use
+    findings = []
+    for where, turns in _conversations(cfg):
+        if where in lost:
+            continue
+        digest = _digest(turns)
+        if turns[:-1]:  # plain text asks nothing
+            asked.add(_digest(turns[:-1]))
+        first = known.setdefault(digest, where)
+        if first != where:
+            same.append((first, where))
+            found = f"与 {first} 相同 the same row as {first}"
+            findings.append(Finding(where, "duplicate", found, "each row once", "delete one of the two", bad=False))
+        typed = sorted({match for turn in turns for match in control.findall(turn.text)})
+        if typed:
+            found = f"文字里有控制符 control tokens typed in the text: {' '.join(typed)}"
+            remedy = "delete them if a template was applied before; as text they are kept"
+            findings.append(Finding(where, "control tokens", found, "text without a template", remedy, bad=False))
+    return findings
+
+
+def _held_out_overlap(cfg, known, asked, findings):
+    """{held_out: equal rows, held_out_questions: equal questions}; equal and unusable held-out rows join `findings`."""
+    same_rows = same_questions = 0
+    for spec in cfg.eval_data_path:
+        path = dataset.split_sample(spec)[0]
+        try:
+            for where, found, reason in dataset.conversations(path, cfg):
+                if reason:
+                    findings.append(_left_out(where, reason))
+                    continue
+                same_questions += _digest(found[:-1]) in asked
+                twin = known.get(_digest(found))
+                if twin:
+                    same_rows += 1
+                    said = f"也是留出数据 {where} also a held-out row: {where}"
+                    findings.append(Finding(twin, "held-out overlap", said, "rows of one file only", "delete one"))
+        except UserError as problem:
+            findings.append(_unreadable(problem))
+    return {"held_out": same_rows, "held_out_questions": same_questions}
+
+
+def _conversations(cfg):
+    """(where, turns) of the usable rows of data_path; a file that breaks off has been reported already."""
+    for path in dict.fromkeys(dataset.split_sample(spec)[0] for spec in cfg.data_path):
+        with contextlib.suppress(UserError):
+            for where, turns, reason in dataset.conversations(path, cfg):
+                if not reason:
+                    yield where, turns
+
+
+def _digest(turns):
+    text = json.dumps([(turn.role, turn.text.strip()) for turn in turns])
+    return hashlib.blake2b(text.encode(), digest_size=12).digest()
+
+
+def _place(finding):
+    path, _, line = finding.where.rpartition(":")
+    return (path, int(line)) if line.isdigit() else (finding.where, 0)
+
+
+def _shares(files, totals, stop_ids):
+    """Supervised and stop-token share of the kept rows, and percentiles of ids and supervised ids a row."""
+    counts = [_counts(batch, stop_ids) for rows, _, _ in files for batch in rows.with_format("arrow").iter(1000)]
+    lengths, supervised, ends = (
+        (numpy.concatenate(column) for column in zip(*counts, strict=True)) if counts else [[]] * 3
+    )
+    return {
+        "supervised_share": totals["supervised"] / max(totals["tokens"], 1),
+        "stop_share": float(numpy.mean(ends)) if len(ends) else 1.0,
+        "lengths": {"tokens": _percentiles(lengths), "supervised": _percentiles(supervised)},
+    }
+
+
+def _counts(batch, stop_ids):
+    """Of each row of an Arrow table: number of ids, of supervised ids, and whether the last of these is a stop id."""
+    column = batch["labels"].combine_chunks()
+    labels, starts = column.flatten().to_numpy(), column.offsets.to_numpy() - column.offsets[0].as_py()
+    counted = numpy.flatnonzero(labels != IGNORED)
+    ends = numpy.searchsorted(counted, starts[1:])  # every kept row has a supervised id
+    last = labels[counted[ends - 1]]
+    return numpy.diff(starts), numpy.diff(numpy.searchsorted(counted, starts)), numpy.isin(last, list(stop_ids))
+
+
+def _percentiles(values):
+    return {f"p{p}": int(numpy.percentile(values, p)) for p in PERCENTS} if len(values) else {}
+
+
+def _samples(rows, tokenizer, seed):
+    """[{where, tokens: [[text, supervised], …]}] of the first row and others drawn with the seed."""
+    count = len(rows.train)
+    drawn = random.Random(seed).sample(range(1, count), min(SAMPLES, count) - 1)
+    chosen = [rows.train[number] for number in [0, *drawn]]
+    return [{"where": row["where"], "tokens": masked_tokens(tokenizer, row)} for row in chosen]
+
+
+def masked_tokens(tokenizer, row):
+    """[[text, supervised]] of a row's ids, one entry an id; the bytes of one character stand together."""
+    found, held, state = [], [], None
+    for id_, label in zip(row["input_ids"], row["labels"], strict=True):
+        counted = label != IGNORED
+        if held and counted != state:
+            found.append([tokenizer.decode(held), state])
+            held = []
+        held, state = [*held, id_], counted
+        text = tokenizer.decode(held)
+        if "\ufffd" not in text:
+            found.append([text, state])
+            held = []
+    return found + ([[tokenizer.decode(held), state]] if held else [])
+
+
+def rehearse(cfg, base, tokenizer, rows):
+    """({step, memory} of training on the heaviest micro batch of the run, what went wrong as a list of texts)."""
+    try:
+        return rehearsal.rehearse(tuning.make_trainable(base, cfg), rows, cfg, tokenizer, STEPS), []
+    except UserError as problem:
+        return {}, [str(problem)]
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        return {}, [f"内存不足 out of memory on the heaviest micro batch; remedy: {OUT_OF_MEMORY}"]
+
+
+def show_rows(report):
+    """Print counts, shares, lengths, the defects by line, and the samples with their mask."""
+    rows, overlap = report["rows"], report["overlap"]
+    print(
+        f"数据 data: 读取 rows {rows['rows']}, 可用 kept {rows['kept']}, 截断 cut {rows['cut']}, "
+        f"剔除 dropped {rows['dropped']}, 重复 duplicates {rows['duplicates']}, "
+        f"训练 train {rows.get('train', 0)}, 验证 validation {rows.get('validation', 0)}"
+    )
+    print(
+        f"重叠 overlap: 与留出数据 with held-out {overlap['held_out']} 行 rows "
+        f"({overlap['held_out_questions']} 提问 questions), 训练与验证 train and validation {overlap['validation']}"
+    )
+    print(
+        f"计损失 supervised {report['supervised_share']:.1%} 的 token of the tokens; "
+        f"以停止符结尾 rows that end with a stop token {report['stop_share']:.1%}"
+    )
+    for name, values in report["lengths"].items():
+        print(f"长度 length ({name}): " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    shown = Counter()
+    for finding in report["findings"]:
+        shown[finding["kind"]] += 1
+        if shown[finding["kind"]] <= SHOWN:
+            mark = "✗" if finding["bad"] else "!"
+            print(f"{mark} {finding['where']}: [{finding['kind']}] {finding['found']}")
+            print(f"    应为 expected: {finding['expected']}; 办法 remedy: {finding['remedy']}")
+    for kind, count in shown.items():
+        if count > SHOWN:
+            print(f"  [{kind}] 还有 {count - SHOWN} 行 more rows; --json 全部列出 lists all")
+    for sample in report["samples"]:
+        print(f"样本 sample {sample['where']}: {marked(sample['tokens'], sys.stdout.isatty())}")
+
+
+def marked(tokens, colour):
+    """One line of text: what the loss counts is green on a terminal and «so» elsewhere, tokens set apart by a space."""
+    shown = []
+    for text, counted in tokens:
+        text = text.replace("\n", "⏎").replace(" ", "␣")
+        if colour:
+            shown.append(f"\033[{'30;42' if counted else '2'}m{text}\033[0m")
+        else:
+            shown.append(f"«{text}»" if counted else text)
+    return " ".join(shown)
+
+
+def show_step(measured):
+    """Print what the rehearsal took, time and memory, and what the run will take."""
+    if not measured:
+        return
+    step, used = measured["step"], measured["memory"]
+    print(
+        f"最重的一批 heaviest micro batch: {step['rows']} × {step['length']} token, "
+        f"前向、反向、更新 forward, backward and step {step['seconds']:.3f} 秒 seconds; "
+        f"共 {step['total_steps']} 步 steps, 约 the run takes about {step['run_seconds'] / 60:.1f} 分钟 minutes"
+    )
+    print(
+        f"内存 memory: 峰值 peak {memory.shown(used['peak'])}; 这一步 the step itself: "
+        f"估计 estimate {memory.shown(used['estimate'])}, 实测 measured {memory.shown(used['measured'])}; "
+        f"可用 free {memory.shown(used['free'])}; "
+        f"gradient_checkpointing {'on' if used['gradient_checkpointing'] else 'off'}"
+    )
+
+
+def show_verdict(problems):
+    """Print the last line."""
+    if not problems:
+        print("结论 verdict: 可以训练 good")
+        return
+    print(f"结论 verdict: 有问题 bad: {'; '.join(f'{count} × {what}' for what, count in problems.items())}")

@@ -1,0 +1,160 @@
+"""Bytes: what a training step will take, what it took, what is free. Tried on small batches, not told by formula."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from common.model.loss import chunk_rows
+from common.model.model import device
+
+MIB = 1 << 20
+CGROUP = Path("/sys/fs/cgroup")
+HEAP = 1.6  # on a CPU the C library holds on to about so much of what a step uses (measured with glibc)
+SPARE = 0.9  # of the free memory may be planned with: allocators need some room
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes a step needs beside the loaded model, and what recomputing activations would save of them."""
+
+    states: int  # gradients and AdamW's two moments
+    activations: int  # of the heaviest micro batch, all kept for the backward pass
+    recomputed: int  # the same with gradient checkpointing
+    logits: int  # one chunk of the loss
+
+    def total(self, checkpointing):
+        """Bytes of a step with or without gradient checkpointing."""
+        return self.states + self.logits + (self.recomputed if checkpointing else self.activations)
+
+
+def estimate(net, small, larger, rows, length):
+    """The Estimate of a step on a micro batch of `rows` × `length` ids.
+
+    small, larger: batches {input_ids, labels [B, T]} of different lengths, tried here: what they keep
+    for the backward pass is fitted by B × (a T + b T²); b is attention's where it is not fused. The net must be in
+    training mode, not yet checkpointing, its loss the chunked one. Random numbers are left as they were.
+    """
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    tried = [(batch["input_ids"].shape, *_kept(net, batch)) for batch in (small, larger)]
+    hand_back()
+    activations = _fitted([(shape, kept) for shape, kept, _ in tried], rows, length)
+    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in net.modules())
+    inputs = _fitted([(shape, entering) for shape, _, entering in tried], rows, length)
+    recomputed = inputs + activations // layers if layers else activations
+    workspace = activations // max(layers, 1)  # gradients of the layer under way
+    vocabulary = net.get_output_embeddings().weight.shape[0]
+    logits = 3 * 4 * chunk_rows(vocabulary, device().type) * vocabulary
+    return Estimate(12 * trainable, activations + workspace, recomputed + workspace, logits)
+
+
+def _kept(net, batch):
+    """(bytes kept for the backward pass, bytes that enter the layers), parameters left out, each storage once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*net.parameters(), *net.buffers()]}
+    kept, entering = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+
+    def enters(module, arguments):
+        entering.append(sum(a.nbytes for a in arguments[:1] if isinstance(a, torch.Tensor)))
+
+    hooks = [m.register_forward_pre_hook(enters) for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]
+    on_gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    batch = {name: tensor.to(device()) for name, tensor in batch.items()}
+    try:
+        with (
+            torch.random.fork_rng(devices=on_gpu),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing),
+        ):
+            net(**batch)  # no backward pass follows; a tensor packed would keep what made it, for ever
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(storage.nbytes() for storage in kept.values()), sum(entering)
+
+
+def _fitted(tried, rows, length):
+    """Bytes of a batch of `rows` × `length` from [((B, T), bytes)] of two batches."""
+    ((b1, t1), kept1), ((b2, t2), kept2) = tried
+    first, second = kept1 / (b1 * t1), kept2 / (b2 * t2)
+    square = max(0.0, (second - first) / (t2 - t1)) if t2 != t1 else 0.0
+    linear = max(second - square * t2, 0.0)
+    heap = HEAP if device().type == "cpu" else 1.0
+    return int(heap * rows * length * (linear + square * length))
+
+
+def free():
+    """Bytes this process may still take on its device; on a CPU what is available, the container's limit respected."""
+    where = device()
+    if where.type == "cuda":
+        unused = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+        return torch.cuda.mem_get_info(where)[0] + unused
+    if where.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    available = psutil.virtual_memory().available
+    limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        available = min(available, limit - used)
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _cgroup(name):
+    try:
+        return int((CGROUP / name).read_text())
+    except (OSError, ValueError):  # no such limit, or "max"
+        return None
+
+
+def hand_back():
+    """Give the memory of what is no longer used back to the system, which the C library would not do by itself."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+class Peak:
+    """with Peak() as memory: …; then `memory.before` and `memory.peak` are bytes in use before and at most within."""
+
+    def __enter__(self):
+        if device().type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return self
+        hand_back()  # what earlier steps freed would be taken again unseen
+        if sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        self.before = psutil.Process().memory_info().rss
+        return self
+
+    def __exit__(self, *exception):
+        if device().type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated()
+        elif sys.platform == "linux":
+            status = Path("/proc/self/status").read_text()
+            self.peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+        else:
+            import resource  # not on Windows
+
+            self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, of the whole process
+
+
+def used():
+    """Bytes this process uses now: on its CUDA card, or of the machine."""
+    return torch.cuda.memory_allocated() if device().type == "cuda" else psutil.Process().memory_info().rss
+
+
+def shown(count):
+    """Bytes as text, in MiB."""
+    return f"{count / MIB:,.0f} MiB"

@@ -1,0 +1,110 @@
+"""Several rows in one sequence, each with positions of its own and blind to the others."""
+
+from bisect import bisect_left, insort
+
+import numpy
+import torch
+
+from common.data.pieces import IGNORED
+from common.errors import UserError
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the norm; what rounding leaves
+
+
+class Packs(torch.utils.data.Dataset):
+    """`rows` in packs of at most `capacity` ids: item n is the list of pack n's rows. lengths: ids of each pack."""
+
+    def __init__(self, rows, capacity, seed):
+        sizes = rows["length"][:]
+        self.rows, self.packs = rows.with_format("numpy"), pack(sizes, capacity, seed)
+        self.lengths = [sum(sizes[row] for row in one) for one in self.packs]
+
+    def __len__(self):
+        return len(self.packs)
+
+    def __getitems__(self, numbers):
+        return [[self.rows[row] for row in self.packs[number]] for number in numbers]
+
+
+def pack(lengths, capacity, seed):
+    """Row numbers of each pack: the longest rows first, each where it leaves the least room (best fit decreasing).
+
+    Rows of equal length are shuffled by `seed`. No length may exceed `capacity`.
+    """
+    order = numpy.random.default_rng(seed).permutation(len(lengths))
+    order = order[numpy.argsort(-numpy.asarray(lengths)[order], kind="stable")].tolist()
+    packs, rooms, with_room = [], [], {}  # with_room: {free ids: packs}, rooms: its keys, sorted
+    for row in order:
+        at = bisect_left(rooms, lengths[row])
+        if at == len(rooms):
+            packs.append([])
+            room, chosen = capacity, packs[-1]
+        else:
+            room = rooms[at]
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[rooms.pop(at)]
+        chosen.append(row)
+        left = room - lengths[row]
+        if left not in with_room:
+            insort(rooms, left)
+        with_room.setdefault(left, []).append(chosen)
+    return packs
+
+
+def collate(packs, pad_id):
+    """A batch of packs: input_ids, position_ids, labels [B, T], tokens (how many are no padding) and where (names).
+
+    Positions start anew with each row, and there is no attention mask: that is how transformers is told to keep them
+    apart (masking_utils.find_packed_sequence_indices). A pad has position 0 and is a row of its own. The first label of
+    a row is ignored anyway, so that no row is predicted from the one before it.
+    """
+    longest = max(sum(len(row["input_ids"]) for row in pack) for pack in packs)
+    shape = (len(packs), longest)
+    ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
+    labels, tokens = torch.full(shape, IGNORED), 0
+    for number, pack in enumerate(packs):
+        start = 0
+        for row in pack:
+            part = slice(start, start := start + len(row["input_ids"]))
+            ids[number, part] = torch.as_tensor(row["input_ids"])
+            labels[number, part] = torch.as_tensor(row["labels"])
+            positions[number, part] = torch.arange(len(row["input_ids"]))
+        tokens += start if pack[0]["where"] else 0
+    where = [str(row["where"]) for pack in packs for row in pack]
+    return {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": tokens, "where": where}
+
+
+def check_apart(net, packs, dtype):
+    """UserError where a row in a pack is not what it is alone: `net` would let the rows see each other.
+
+    The last hidden states of the first pack's rows are compared. dtype: the torch dtype `net` computes in.
+    """
+    number = next((number for number, rows in enumerate(packs.packs) if len(rows) > 1), None)
+    if number is None:
+        return
+    (pack,) = packs.__getitems__([number])
+    try:
+        together, alone = _hidden(net, pack, dtype), torch.cat([_hidden(net, [row], dtype) for row in pack])
+    except (TypeError, ValueError) as problem:
+        raise UserError(
+            f"--packing: 这个模型不能打包 rows of this model cannot be packed: {' '.join(str(problem).split())[:200]}"
+        ) from None
+    difference = float((together - alone).norm() / alone.norm())
+    if not difference <= TOLERANCE[dtype]:
+        raise UserError(
+            f"--packing: 样本互相可见 rows see each other: their hidden states differ by {difference:.2%} from those "
+            "they have alone; this model or attention kernel takes no packed rows; leave --packing out"
+        )
+
+
+def _hidden(net, pack, dtype):
+    """Last hidden states [T, H], fp32, of one pack, without dropout."""
+    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+    batch, was_training = collate([pack], 0), net.training
+    inputs = {name: batch[name].to(causal.device) for name in ("input_ids", "position_ids")}
+    net.eval()
+    with torch.no_grad(), torch.autocast(causal.device.type, dtype, enabled=dtype != torch.float32):
+        states = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    net.train(was_training)
+    return states[0].float()

@@ -1,0 +1,70 @@
+"""A rehearsal: the heaviest step of a run, tried before the run, with its time and memory."""
+
+import tempfile
+import time
+from dataclasses import replace
+
+import numpy
+import torch
+from transformers import TrainerCallback
+
+from common.model.lean import make_lean
+from common.model.loss import use_supervised_loss
+from common.training import batches, memory, trainer
+
+PASSES = 3  # over the data, of which the heaviest micro batch is looked for
+
+
+def rehearse(net, rows, cfg, tokenizer, steps):
+    """Train `net` for `steps` steps on an ordinary micro batch of the run, then on the heaviest it will make.
+
+    Returns {step: {where, rows, length (ids), seconds, total_steps, run_seconds (estimated)}, memory: {peak, measured,
+    free, estimate, gradient_checkpointing}}, bytes; measured and estimate are without what was loaded before. The first
+    step of each is not timed. Raises UserError as `fit` does. Leaves no files, and weights that mean nothing.
+    """
+    use_supervised_loss(net.train(), cfg.label_smoothing_factor)
+    make_lean(net)
+    data, lengths = trainer.training_data(net, rows.train, cfg)
+    plan, sampler = trainer.make_plan(cfg, len(data)), batches.sampler_of(lengths, cfg)
+    micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
+    heaviest, ordinary = micro[-1], micro[len(micro) // 2]
+    step = trainer.step_memory(cfg, net, rows, tokenizer, sampler.shape(heaviest))
+    others = _seconds_a_step(net, cfg, tokenizer, data, ordinary * steps, step.checkpointing)
+    with memory.Peak() as used:
+        seconds = _seconds_a_step(net, cfg, tokenizer, data, heaviest * steps, step.checkpointing)
+    mean = numpy.mean([sampler.ids_in(numbers) for numbers in micro])
+    line = numpy.interp(mean, [sampler.ids_in(ordinary), sampler.ids_in(heaviest)], [others, seconds])
+    runs = plan["total_steps"] * plan["accumulation"] * float(line)
+    where = batches.collate(data.__getitems__(heaviest), pad_id=0)["where"]
+    shape = {"where": where, "rows": len(where), "length": sampler.shape(heaviest)[1]}
+    taken = {"peak": used.peak, "measured": used.peak - used.before, "free": step.free}
+    taken |= {"estimate": step.estimate.total(step.checkpointing), "gradient_checkpointing": step.checkpointing}
+    times = {"seconds": seconds, "total_steps": plan["total_steps"], "run_seconds": runs}
+    return {"step": shape | times, "memory": taken}
+
+
+def _seconds_a_step(net, cfg, tokenizer, data, order, checkpointing):
+    """Mean seconds of a step over `data` in `order`, a micro batch a step, the first left out."""
+    watch, steps = StopWatch(), len(order) // len(set(order))
+    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": steps}
+    with tempfile.TemporaryDirectory() as folder:
+        args = trainer.arguments(replace(cfg, model_save_dir=folder, max_steps=steps), plan, False, checkpointing)
+        args.per_device_train_batch_size = len(set(order))  # the last micro batch of an epoch may be smaller
+        args.save_strategy = "no"
+        trainer.make_trainer(net, args, data, [], order, [watch], tokenizer).train()
+    return sum(watch.seconds[1:]) / len(watch.seconds[1:])
+
+
+class StopWatch(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.monotonic() - self.started)

@@ -1,0 +1,192 @@
+"""What a run leaves for people: the adapter, the loss picture, the model card, the comparison with the base."""
+
+from pathlib import Path
+
+from common import jsonl, processes
+from common.config import BELONGS, LORA
+from common.evaluation import eval_report, evaluate
+from common.inference.answer import Answerer
+from common.launch import rank
+from common.model.model import load_base, load_tuned, merge_reasons
+from common.runs import run
+
+SMOOTHING = 0.9  # of the running mean in the picture
+
+
+def leave(work, net, tokenizer, results):
+    """Save and check adapter or model, then manifest, all_results.json, picture and card; say how it is served.
+
+    Here several processes part: what comes now the first one does alone.
+    """
+    with run.told_when_full(work.folder):
+        run.save_tuned(net, tokenizer, work.folder)
+    processes.part()
+    if rank():
+        return
+    results = results | {"serving": serving(net)}
+    with run.told_when_full(work.folder):
+        draw_loss(work.folder)
+        run.write_json(work.folder / "all_results.json", results)
+        write_card(work, results)
+        run.finish(work, results)
+    print(f"部署 serving: {results['serving']}")
+    print(f"完成 done: 模型与记录在 model and records in {work.folder}")
+
+
+def compare(work, rows, net, tokenizer, prompt, cfg):
+    """Score base and tuned on held-out rows and put both into all_results.json and the card; no rows, no table."""
+    if not rows or rank():
+        return
+    if processes.is_sharded(net):
+        trained = {"tuning": cfg.tuning, "path_model_pretrain": cfg.base, "bits": cfg.bits}
+        net = load_tuned(trained, work.folder, cfg.dtype)
+
+    def untuned():
+        return load_base(cfg.base, cfg.dtype)
+
+    answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned)
+    write_card(work, evaluate.compare(answer, rows, cfg, apart=not cfg.eval_data_path))
+
+
+def draw_loss(folder):
+    """training_loss.png: the loss of each logged step, its running mean, and the validation loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = jsonl.read(folder / "trainer_log.jsonl")
+    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="loss of a logged step")
+    axes.plot(steps, smoothed(losses), color="tab:blue", label=f"running mean ({SMOOTHING})")
+    held = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", label="validation loss")
+    axes.set(xlabel="optimizer step", ylabel="cross entropy (nats per supervised token)", title="Training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "training_loss.png")
+    pyplot.close(figure)
+
+
+def smoothed(values):
+    """Exponential running mean, corrected for its start."""
+    mean, weight, found = 0.0, 0.0, []
+    for value in values:
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        found.append(mean / weight)
+    return found
+
+
+def serving(net):
+    """One line: whether what was saved can be served as it is, or has to be merged into its base first."""
+    if not hasattr(net, "peft_config"):
+        return "完整模型 a whole model: transformers loads it as it is"
+    reasons = merge_reasons(net)
+    if reasons:
+        return f"先用 export.py 合并 merge it by export.py first: vLLM serves no adapter with {', '.join(reasons)}"
+    return "只有线性层的 LoRA, an engine that takes LoRA for this model can serve it beside its base"
+
+
+def write_card(work, results):
+    """README.md: what was trained, how to load it, on what, and how it scores."""
+    manifest, base = work.manifest, work.manifest["base"]["path"]
+    knobs = manifest["config"]
+    data = "\n".join(
+        f"- `{Path(s['path']).name}`: {s['used']} rows, sha256 `{s['sha256'][:12]}`" for s in manifest["data"]
+    )
+    text = f"""---
+base_model: {base}
+library_name: {"peft" if knobs["tuning"] in LORA else "transformers"}
+pipeline_tag: text-generation
+---
+
+# {_title(knobs)} `{base}`
+
+```python
+{_loading(knobs, base, work.folder)}
+```
+
+Serving: {results["serving"]}.
+
+Prompt (`{manifest["template"]["style"]}`), exactly:
+
+```
+{manifest["template"]["text"]}
+```
+
+## Data
+
+{data}
+
+## Training
+
+{chr(10).join(f"- {name}: {knobs[name]}" for name in _chosen(knobs))}
+- steps: {results["steps"]}, tokens: {results["tokens"]}, train loss: {results["train_loss"]:.4f}
+
+![training loss](training_loss.png)
+{_score_table(results)}"""
+    (work.folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _title(knobs):
+    variants = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "use_pissa": "PiSSA"}
+    names = [name for knob, name in variants.items() if knobs[knob]] or ["LoRA"]
+    return {
+        "lora": f"{' + '.join(names)} adapter for",
+        "qlora": f"{' + '.join(names)} adapter for the {knobs['quantization_bit']}-bit",
+        "full": "All weights tuned:",
+        "freeze": f"The last {knobs['freeze_trainable_layers']} layers tuned:",
+    }[knobs["tuning"]]
+
+
+def _loading(knobs, base, folder):
+    """The lines of Python that load what was saved."""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    source, options = base, ""
+    if knobs["tuning"] in LORA:
+        lines.insert(0, "from peft import PeftModel")
+    else:
+        source = folder
+    if knobs["tuning"] == "qlora":
+        lines[1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"
+        four = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+        options = (
+            f"quantization_config=BitsAndBytesConfig({four if knobs['quantization_bit'] == 4 else 'load_in_8bit=True'})"
+        )
+        options = ", " + options
+    lines += ["", f'tokenizer = AutoTokenizer.from_pretrained("{folder}")']
+    lines += [f'model = AutoModelForCausalLM.from_pretrained("{source}"{options})']
+    if knobs["tuning"] in LORA:
+        lines += [f'model = PeftModel.from_pretrained(model, "{folder}")']
+    return "\n".join(lines)
+
+
+def _chosen(knobs):
+    """The knobs a reader of the card wants to know."""
+    names = [name for name, tunings in BELONGS.items() if knobs["tuning"] in tunings]
+    return ["tuning", *names, *"learning_rate epochs max_steps batch_size packing loss_on seed".split()]
+
+
+def _score_table(results):
+    if "base" not in results:
+        return ""
+    rows = [
+        f"| {name} | {results['base'][name]:.4f} | {results['tuned'][name]:.4f} |"
+        for name in eval_report.shown({"base": results["base"], "tuned": results["tuned"]})
+    ]
+    lines = [
+        "",
+        "## Held-out rows",
+        "",
+        "| metric | base | tuned |",
+        "|---|---|---|",
+        *rows,
+        "",
+        results["signature"],
+        "",
+    ]
+    return "\n".join(lines)

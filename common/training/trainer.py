@@ -1,0 +1,300 @@
+"""Training: transformers' Trainer with the chunked loss, batches of like length, and guards."""
+
+import contextlib
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from common import processes
+from common.data.dataset import lengths_of
+from common.errors import UserError
+from common.launch import world_size
+from common.model.lean import make_lean
+from common.model.loss import use_supervised_loss
+from common.model.model import device, parameter_counts, resolve_dtype
+from common.runs import run
+from common.training import memory, packing, tuning
+from common.training.batches import RowsAndBlanks, collate, sampler_of
+from common.training.callbacks import (
+    EarlyStop,
+    Guard,
+    NothingLeft,
+    Recorder,
+    StallWatch,
+    StopOnSignal,
+    Stopped,
+    WholeCheckpoints,
+)
+
+PROBE = 512  # ids of the longest row on which memory is tried
+
+
+def fit(net, rows, cfg, tokenizer, checkpoint=None):
+    """Train `net` on `rows` (dataset.Rows) as `cfg` says, from `checkpoint` where one is given.
+
+    Returns {train_loss (nats a supervised token), train_runtime (seconds), tokens, steps, padding (share of a batch),
+    …}. With `cfg.early_stopping_patience` the net ends as it was at its best validation loss, without it as it is after
+    the last step. Raises UserError on a non-finite loss or gradient, or one that does not reach the adapter; Stopped on
+    SIGTERM or Ctrl-C.
+    """
+    if cfg.early_stopping_patience and not len(rows.validation):
+        raise UserError("--early_stopping_patience 需要验证数据 needs validation rows: --val_set_size above 0")
+    use_supervised_loss(net, cfg.label_smoothing_factor)
+    make_lean(net)
+    data, lengths = training_data(net, rows.train, cfg)
+    plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
+    padding = sampler.padding(cfg.micro_batch_size)
+    show_plan(cfg, plan, padding)
+    checkpointing = needs_checkpointing(cfg, net, rows, tokenizer, sampler)
+    folder = Path(cfg.model_save_dir)
+    recorder, stopper = Recorder(folder), StopOnSignal()
+    callbacks = [stopper, recorder, StallWatch(), EarlyStop(cfg.early_stopping_patience), WholeCheckpoints()]
+    args = arguments(cfg, plan, bool(len(rows.validation)), checkpointing)
+    trainer = make_trainer(net, args, data, rows.validation, sampler, callbacks, tokenizer)
+    with run.told_when_full(folder), contextlib.closing(recorder):
+        _train(trainer, stopper, checkpoint)
+    if stopper.received:
+        raise Stopped(stopper.received, folder)
+    trained, total = parameter_counts(net)
+    tuning.settle(net, cfg)
+    counts = {"padding": round(padding, 4), "trainable_params": trained, "all_params": total}
+    return recorder.summary() | _best(trainer.state, cfg) | counts
+
+
+def _train(trainer, stopper, checkpoint):
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NothingLeft:  # its weights are loaded; the Trainer would make one step more
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+    except RuntimeError:
+        if stopper.received and processes.together():  # the launcher ends this process: another one has failed
+            raise SystemExit(128 + stopper.received) from None
+        raise
+    finally:
+        stopper.release()
+
+
+def _best(state, cfg):
+    """{best_step, best_eval_loss, adapter_of_step} of a finished training; {} where nothing was validated."""
+    if state.best_global_step is None:
+        return {}
+    saved = state.best_global_step if cfg.early_stopping_patience else state.global_step
+    return {"best_step": state.best_global_step, "best_eval_loss": state.best_metric, "adapter_of_step": saved}
+
+
+def training_data(net, rows, cfg):
+    """(what batches are made of, its lengths): rows, or packs proven on the first not to let rows see each other."""
+    if not cfg.packing:
+        return rows.with_format("numpy"), lengths_of(rows)
+    capacity = cfg.max_length_q + cfg.max_length_a
+    packs = packing.Packs(rows, capacity, cfg.seed)
+    print(f"打包 packing: {len(rows)} 行 rows → {len(packs)} 个序列 sequences of {capacity} ids at most")
+    packing.check_apart(net, packs, resolve_dtype(cfg.dtype))
+    return packs, packs.lengths
+
+
+def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
+    """The SupervisedTrainer over `train` in the sampler's order, its Guard before the other callbacks."""
+    pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
+    guard = Guard(Path(args.output_dir), net)
+    trainer = SupervisedTrainer(
+        sampler,
+        guard,
+        model=net,
+        args=args,
+        data_collator=lambda batch: collate(batch, pad_id),
+        train_dataset=RowsAndBlanks(train),
+        eval_dataset=validation.with_format("numpy") if len(validation) else None,
+        compute_metrics=_validation_loss,
+        callbacks=[guard, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    _keep_loss_exact(trainer)
+    return trainer
+
+
+def estimate_memory(net, rows, tokenizer, heaviest):
+    """memory.Estimate of a step on `heaviest` (rows, length), tried on two pairs of shorter rows of `rows.train`."""
+    lengths = lengths_of(rows.train)
+    order = numpy.argsort(lengths, kind="stable")
+    short = order[lengths[order] <= PROBE].tolist() or order[:1].tolist()
+    pairs = [[short[0], short[len(short) // 4]], [short[0], short[-1]]]
+    tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
+    for batch in tried:
+        del batch["where"], batch["tokens"]
+    return memory.estimate(net, *tried, *heaviest)
+
+
+def _keep_loss_exact(trainer):
+    """FSDP2 would hand the loss over as bf16, three digits of it, and add up the processes' gradients in bf16."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin and trainer.args.bf16:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def make_plan(cfg, rows):
+    """Steps of a run over `rows` training rows: {accumulation, steps_per_epoch, total_steps, warmup_steps}."""
+    batches = math.ceil(rows / (cfg.micro_batch_size * world_size()))
+    accumulation = min(cfg.accumulation, batches)
+    steps_per_epoch = math.ceil(batches / accumulation)
+    total = cfg.max_steps if cfg.max_steps > 0 else cfg.epochs * steps_per_epoch
+    return {
+        "accumulation": accumulation,
+        "steps_per_epoch": steps_per_epoch,
+        "total_steps": total,
+        "warmup_steps": int(cfg.warmup_ratio * total),  # rounded down: the first of few steps must not have rate 0
+    }
+
+
+def show_plan(cfg, plan, padding):
+    """Print what will be trained: batches, steps, padding."""
+    split = f"{cfg.micro_batch_size} × {plan['accumulation']} × {processes.describe(cfg)}"
+    print(
+        f"计划 plan: 每步 batch {split} 进程 processes, "
+        f"每轮 {plan['steps_per_epoch']} 步 steps per epoch, 共 {plan['total_steps']} 步 steps, "
+        f"预热 warm-up {plan['warmup_steps']}, 填充 padding {padding:.1%}, 计损失 loss on {cfg.loss_on}"
+    )
+
+
+class StepMemory(NamedTuple):
+    """What a step on the heaviest micro batch needs beside the model, what is free (bytes), and what follows."""
+
+    estimate: memory.Estimate
+    free: int
+    checkpointing: bool  # activations are to be recomputed
+
+
+def step_memory(cfg, net, rows, tokenizer, heaviest):
+    """The StepMemory of `cfg`, `heaviest` the heaviest micro batch (rows, length); None where it cannot be tried."""
+    if processes.shards_weights():
+        return None
+    estimate, free = estimate_memory(net.train(), rows, tokenizer, heaviest), memory.free()
+    needed = estimate.total(False) > memory.SPARE * free
+    asked = cfg.gradient_checkpointing
+    return StepMemory(estimate, free, needed if asked == "auto" else asked == "true")
+
+
+def needs_checkpointing(cfg, net, rows, tokenizer, sampler):
+    """Whether activations are to be recomputed: what the knob says, or what the memory says, which is printed."""
+    if cfg.gradient_checkpointing != "auto":
+        return cfg.gradient_checkpointing == "true"
+    found = step_memory(cfg, net, rows, tokenizer, sampler.shape(sampler.by_weight(cfg.micro_batch_size, 1)[-1]))
+    if found is None:
+        print("内存 memory: 参数分片 the weights are sharded and cannot be tried: gradient_checkpointing on (auto)")
+        return True
+    print(
+        f"内存 memory: 最重的一步约需 the heaviest step needs about {memory.shown(found.estimate.total(False))} beside "
+        f"the model ({memory.shown(found.estimate.total(True))} recomputing), 可用 free {memory.shown(found.free)}: "
+        f"gradient_checkpointing {'on' if found.checkpointing else 'off'} (auto)"
+    )
+    return found.checkpointing
+
+
+def arguments(cfg, plan, validate, checkpointing):
+    """Our knobs in today's names of transformers, the one place that maps them.
+
+    validate: score validation rows too. checkpointing: recompute activations.
+    """
+    on_cpu = device().type == "cpu"
+    args = TrainingArguments(
+        output_dir=cfg.model_save_dir,
+        per_device_train_batch_size=cfg.micro_batch_size,
+        per_device_eval_batch_size=cfg.micro_batch_size,
+        gradient_accumulation_steps=plan["accumulation"],
+        num_train_epochs=cfg.epochs,
+        max_steps=cfg.max_steps,
+        learning_rate=cfg.learning_rate,
+        **_schedule(cfg, plan),
+        warmup_steps=plan["warmup_steps"],
+        weight_decay=cfg.weight_decay,
+        adam_beta1=cfg.adam_beta1,
+        adam_beta2=cfg.adam_beta2,
+        neftune_noise_alpha=cfg.neftune_noise_alpha or None,
+        max_grad_norm=cfg.max_grad_norm,
+        activation_checkpointing=checkpointing,
+        bf16=resolve_dtype(cfg.dtype) == torch.bfloat16,
+        fp16=resolve_dtype(cfg.dtype) == torch.float16,
+        deepspeed=cfg.deepspeed or None,
+        ddp_find_unused_parameters=False,  # there are none, and looking for them takes time
+        use_cpu=on_cpu,
+        dataloader_pin_memory=device().type == "cuda",
+        logging_steps=cfg.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would print 0.0 for NaN
+        save_steps=cfg.save_steps,
+        save_total_limit=cfg.save_total_limit,
+        eval_strategy="steps" if validate else "no",
+        eval_steps=cfg.save_steps,
+        metric_for_best_model="token_loss" if validate else None,  # its checkpoint is never deleted
+        greater_is_better=False,
+        load_best_model_at_end=validate and cfg.early_stopping_patience > 0,
+        seed=cfg.seed,
+        data_seed=cfg.seed,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        report_to=list(cfg.report_to) or "none",
+        disable_tqdm=True,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several cards are used by torchrun, one process each, never by DataParallel
+    if on_cpu and processes.strategy(cfg) == "FSDP2":  # accelerate knows FSDP on cards only, and would copy the model
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    return args
+
+
+def _schedule(cfg, plan):
+    """The learning rate's course as transformers' two arguments."""
+    name = cfg.lr_scheduler_type
+    if name == "constant" and plan["warmup_steps"]:
+        name = "constant_with_warmup"
+    shapes = {
+        "cosine_with_restarts": {"num_cycles": cfg.epochs},
+        "cosine_with_min_lr": {"min_lr_rate": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": max(1, plan["total_steps"] // 10)},
+    }
+    return {"lr_scheduler_type": name, "lr_scheduler_kwargs": shapes.get(name, {})}
+
+
+class SupervisedTrainer(Trainer):
+    """The Trainer with our sampler; it counts tokens and tells the guard which rows a loss came from."""
+
+    def __init__(self, sampler, guard, **kwargs):
+        self.sampler, self.guard, self.tokens = sampler, guard, 0
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.sampler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        where, tokens = inputs.pop("where"), inputs.pop("tokens")
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self.tokens += tokens
+            self.guard.saw(result[0] if return_outputs else result, where)
+        return result
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.guard.norm = super()._get_grad_norm(model, grad_norm)
+        return self.guard.norm
+
+    def floating_point_ops(self, inputs):
+        return 0  # a count nobody reads, for which all parameters would be visited in every step
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            tokens = self.accelerator.reduce(torch.as_tensor(self.tokens, device=self.args.device), "sum")
+            logs = {**logs, "tokens": int(tokens)}
+        super().log(logs, start_time)
+
+
+def _validation_loss(prediction):
+    """Cross entropy over all supervised tokens of the validation rows, from each row's [sum, count]."""
+    sums, counts = numpy.asarray(prediction.predictions).T
+    return {"token_loss": float(sums.sum() / counts.sum())}

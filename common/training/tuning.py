@@ -1,0 +1,193 @@
+"""What is trained: LoRA with its variants, over a plain or a quantised base, the whole model, or its last layers."""
+
+import os
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from common import processes
+from common.errors import UserError
+from common.launch import rank
+from common.model.model import linear_layers, resolve_dtype
+
+SAMPLE = 1024  # values of each trained tensor that are kept to tell whether it moved
+PISSA_START = "pissa_start.safetensors"
+
+
+def make_trainable(base, cfg):
+    """`base` with what `cfg.tuning` trains ready for it, everything else frozen; `settle` ends it after the training.
+
+    What is trained is fp32, also over a bf16 base: steps smaller than bf16 can tell apart would be lost.
+    """
+    torch.manual_seed(cfg.seed)
+    prepare = {"full": _train_all, "freeze": _train_last_layers}.get(cfg.tuning, _add_lora)
+    net = prepare(base, cfg)
+    for parameter in _trained(net).values():
+        if not hasattr(parameter, "ds_id"):  # DeepSpeed keeps fp32 by itself
+            parameter.data = parameter.data.float()
+    net.start = {name: _sample(parameter) for name, parameter in _trained(net).items()}
+    return net
+
+
+def settle(net, cfg):
+    """Bring a trained net into the state it is saved in: PiSSA as plain LoRA, trained base weights in the base's dtype.
+
+    UserError where no weight has moved: every step was too small, or nothing was learned. Of a model in parts nothing
+    is changed here: its parts are put together when it is saved.
+    """
+    if processes.is_sharded(net):
+        return
+    dtype, trained = resolve_dtype(cfg.dtype), _trained(net)
+    for name, parameter in trained.items():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    if all(torch.equal(net.start[name].to(w.dtype), _sample(w)) for name, w in trained.items()):
+        raise UserError(
+            f"没有学到东西 nothing was learned: no trained weight differs from its start in {dtype}; "
+            "raise --learning_rate, or train for more steps"
+        )
+    if cfg.use_pissa:
+        _pissa_to_lora(net)
+        (Path(cfg.model_save_dir) / PISSA_START).unlink(missing_ok=True)
+
+
+def named(model, words):
+    """Module names for `words`: names stay, all-linear, all-embedding and all-norm become the names they stand for.
+
+    The output head is no part of all-linear: it is given by its name. UserError where a name fits no module.
+    """
+    kinds = {"all-linear": set(linear_layers(model)), "all-embedding": set(), "all-norm": set()}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, torch.nn.Embedding):
+            kinds["all-embedding"].add(name.rpartition(".")[2])
+        elif "norm" in type(module).__name__.lower():
+            kinds["all-norm"].add(name.rpartition(".")[2])
+    for word in words:
+        if word not in kinds and not any(f".{name}".endswith(f".{word}") for name in modules):
+            raise UserError(f"{word}: 没有这个模块 no such module in the model; --print_targets 列出 lists them")
+    return sorted(set().union(*(kinds.get(word, {word}) for word in words)))
+
+
+def _train_all(base, cfg):
+    return base.requires_grad_(True)
+
+
+def _train_last_layers(base, cfg):
+    layers, count = base.get_decoder().layers, cfg.freeze_trainable_layers
+    if count > len(layers):
+        raise UserError(f"--freeze_trainable_layers {count}: 模型只有 the model has only {len(layers)} layers")
+    base.requires_grad_(False)
+    layers[-count:].requires_grad_(True)
+    return base
+
+
+def _add_lora(base, cfg):
+    """`base` with fresh LoRA layers on `cfg.target_modules`, everything but `cfg.modules_to_save` frozen.
+
+    LoRA: Hu et al. 2021, arXiv 2106.09685. rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv
+    2402.09353. PiSSA: Meng et al. 2024, arXiv 2404.02948.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        lora_dropout=cfg.lora_dropout,
+        use_rslora=cfg.use_rslora,
+        use_dora=cfg.use_dora,
+        init_lora_weights="pissa_niter_16" if cfg.use_pissa else True,
+        target_modules=named(base, cfg.target_modules),
+        modules_to_save=named(base, cfg.modules_to_save) or None,
+    )
+    if cfg.modules_to_save and base.config.tie_word_embeddings and processes.strategy(cfg) == "FSDP2":
+        raise UserError(
+            f"--modules_to_save {' '.join(cfg.modules_to_save)}: FSDP2 不能拆分共享的权重 cannot split weights that "
+            "embedding and head share; use DDP or configs/deepspeed/zero3.json"
+        )
+    if cfg.use_pissa:
+        _check_pissa(base, config)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has .tie_word_embeddings")  # export unties what was changed
+            net = get_peft_model(base, config)
+    except ValueError as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(
+            f"--target_modules {' '.join(cfg.target_modules)}: {reason}; --print_targets 列出 lists them"
+        ) from None
+    # with LoRA on the embeddings peft would put a copy of the base's own into every file
+    net.save_pretrained = partial(net.save_pretrained, save_embedding_layers=False)
+    if cfg.use_pissa:
+        net.pissa_start = _pissa_start(net, Path(cfg.model_save_dir) / PISSA_START)
+    return net
+
+
+def _check_pissa(base, config):
+    """UserError where PiSSA cannot split a target: it takes linear layers, and changes their weights."""
+    if processes.shards_weights():
+        raise UserError(
+            "--use_pissa: 权重分片时不能用 splits whole weights: not with FSDP2 or ZeRO-3, whose processes hold parts"
+        )
+    linear = linear_layers(base)
+    other = [name for name in config.target_modules if name not in linear]
+    if other:
+        raise UserError(
+            f"--use_pissa: {' '.join(other)} 不是线性层或是输出层 is no linear layer, or the head: "
+            "PiSSA splits a weight of the base, which others may share; leave it out of --target_modules"
+        )
+
+
+def _pissa_start(net, file):
+    """{layer: (A, B)} that PiSSA starts from; kept in `file` too, so that a resumed run is known to start alike."""
+    layers = [(name, module) for name, module in net.named_modules() if hasattr(module, "lora_A")]
+    start = {name: tuple(w.detach().clone() for w in _factors(module)) for name, module in layers}
+    tensors = {f"{name}.{part}": w for name, pair in start.items() for part, w in zip("AB", pair, strict=True)}
+    if file.exists():
+        earlier = load_file(file)
+        if not all(torch.allclose(earlier[name], w.cpu(), atol=1e-6) for name, w in tensors.items()):
+            raise UserError(
+                f"{file}: PiSSA 的起点与那次训练不同 starts elsewhere than the run to be resumed (another machine?); "
+                "--resume never 重新开始 starts anew"
+            )
+    elif rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: w.cpu().contiguous() for name, w in tensors.items()}, f"{file}.part")
+        os.replace(f"{file}.part", file)
+    return start
+
+
+def _pissa_to_lora(net):
+    """Make a trained PiSSA adapter a plain LoRA of twice the rank over the base as it was.
+
+    The base holds W - s B0 A0 and the adapter s B A, so W wants s (B A - B0 A0) = s [B | -B0] [A ; A0].
+    """
+    config = net.peft_config["default"]
+    for name, (first_a, first_b) in net.pissa_start.items():
+        layer = net.get_submodule(name)
+        base, scale = layer.get_base_layer().weight, layer.scaling["default"]
+        base.data = (base.data.float() + scale * first_b @ first_a).to(base.dtype)
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        a.weight = torch.nn.Parameter(torch.cat([a.weight.data, first_a]))
+        b.weight = torch.nn.Parameter(torch.cat([b.weight.data, -first_b], dim=1))
+        a.out_features = b.in_features = layer.r["default"] = 2 * config.r
+    config.r, config.init_lora_weights = 2 * config.r, True
+    config.lora_alpha *= 2**0.5 if config.use_rslora else 2
+    del net.pissa_start
+
+
+def _factors(layer):
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def _trained(net):
+    return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+
+
+def _sample(parameter):
+    """Up to about SAMPLE values spread over a tensor, a copy."""
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLE)].clone()
