@@ -73,7 +73,7 @@ def answer_all(args):
     cfg = config.Config(model_save_dir=args.model_save_dir, eval_data_path=data, **config.Config.EMBEDDED)
     answer = recipe.load_answer(cfg)
     from common.data import dataset
-    from common.inference.answer import Sampling
+    from common.inference.answerer import Sampling
 
     rows = dataset.held_out(cfg, data, args.prompts)[0]
     questions = [turns[:-1] for _, turns in rows]

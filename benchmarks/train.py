@@ -140,11 +140,11 @@ def make_rows(count, vocabulary, length=None):
 
 def train(which, args):
     """Train one epoch and say how fast: what a fresh process does."""
-    from common.model import model
+    from common.model import loading
     from common.training import tuning
 
     rate = matrix_rate(args.dtype)
-    net = model.load_base(args.folder, args.dtype)
+    net = loading.load_base(args.folder, args.dtype)
     net = tuning.make_trainable(net, config(args, which))
     rows = make_rows(args.rows, net.config.vocab_size, args.length)
     timed = train_ours if which.startswith(OURS) else train_trl
@@ -273,7 +273,7 @@ def matrix_rate(dtype):
     """GFLOP/s of a large matrix product in `dtype`, best of ten."""
     import torch
 
-    from common.model.model import device
+    from common.model.loading import device
 
     kind = {"device": device(), "dtype": getattr(torch, dtype)}
     side = 1024 if kind["device"].type == "cpu" else 8192

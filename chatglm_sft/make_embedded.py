@@ -17,12 +17,12 @@ import sentencepiece
 from chatglm_sft import prompt
 from chatglm_sft.ft_chatglm.config import Config
 from chatglm_sft.models.chatglm import ChatGLMConfig, ChatGLMForCausalLM, ChatGLMTokenizer
-from common.data.shapes import Turn
-from common.training import embedded
+from common.data.formats import Turn
+from common.training import pretrain
 
 CONTROL = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 BLANKS = ["<n>", "<|tab|>", *(f"<|blank_{width}|>" for width in range(2, 81))]
-PHASES = (embedded.Phase(50_000, 0.1, 0.3, 3e-3), embedded.Phase(40_000, 0.1, 0.5, 2.5e-3))
+PHASES = (pretrain.Phase(50_000, 0.1, 0.3, 3e-3), pretrain.Phase(40_000, 0.1, 0.5, 2.5e-3))
 
 
 def make_tokenizer(characters):
@@ -82,10 +82,10 @@ def turns_of(document, rng):
     """A document cut at one of its line breaks into prompt and answer; whole where it has none, and now and then."""
     lines = document.split("\n")
     if len(lines) == 1 or rng.random() < 0.2:
-        return embedded.as_text(document, rng)
+        return pretrain.as_text(document, rng)
     cut = rng.randrange(1, len(lines))
     return [Turn("user", "\n".join(lines[:cut])), Turn("assistant", "\n".join(lines[cut:]))]
 
 
 if __name__ == "__main__":
-    embedded.build(make_tokenizer, make_model, prompt, Config.EMBEDDED_DIR, PHASES, turns_of)
+    pretrain.build(make_tokenizer, make_model, prompt, Config.EMBEDDED_DIR, PHASES, turns_of)

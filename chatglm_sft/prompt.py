@@ -11,8 +11,8 @@ Source: `build_prompt`, `stream_chat` and `process_response` of THUDM/chatglm-6b
 
 import re
 
-from common.data.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text
-from common.data.shapes import fold_system
+from common.data.formats import fold_system
+from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text
 
 STYLES = ("chat",)
 ONE_ANSWER = True

@@ -10,7 +10,7 @@ if __name__ == "__main__":  # finds common/ from any directory
 
 from transformers import GemmaConfig, GemmaForCausalLM, GemmaTokenizer
 
-from common.training import embedded
+from common.training import pretrain
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 
@@ -52,4 +52,4 @@ def make_model(tokenizer):
 
 
 if __name__ == "__main__":
-    embedded.build(make_tokenizer, make_model, prompt, Config.EMBEDDED_DIR)
+    pretrain.build(make_tokenizer, make_model, prompt, Config.EMBEDDED_DIR)

@@ -11,7 +11,7 @@ if __name__ == "__main__":  # finds common/ from any directory
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from common.training import embedded
+from common.training import pretrain
 from qwen2_sft import prompt
 from qwen2_sft.ft_qwen2.config import Config
 
@@ -62,4 +62,4 @@ def make_model(tokenizer):
 
 
 if __name__ == "__main__":
-    embedded.build(make_tokenizer, make_model, prompt, Config.EMBEDDED_DIR)
+    pretrain.build(make_tokenizer, make_model, prompt, Config.EMBEDDED_DIR)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from common.data.shapes import Turn
-from common.engine.batching import Batcher
-from common.engine.ticket import Ask
+from common.data.formats import Turn
+from common.engine.batcher import Batcher
+from common.engine.request import Ask
 from common.errors import UserError
-from common.inference.answer import Answerer, Sampling
-from common.model import model
+from common.inference.answerer import Answerer, Sampling
+from common.model import loading
 from common.serving import adapters
 from gemma_sft import prompt
 
@@ -27,7 +27,7 @@ def runs(small_gemma, tmp_path_factory):
         folders.append(tmp_path_factory.mktemp("run"))
         torch.manual_seed(seed)
         lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=modules)
-        net = get_peft_model(model.load_base(small_gemma, "float32"), lora)
+        net = get_peft_model(loading.load_base(small_gemma, "float32"), lora)
         for name, parameter in net.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.5)
@@ -36,10 +36,10 @@ def runs(small_gemma, tmp_path_factory):
 
 
 def answerer(base, *folders):
-    net = model.load_base(base, "float32")
+    net = loading.load_base(base, "float32")
     if folders:
-        net = model.attach(net, folders[0])
-    return Answerer(net, model.load_tokenizer(base, prompt), prompt, "chat", 512)
+        net = loading.attach(net, folders[0])
+    return Answerer(net, loading.load_tokenizer(base, prompt), prompt, "chat", 512)
 
 
 def test_each_name_answers_as_its_run_alone(small_gemma, runs):

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from common.data.shapes import Turn
-from common.engine.batching import Batcher
-from common.engine.ticket import Part
+from common.data.formats import Turn
+from common.engine.batcher import Batcher
+from common.engine.request import Part
 from common.errors import UserError
-from common.inference.answer import Sampling
-from common.serving import serve
-from common.serving.body import LIMIT
-from common.serving.listen import Server
+from common.inference.answerer import Sampling
+from common.serving import app
+from common.serving.server import Server
+from common.serving.validation import LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 URL = "/nlg/text_generate"
@@ -78,7 +78,7 @@ def fake():
 
 
 def client_of(batcher, model="tuned"):
-    return serve.create_app(serve.Service("model_sft", model, batcher)).test_client()
+    return app.create_app(app.Service("model_sft", model, batcher)).test_client()
 
 
 @pytest.fixture

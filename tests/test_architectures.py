@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from common.config import PredictFlags, parse
-from common.data.shapes import Turn
-from common.engine.batching import Batcher
-from common.engine.ticket import Ask
+from common.data.formats import Turn
+from common.engine.batcher import Batcher
+from common.engine.request import Ask
 from common.errors import UserError
-from common.inference.answer import Sampling
-from common.model import model
+from common.inference.answerer import Sampling
+from common.model import loading
 from common.model.loss import use_supervised_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +124,7 @@ def test_a_model_of_images_too_is_refused_before_its_weights_are_read(tmp_path):
     sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
     transformers.Gemma3Config(text_config=SIZES, vision_config=sizes).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="not a model of text alone"):
-        model.load_base(tmp_path, "float32")
+        loading.load_base(tmp_path, "float32")
 
 
 @pytest.fixture
@@ -144,19 +144,19 @@ def quantised(small_qwen, tmp_path):
 def test_a_quantised_model_is_taken_as_it_is_stored_or_not_at_all(quantised, own, bits):
     folder = quantised({"quant_method": "bitsandbytes", "load_in_4bit": own == 4, "load_in_8bit": own == 8})
     with pytest.raises(UserError, match=f"--tuning qlora --quantization_bit {own}"):
-        model.load_base(folder, "float32", bits)
+        loading.load_base(folder, "float32", bits)
 
 
 def test_what_a_quantised_model_needs_is_named(quantised):
     folder = quantised({"quant_method": "gptq", "bits": 4, "group_size": 32})
     with pytest.raises(UserError, match="pip install"):
-        model.load_base(folder, "float32")
+        loading.load_base(folder, "float32")
 
 
 def test_a_model_stored_in_4_bits_loads_as_it_was(tmp_path):
-    base = model.load_base(ROOT / "qwen2_sft/embedded", "float32", 4)
+    base = loading.load_base(ROOT / "qwen2_sft/embedded", "float32", 4)
     base.save_pretrained(tmp_path)
-    again = model.load_base(tmp_path, "float32", 4)
+    again = loading.load_base(tmp_path, "float32", 4)
     ids = torch.arange(5, 20)[None]
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, base(input_ids=ids).logits)

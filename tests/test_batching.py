@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from common.data.shapes import Turn
-from common.engine.batching import Batcher, Full
-from common.engine.ticket import Ask, Failed, Gone, TimedOut
-from common.inference.answer import Sampling, decode
-from common.inference.wording import Wording
+from common.data.formats import Turn
+from common.engine.batcher import Batcher, Full
+from common.engine.request import Ask, Failed, Gone, TimedOut
+from common.inference.answerer import Sampling, decode
+from common.inference.text import Wording
 
 FAMILIES = {
     "gemma": "gemma_sft.ft_gemma",
@@ -113,7 +113,7 @@ def test_beams_as_in_generate(answer, batcher):
 
 def test_long_prompts_are_read_in_chunks(answer, batcher, monkeypatch):
     """… where the model allows it; the answer is the same."""
-    monkeypatch.setattr("common.engine.batching.CHUNK", 16)
+    monkeypatch.setattr("common.engine.batcher.CHUNK", 16)
     question = "的一是不了人我在有他" * 10
     expected = generated(answer, question, max_new_tokens=10)
     short = batcher.submit("base", [ask(batcher, "有", 30)])

@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from common.config import DATA, EvaluationFlags, parse
-from common.data.shapes import Turn
+from common.data.formats import Turn
 from common.errors import UserError
 from common.evaluation import benchmark, tasks
 from common.inference import likelihood
-from common.inference.answer import Answer, Answerer
-from common.model.model import load_base, load_tokenizer
+from common.inference.answerer import Answer, Answerer
+from common.model.loading import load_base, load_tokenizer
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 

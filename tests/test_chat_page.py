@@ -5,11 +5,11 @@ import threading
 
 import pytest
 
-from common.data.shapes import Turn
-from common.engine.batching import Batcher
-from common.inference.answer import Sampling
-from common.serving import serve
-from common.serving.listen import Server
+from common.data.formats import Turn
+from common.engine.batcher import Batcher
+from common.inference.answerer import Sampling
+from common.serving import app
+from common.serving.server import Server
 from gemma_sft.ft_gemma import predict
 from gemma_sft.ft_gemma.config import Config
 
@@ -37,12 +37,12 @@ def batcher(small_gemma):
 
 @pytest.fixture(scope="module")
 def service(batcher):
-    return serve.Service("m", "tuned", batcher)
+    return app.Service("m", "tuned", batcher)
 
 
 @pytest.fixture(scope="module")
 def url(service):
-    server = Server(serve.create_app(service), "127.0.0.1", 0, 16)
+    server = Server(app.create_app(service), "127.0.0.1", 0, 16)
     yield server.address
     server.close()
 

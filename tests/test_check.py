@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from common.data.pieces import IGNORED
+from common.data.render import IGNORED
 from common.errors import UserError
 from common.training import batches, check, rehearsal
 from gemma_sft import prompt

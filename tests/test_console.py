@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from common.config import PredictFlags
-from common.data.shapes import Turn
+from common.data.formats import Turn
 from common.errors import UserError
 from common.inference import console
-from common.inference.answer import Answer, Answerer, Sampling
+from common.inference.answerer import Answer, Answerer, Sampling
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import predict
 from gemma_sft.ft_gemma.config import Config

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.data import dataset, parallel, pieces
-from common.data.shapes import Turn
+from common.data import dataset, workers
+from common.data.formats import Turn
+from common.data.render import TooLong, encode_text, frame_ids, prompt_ids, special_id, training_sample
 from common.errors import UserError
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
@@ -425,8 +426,8 @@ def test_two_at_once_tokenise_once(tmp_path, tokenizer):
 def processes(monkeypatch):
     """Files of more than seven rows are tokenised by two processes, three rows at a time."""
     monkeypatch.setattr(dataset, "CHUNK", 3)
-    monkeypatch.setattr(parallel, "ALONE", 2)
-    monkeypatch.setattr(parallel, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "ALONE", 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
 
 
 MANY = [QA, EMPTY, {"question": "问" * 90, "answer": "答"}, '{"question": 坏', {"x": 1}, {"text": "一段"}]
@@ -453,7 +454,7 @@ def test_a_sentencepiece_tokenizer_can_be_handed_to_a_process():
     tokenizer = make_tokenizer(list("\nab问答"))
     copy = pickle.loads(pickle.dumps(tokenizer))
     for text in ("问 a\n[MASK]b", TYPED):
-        assert pieces.encode_text(copy, text) == pieces.encode_text(tokenizer, text)
+        assert encode_text(copy, text) == encode_text(tokenizer, text)
     assert dataset.tokenizer_hash(copy) == dataset.tokenizer_hash(tokenizer)
 
 
@@ -465,7 +466,7 @@ def die(chunk):
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_told(processes):
-    found = parallel.map_chunks(die, [[0], [1], [3], [2], [4]])
+    found = workers.map_chunks(die, [[0], [1], [3], [2], [4]])
     with pytest.raises(UserError, match="a tokenising process died"):
         list(found)
 
@@ -473,7 +474,7 @@ def test_a_process_that_dies_is_told(processes):
 def test_chunks_are_not_read_ahead_of_their_use():
     read = []
     chunks = (read.append(number) or [number] for number in range(100))
-    assert next(parallel.map_chunks(list, chunks)) == [0] and read == [0]
+    assert next(workers.map_chunks(list, chunks)) == [0] and read == [0]
 
 
 # ---------------------------------------------------------------- labels, id by id
@@ -501,14 +502,14 @@ def only(ids, *places):
     ],
 )
 def test_labels(tokenizer, style, loss_on, ids, labels):
-    sample = pieces.training_sample(tokenizer, prompt, TWO_ROUNDS, style, loss_on, 512, 512)
+    sample = training_sample(tokenizer, prompt, TWO_ROUNDS, style, loss_on, 512, 512)
     assert sample == (ids, labels, False)
 
 
 @pytest.mark.parametrize("style", prompt.STYLES)
 @pytest.mark.parametrize("loss_on", ["all", "answer", "last"])
 def test_labels_of_a_text(tokenizer, style, loss_on):
-    sample = pieces.training_sample(tokenizer, prompt, [Turn("text", "ab")], style, loss_on, 512, 512)
+    sample = training_sample(tokenizer, prompt, [Turn("text", "ab")], style, loss_on, 512, 512)
     assert sample == ([BOS, A, B, EOS], [-100, A, B, EOS], False)
 
 
@@ -529,7 +530,7 @@ def test_rows_of_a_prepared_file(tmp_path, prepare):
 
 
 def sample_of(tokenizer, turns, longest, longest_answer=512, style="chat"):
-    return pieces.training_sample(tokenizer, prompt, turns, style, "answer", longest, longest_answer)
+    return training_sample(tokenizer, prompt, turns, style, "answer", longest, longest_answer)
 
 
 @pytest.mark.parametrize(
@@ -545,7 +546,7 @@ def test_the_middle_of_the_question_goes(tokenizer, longest, kept):
 
 
 def test_no_room_for_a_question(tokenizer):
-    with pytest.raises(pieces.TooLong, match=f"--max_length_q {FRAME}"):
+    with pytest.raises(TooLong, match=f"--max_length_q {FRAME}"):
         sample_of(tokenizer, talk("abcdef", "答"), FRAME)
 
 
@@ -570,7 +571,7 @@ def test_the_oldest_turns_go_first_and_the_system_text_stays(tokenizer, room, ke
 
 
 def test_system_text_that_fills_the_prompt_is_refused(tokenizer):
-    with pytest.raises(pieces.TooLong, match="--max_length_q 40"):
+    with pytest.raises(TooLong, match="--max_length_q 40"):
         sample_of(tokenizer, talk("a", "b", system="abcdef" * 10), 40)
 
 
@@ -578,7 +579,7 @@ def test_system_text_that_fills_the_prompt_is_refused(tokenizer):
 def test_an_answer_that_is_too_long_is_never_cut(tokenizer, style):
     turns = talk("a", "abcd")
     assert sample_of(tokenizer, turns, 512, 5, style).input_ids[-5:-1] == [A, B, C, D]
-    with pytest.raises(pieces.TooLong, match="5 个 token.*--max_length_a 4"):
+    with pytest.raises(TooLong, match="5 个 token.*--max_length_a 4"):
         sample_of(tokenizer, turns, 512, 4, style)
 
 
@@ -627,7 +628,7 @@ def test_counts_add_up(tmp_path, prepare, val_set_size):
 
 
 SILENT = """
-from common.data.pieces import ANSWER, FRAME, Piece, encode_text
+from common.data.render import ANSWER, FRAME, Piece, encode_text
 
 ONE_ANSWER = False
 
@@ -682,12 +683,10 @@ def answers_of(labels):
 def test_training_and_answering_see_the_same_prompt(any_tokenizer, style, name, whole):
     turns = CONVERSATIONS[name]
     shortest = [*turns[: turns[0].role == "system"], Turn("user", turns[-2].text.strip()[0])]
-    least, most = (
-        len(pieces.prompt_ids(any_tokenizer, prompt, asked, style, 100_000)[0]) for asked in (shortest, turns[:-1])
-    )
+    least, most = (len(prompt_ids(any_tokenizer, prompt, asked, style, 100_000)[0]) for asked in (shortest, turns[:-1]))
     limit = most if whole else (least + most) // 2
-    asked, cut = pieces.prompt_ids(any_tokenizer, prompt, turns[:-1], style, limit)
-    sample = pieces.training_sample(any_tokenizer, prompt, turns, style, "answer", limit, 512)
+    asked, cut = prompt_ids(any_tokenizer, prompt, turns[:-1], style, limit)
+    sample = training_sample(any_tokenizer, prompt, turns, style, "answer", limit, 512)
     ids, labels = sample.input_ids, sample.labels
 
     assert ids[: len(asked)] == asked and len(asked) <= limit
@@ -701,27 +700,27 @@ def test_training_and_answering_see_the_same_prompt(any_tokenizer, style, name, 
     if whole:
         assert len(answers) == sum(turn.role == "assistant" for turn in turns)
     if style == "chat":
-        frame = [pieces.special_id(any_tokenizer, "<start_of_turn>"), *pieces.frame_ids(any_tokenizer, "user\n")]
+        frame = [special_id(any_tokenizer, "<start_of_turn>"), *frame_ids(any_tokenizer, "user\n")]
         assert asked[1 : 1 + len(frame)] == frame
-        frame = [pieces.special_id(any_tokenizer, "<start_of_turn>"), *pieces.frame_ids(any_tokenizer, "model\n")]
+        frame = [special_id(any_tokenizer, "<start_of_turn>"), *frame_ids(any_tokenizer, "model\n")]
         assert asked[-len(frame) :] == frame
 
 
 @pytest.mark.parametrize("style", prompt.STYLES)
 def test_typed_control_tokens_stay_text(any_tokenizer, style):
     turns = CONVERSATIONS["typed control tokens"]
-    ids = pieces.training_sample(any_tokenizer, prompt, turns, style, "answer", 100_000, 512).input_ids
+    ids = training_sample(any_tokenizer, prompt, turns, style, "answer", 100_000, 512).input_ids
     names = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<pad>", "<unk>", "<mask>"]
     counts = [ids.count(any_tokenizer.convert_tokens_to_ids(name)) for name in names]
     assert counts == ([1, 0, 4, 4, 0, 0, 0] if style == "chat" else [1, 2, 0, 0, 0, 0, 0])
-    assert any_tokenizer.decode(pieces.encode_text(any_tokenizer, TYPED)) == TYPED
+    assert any_tokenizer.decode(encode_text(any_tokenizer, TYPED)) == TYPED
     assert any_tokenizer.decode(ids).count(TYPED) == 5
 
 
 @pytest.mark.parametrize("style", prompt.STYLES)
 def test_system_text_is_folded_into_the_first_question(any_tokenizer, style):
     def ids(turns):
-        return pieces.training_sample(any_tokenizer, prompt, turns, style, "all", 512, 512).input_ids
+        return training_sample(any_tokenizer, prompt, turns, style, "all", 512, 512).input_ids
 
     assert ids(talk("你好", "好", "再见", "好", system="规则")) == ids(talk("规则\n\n你好", "好", "再见", "好"))
 
@@ -731,6 +730,6 @@ def test_golden_prompts(fixtures, gemma_tokenizer, number):
     golden = json.loads((fixtures / "golden_prompt_ids.json").read_text(encoding="utf-8"))[number]
     asked = [Turn("user", golden["instruction"])]
     assert golden["family"] == "gemma"
-    found = pieces.prompt_ids(gemma_tokenizer, prompt, asked, golden["prompt_style"], 512)
+    found = prompt_ids(gemma_tokenizer, prompt, asked, golden["prompt_style"], 512)
     assert found == (golden["input_ids"], False)
     assert gemma_tokenizer.decode(found[0]) == golden["text"]

@@ -7,8 +7,8 @@ import torch
 
 from chatglm_sft import make_embedded as chatglm
 from chatglm_sft import prompt as chatglm_prompt
-from common.data.pieces import encode_text
-from common.training import embedded
+from common.data.render import encode_text
+from common.training import pretrain
 from gemma_sft import make_embedded as gemma
 from gemma_sft import prompt as gemma_prompt
 from qwen2_sft import make_embedded as qwen
@@ -29,8 +29,8 @@ def folder(maker):
 
 def test_it_was_made_from_todays_data(folder, maker):
     record = json.loads((folder / "inputs.json").read_text())
-    phases = getattr(maker[0], "PHASES", embedded.PHASES)
-    assert record["inputs_sha256"] == embedded.inputs_hash(phases), "data/ has changed: run make_embedded.py again"
+    phases = getattr(maker[0], "PHASES", pretrain.PHASES)
+    assert record["inputs_sha256"] == pretrain.inputs_hash(phases), "data/ has changed: run make_embedded.py again"
 
 
 def test_it_is_small(folder):
@@ -61,9 +61,9 @@ def test_its_tokenizer_loses_nothing(folder):
 @pytest.mark.slow
 def test_building_is_deterministic(maker, tmp_path):
     script, prompt = maker
-    phases = (embedded.Phase(32, 0.45, 0.1, 1e-3), embedded.Phase(32, 0.8, 0.1, 1e-3))
-    turns_of = getattr(script, "turns_of", embedded.as_text)
+    phases = (pretrain.Phase(32, 0.45, 0.1, 1e-3), pretrain.Phase(32, 0.8, 0.1, 1e-3))
+    turns_of = getattr(script, "turns_of", pretrain.as_text)
     for name in ("one", "two"):
-        embedded.build(script.make_tokenizer, script.make_model, prompt, tmp_path / name, phases, turns_of)
+        pretrain.build(script.make_tokenizer, script.make_model, prompt, tmp_path / name, phases, turns_of)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()

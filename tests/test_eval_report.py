@@ -12,9 +12,10 @@ import pytest
 
 from common.config import EvaluationFlags
 from common.data.dataset import file_hash
-from common.data.shapes import Turn
-from common.evaluation import eval_report, evaluate, overlap
-from common.inference.answer import Answer
+from common.data.formats import Turn
+from common.evaluation import evaluate, overlap
+from common.evaluation.report import by_length, metric_rows, overlap_text
+from common.inference.answerer import Answer
 from gemma_sft.ft_gemma.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +68,7 @@ def test_scores_have_intervals(compared):
 
 def test_the_table_is_sorted_by_change(compared):
     folder, results, printed = compared
-    rows = eval_report.metric_rows(results, ["base", "tuned"])
+    rows = metric_rows(results, ["base", "tuned"])
     change = [float(row[3].split()[0]) for row in rows]
     assert change == sorted(change, reverse=True) and change[0] > 0
     report = (folder / "eval_report.md").read_text(encoding="utf-8")
@@ -96,7 +97,7 @@ def test_scores_by_length_add_up(compared):
     records = {
         name: evaluate.predictions(Config(model_save_dir=str(folder)), name == "base") for name in ("base", "tuned")
     }
-    groups = eval_report.by_length(records, 42)
+    groups = by_length(records, 42)
     assert [label for label, _, _ in groups] == ["11", "21", "32", "42"]
     assert sum(count for _, count, _ in groups) == 20
     mean = sum(count * means["tuned"][0] for _, count, means in groups) / 20
@@ -165,7 +166,7 @@ def test_a_training_file_that_changed_is_named(manifest, tmp_path):
     manifest["data"].append({"path": str(tmp_path / "gone.jsonl"), "sha256": ""})
     found = overlap.count(manifest, rows_of(("甲", "一")))
     assert found == {"questions": 0, "rows": 0, "unread": [str(path), str(tmp_path / "gone.jsonl")]}
-    assert "gone.jsonl" in eval_report.overlap_text({"rows": 1, "overlap": found})
+    assert "gone.jsonl" in overlap_text({"rows": 1, "overlap": found})
 
 
 def test_the_overlap_is_shown(manifest, cfg, capsys):

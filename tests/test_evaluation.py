@@ -9,10 +9,10 @@ import pytest
 
 from common.config import EvaluationFlags, parse
 from common.data import dataset
-from common.data.shapes import Turn
+from common.data.formats import Turn
 from common.errors import UserError
 from common.evaluation import evaluate, metrics
-from common.inference.answer import Answer
+from common.inference.answerer import Answer
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import evaluation, predict, train
 from gemma_sft.ft_gemma.config import Config
@@ -422,7 +422,7 @@ def test_training_ends_with_a_comparison_on_the_validation_rows(trained):
     assert found["signature"] == metrics.signature()
     assert found["train_loss"] > 0
     cfg, _ = parse(Config, EvaluationFlags, [flag for flag in flags if flag not in ("--max_steps", "4")])
-    from common.model.model import load_tokenizer
+    from common.model.loading import load_tokenizer
 
     rows = dataset.prepare(cfg, load_tokenizer(cfg.base, prompt), prompt)
     for base in (True, False):

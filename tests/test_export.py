@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from common import export
 from common.config import PredictFlags, parse
 from common.data import templates
-from common.data.pieces import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
-from common.data.shapes import Turn
+from common.data.formats import Turn
+from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
 from common.errors import UserError
-from common.inference.answer import Sampling
+from common.inference.answerer import Sampling
 from gemma_sft import prompt as gemma_prompt
 from gemma_sft.ft_gemma import config as gemma_config
 

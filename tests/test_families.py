@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from common.config import EvaluationFlags, PredictFlags, parse
-from common.data.shapes import Turn
+from common.data.formats import Turn
 from common.errors import UserError
 from common.evaluation import evaluate
-from common.inference.answer import Sampling, decode
-from common.model.model import load_base
+from common.inference.answerer import Sampling, decode
+from common.model.loading import load_base
 from common.training import callbacks, trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,8 +150,8 @@ def test_evaluation_scores_base_and_tuned(family, trained):
 
 
 def test_the_service_answers(family, answer):
-    from common.engine.batching import Batcher
-    from common.serving.serve import Service, create_app
+    from common.engine.batcher import Batcher
+    from common.serving.app import Service, create_app
 
     batcher = Batcher(answer, {"tuned": "default", "base": None})
     try:

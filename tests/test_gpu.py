@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.config import PredictFlags, parse
-from common.data.shapes import Turn
-from common.inference.answer import Sampling
-from common.model import lean, model
+from common.data.formats import Turn
+from common.inference.answerer import Sampling
+from common.model import frozen_layers, loading
 from common.model.loss import use_supervised_loss
 from common.training import tuning
 from gemma_sft.ft_gemma.config import Config
@@ -41,10 +41,10 @@ def nets(request, small_gemma):
     for name, parameter in plain.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    ours = copy.deepcopy(plain).to(model.device())
+    ours = copy.deepcopy(plain).to(loading.device())
     for net in (plain, ours):
         use_supervised_loss(net)
-    lean.make_lean(ours)
+    frozen_layers.make_lean(ours)
     return plain, ours
 
 

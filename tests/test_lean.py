@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.model import lean
+from common.model import frozen_layers
 from common.model.loss import use_supervised_loss
 from common.training import memory, tuning
 from gemma_sft.ft_gemma.config import Config
@@ -16,7 +16,7 @@ from gemma_sft.ft_gemma.config import Config
 def nets(request, small_gemma, monkeypatch):
     """A plain model with LoRA in training, and the same made lean."""
     torch.manual_seed(0)
-    monkeypatch.setattr(lean, "ROWS", 32)  # several parts of a gated layer
+    monkeypatch.setattr(frozen_layers, "ROWS", 32)  # several parts of a gated layer
     config = Config(lora_dropout=0.0, target_modules=(request.param,))
     plain = tuning.make_trainable(AutoModelForCausalLM.from_pretrained(small_gemma), config).train()
     for name, parameter in plain.named_parameters():
@@ -25,7 +25,7 @@ def nets(request, small_gemma, monkeypatch):
     use_supervised_loss(plain)
     cheaper = copy.deepcopy(plain)
     use_supervised_loss(cheaper)
-    lean.make_lean(cheaper)
+    frozen_layers.make_lean(cheaper)
     return plain, cheaper
 
 
@@ -57,40 +57,40 @@ def test_less_is_kept_for_the_backward_pass(nets):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products(dtype):
     x, weight = torch.randn(3, 5, 16).to(dtype), torch.randn(7, 16).to(dtype)
-    torch.testing.assert_close(lean.times_transposed(x, weight), x @ weight.T)
-    torch.testing.assert_close(lean.times_transposed(x, weight.T.contiguous().T), x @ weight.T)
+    torch.testing.assert_close(frozen_layers.times_transposed(x, weight), x @ weight.T)
+    torch.testing.assert_close(frozen_layers.times_transposed(x, weight.T.contiguous().T), x @ weight.T)
 
 
 def test_autocast_is_respected():
     x, weight = torch.randn(5, 16), torch.randn(7, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert lean.times_transposed(x, weight).dtype == torch.bfloat16
+        assert frozen_layers.times_transposed(x, weight).dtype == torch.bfloat16
 
 
 def test_layers_that_learn_stay_as_they_are(small_gemma):
     net = AutoModelForCausalLM.from_pretrained(small_gemma)
-    lean.make_lean(net)
+    frozen_layers.make_lean(net)
     assert "forward" not in vars(net.model.layers[0].self_attn.q_proj)
     net.model.layers[0].self_attn.q_proj.weight.requires_grad = False
-    lean.make_lean(net)
+    frozen_layers.make_lean(net)
     assert "forward" in vars(net.model.layers[0].self_attn.q_proj)
 
 
 def test_gates_that_learn_nothing_are_one_step_of_the_backward_pass(small_gemma):
     net = AutoModelForCausalLM.from_pretrained(small_gemma).requires_grad_(False)
     layer = net.model.layers[0].mlp
-    lean.make_lean(net)
+    frozen_layers.make_lean(net)
     hidden = torch.randn(2, 3, net.config.hidden_size, requires_grad=True)
     assert type(layer(hidden).grad_fn).__name__ == "_FrozenGatedBackward"
     layer.up_proj.weight.requires_grad = True
-    lean.make_lean(net)
+    frozen_layers.make_lean(net)
     assert type(layer(hidden).grad_fn).__name__ != "_FrozenGatedBackward"
 
 
 def test_the_backward_pass_casts_as_the_forward_pass_did(small_gemma):
     net = AutoModelForCausalLM.from_pretrained(small_gemma).requires_grad_(False)
     plain, layer = copy.deepcopy(net).model.layers[0].mlp, net.model.layers[0].mlp
-    lean.make_lean(net)
+    frozen_layers.make_lean(net)
     hidden = torch.randn(2, 3, net.config.hidden_size, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = layer(hidden), plain(hidden)
@@ -114,7 +114,7 @@ def test_few_numbers_of_rows_reach_onednn(monkeypatch):
     with Watch():
         for rows in range(1, 2000):
             x = torch.full((rows, 16), float(rows))
-            assert lean.times_transposed(x, weight).shape == (rows, 7)
-            assert 0 <= len(lean.with_pads(x)) - rows < max(16, rows / 15)
+            assert frozen_layers.times_transposed(x, weight).shape == (rows, 7)
+            assert 0 <= len(frozen_layers.with_pads(x)) - rows < max(16, rows / 15)
     assert len(met) < 100
-    torch.testing.assert_close(lean.times_transposed(x, weight), x @ weight.T)
+    torch.testing.assert_close(frozen_layers.times_transposed(x, weight), x @ weight.T)

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from common.model import model
+from common.model import loading
 from common.model.loss import use_supervised_loss
 from common.training import batches, memory, trainer, tuning
 from gemma_sft.ft_gemma import train
@@ -19,7 +19,7 @@ ROW = {"where": "f:1"}
 
 @pytest.fixture
 def net(small_gemma):
-    net = tuning.make_trainable(model.load_base(small_gemma, "float32"), Config(lora_dropout=0.1))
+    net = tuning.make_trainable(loading.load_base(small_gemma, "float32"), Config(lora_dropout=0.1))
     use_supervised_loss(net.train())
     return net
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from common import export
 from common.config import TrainFlags, parse
-from common.data import pieces
-from common.data.shapes import Turn
+from common.data import render
+from common.data.formats import Turn
 from common.errors import UserError
-from common.inference.answer import Sampling
-from common.model import loss, model
+from common.inference.answerer import Sampling
+from common.model import loading, loss
 from common.training import batches, callbacks, packing, report, trainer, tuning
 from gemma_sft.ft_gemma.config import Config
 
@@ -58,7 +58,7 @@ for base, folder, bits, ids in json.loads(sys.argv[1]):
     options = dict(quantization_config=BitsAndBytesConfig(**quantised)) if bits else {}
     model = AutoModelForCausalLM.from_pretrained(base or folder, dtype=torch.float32, **options)
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # see common/model/model.py
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # see common/model/loading.py
             module.support_avx512bf16_for_cpu = False
     model = (PeftModel.from_pretrained(model, folder) if base else model).eval()
     with torch.no_grad():
@@ -88,7 +88,7 @@ def runs(tmp_path_factory):
 
     def spy(work, net, tokenizer, results):
         prompt = importlib.import_module(f"{family.partition('.')[0]}.prompt")
-        ids = pieces.prompt_ids(tokenizer, prompt, QUESTION, "chat", 100)[0]
+        ids = render.prompt_ids(tokenizer, prompt, QUESTION, "chat", 100)[0]
         with torch.no_grad():
             kept[str(work.folder)] = (net.eval()(input_ids=torch.tensor([ids])).logits, ids)
         return leave(work, net, tokenizer, results)
@@ -243,7 +243,7 @@ def fit(small_gemma, rows_file, tmp_path):
 
 
 def base(cfg):
-    return model.load_base(cfg.base, cfg.dtype, cfg.bits)
+    return loading.load_base(cfg.base, cfg.dtype, cfg.bits)
 
 
 def test_words_for_modules(cfg, small_gemma):
@@ -330,18 +330,18 @@ def test_steps_that_are_lost_in_rounding_are_refused(cfg):
 def test_a_whole_model_that_was_not_saved_right_is_refused(cfg, tmp_path):
     net = base(cfg())
     net.save_pretrained(tmp_path)
-    model.verify_whole(net, tmp_path)
+    loading.verify_whole(net, tmp_path)
     net.model.norm.weight.data[0] += 1
     with pytest.raises(UserError, match="1 不同 different, 0 缺少 missing, e.g. model.norm.weight"):
-        model.verify_whole(net, tmp_path)
+        loading.verify_whole(net, tmp_path)
     net.config.tie_word_embeddings = False
     net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight.clone())
     with pytest.raises(UserError, match="1 不同 different, 1 缺少 missing, e.g. lm_head.weight"):
-        model.verify_whole(net, tmp_path)
+        loading.verify_whole(net, tmp_path)
 
 
 def test_without_bitsandbytes_the_remedy_is_named(cfg, monkeypatch):
-    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--tuning qlora 需要 needs bitsandbytes: pip install"):
         base(cfg("--tuning", "qlora"))
 
@@ -393,7 +393,7 @@ def test_a_pack_as_tensors():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["gemma_sft.ft_gemma", "qwen2_sft.ft_qwen2"])
 def test_packed_rows_have_the_loss_they_have_alone(family, attention):
-    net = model.load_base(recipe(family, "config").Config.EMBEDDED_DIR, "float32")
+    net = loading.load_base(recipe(family, "config").Config.EMBEDDED_DIR, "float32")
     net.set_attn_implementation(attention)
     loss.use_supervised_loss(net)
     generator = torch.Generator().manual_seed(0)

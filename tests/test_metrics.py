@@ -12,7 +12,7 @@ import sacrebleu
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge import Rouge, rouge_score
 
-from common.evaluation import bootstrap, metrics
+from common.evaluation import intervals, metrics
 
 with warnings.catch_warnings():  # its strings have invalid escapes, which Python says where it compiles them
     warnings.simplefilter("ignore")
@@ -272,10 +272,10 @@ def resampled_by_hand(values, seed):
 def test_intervals_are_those_of_a_bootstrap_by_hand():
     draw = random.Random(3)
     values = [draw.random() ** 2 for _ in range(80)]
-    found = bootstrap.intervals([{"bleu-4": value} for value in values], seed=1)["bleu-4"]
+    found = intervals.intervals([{"bleu-4": value} for value in values], seed=1)["bleu-4"]
     assert found == pytest.approx(resampled_by_hand(values, 4), abs=0.015)
-    assert found == bootstrap.intervals([{"bleu-4": value} for value in values], seed=1)["bleu-4"]
-    assert found != bootstrap.intervals([{"bleu-4": value} for value in values], seed=2)["bleu-4"]
+    assert found == intervals.intervals([{"bleu-4": value} for value in values], seed=1)["bleu-4"]
+    assert found != intervals.intervals([{"bleu-4": value} for value in values], seed=2)["bleu-4"]
 
 
 def test_intervals_of_entity_f1_resample_rows():
@@ -285,7 +285,7 @@ def test_intervals_of_entity_f1_resample_rows():
     for _ in range(2000):
         found.append(metrics.average(draw.choices(rows, k=len(rows))).get("entity-f1", 0.0))
     found.sort()
-    low, high = bootstrap.intervals(rows, seed=1)["entity-f1"]
+    low, high = intervals.intervals(rows, seed=1)["entity-f1"]
     assert (low, high) == pytest.approx((found[50], found[1949]), abs=0.06)
 
 
@@ -294,11 +294,11 @@ def test_a_change_on_the_same_rows_is_surer_than_its_parts():
     draw = random.Random(6)
     base = [{"exact": draw.random() / 2} for _ in range(50)]
     tuned = [{"exact": row["exact"] + 0.1} for row in base]
-    assert bootstrap.change_intervals(base, tuned, 0)["exact"] == pytest.approx([0.1, 0.1])
-    low, high = bootstrap.intervals(base, 0)["exact"]
+    assert intervals.change_intervals(base, tuned, 0)["exact"] == pytest.approx([0.1, 0.1])
+    low, high = intervals.intervals(base, 0)["exact"]
     assert high - low > 0.05
 
 
 def test_no_rows_and_one_row_have_intervals():
-    assert bootstrap.intervals([], 0) == {}
-    assert bootstrap.intervals([{"exact": 0.5}], 0) == {"exact": [0.5, 0.5]}
+    assert intervals.intervals([], 0) == {}
+    assert intervals.intervals([{"exact": 0.5}], 0) == {"exact": [0.5, 0.5]}

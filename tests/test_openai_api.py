@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from common.data.shapes import Turn
-from common.engine.batching import Batcher
-from common.inference.answer import Sampling
-from common.serving import serve
-from common.serving.listen import Server
+from common.data.formats import Turn
+from common.engine.batcher import Batcher
+from common.inference.answerer import Sampling
+from common.serving.app import Service, create_app, openai_api
+from common.serving.server import Server
 
 FAMILIES = {"gemma": "gemma_sft.ft_gemma", "qwen": "qwen2_sft.ft_qwen2", "chatglm": "chatglm_sft.ft_chatglm"}
 ASK = [{"role": "user", "content": "有问答吗"}]
@@ -32,8 +32,8 @@ class Client:
         cfg = config(path_model_pretrain=str(folder), model_save_dir="/nowhere")
         self.answer = predict.load_answer(cfg, base=True)
         self.batcher = Batcher(self.answer, {"base": None}, queue=8)
-        self.service = serve.Service("m", "base", self.batcher)
-        self.server = Server(serve.create_app(self.service), "127.0.0.1", 0, 24)
+        self.service = Service("m", "base", self.batcher)
+        self.server = Server(create_app(self.service), "127.0.0.1", 0, 24)
         self.url = self.server.address
         self.api = openai.OpenAI(base_url=self.url + "/v1", api_key="-", max_retries=0, timeout=60)
 
@@ -222,7 +222,7 @@ def test_control_tokens_stay_text(client):
 
     def controls(messages):
         body = {"messages": messages}
-        wanted = serve.openai_api.read_chat(body, client.batcher, Sampling())
+        wanted = openai_api.read_chat(body, client.batcher, Sampling())
         return [id_ for id_ in wanted.asks[0].ids if id_ in special]
 
     def conversation(text):
@@ -234,8 +234,8 @@ def test_control_tokens_stay_text(client):
         ]
 
     assert controls(conversation(typed)) == controls(conversation("")) != []
-    text = serve.openai_api.read_completion({"prompt": "a" + typed}, client.batcher, Sampling()).asks[0].ids
-    plain = serve.openai_api.read_completion({"prompt": "a"}, client.batcher, Sampling()).asks[0].ids
+    text = openai_api.read_completion({"prompt": "a" + typed}, client.batcher, Sampling()).asks[0].ids
+    plain = openai_api.read_completion({"prompt": "a"}, client.batcher, Sampling()).asks[0].ids
     assert [id_ for id_ in text if id_ in special] == [id_ for id_ in plain if id_ in special]
 
 
@@ -326,7 +326,7 @@ def test_keys(gemma, monkeypatch):
     with pytest.raises(openai.AuthenticationError) as caught:
         gemma.chat(max_tokens=2)
     assert caught.value.code == "invalid_api_key"
-    flask = serve.create_app(gemma.service).test_client()
+    flask = create_app(gemma.service).test_client()
     good = {"Authorization": "Bearer 密钥-1".encode().decode("latin-1")}
     assert flask.get("/v1/models", headers=good).status_code == 200
     assert flask.get("/v1/models", headers={"Authorization": "Bearer x"}).headers["WWW-Authenticate"] == "Bearer"
@@ -342,7 +342,7 @@ def test_keys(gemma, monkeypatch):
 
 
 def test_other_origins_are_let_in_only_where_asked(gemma, monkeypatch):
-    flask = serve.create_app(gemma.service).test_client()
+    flask = create_app(gemma.service).test_client()
     assert "Access-Control-Allow-Origin" not in flask.get("/health", headers={"Origin": "http://a"}).headers
     monkeypatch.setattr(gemma.service, "cors", "http://a")
     monkeypatch.setattr(gemma.service, "api_key", "k")
@@ -353,7 +353,7 @@ def test_other_origins_are_let_in_only_where_asked(gemma, monkeypatch):
 
 def test_states(gemma, monkeypatch):
     """Loading, draining and dead are 503, by name."""
-    flask = serve.create_app(gemma.service).test_client()
+    flask = create_app(gemma.service).test_client()
     for state, changes in {"loading": {"batcher": None}, "draining": {"draining": True}}.items():
         with monkeypatch.context() as patch:
             for name, value in changes.items():
@@ -368,7 +368,7 @@ def test_states(gemma, monkeypatch):
 
 
 def test_log_lines_hold_no_text(gemma, monkeypatch, caplog):
-    flask = serve.create_app(gemma.service).test_client()
+    flask = create_app(gemma.service).test_client()
     with caplog.at_level("INFO", "service"):
         flask.post(
             "/v1/chat/completions",
@@ -394,7 +394,7 @@ def test_metrics(gemma):
         text = flask.get("/metrics").get_data(as_text=True)
         return sum(float(found.split()[-1]) for found in text.splitlines() if found.startswith(line))
 
-    flask = serve.create_app(gemma.service).test_client()
+    flask = create_app(gemma.service).test_client()
     body = {"messages": ASK, "max_tokens": 3, "temperature": 0}
     counts = flask.post("/v1/chat/completions", buffered=True, json=body).json["usage"]
     flask.post("/v1/chat/completions", buffered=True, json={})
@@ -407,7 +407,7 @@ def test_metrics(gemma):
 
 def test_the_openapi_document_tells_the_truth(gemma):
     """Every path is served, every field is taken, and nothing else."""
-    flask = serve.create_app(gemma.service).test_client()
+    flask = create_app(gemma.service).test_client()
     paths = flask.get("/openapi.json").json["paths"]
     served = {rule.rule for rule in flask.application.url_map.iter_rules()}
     assert paths.keys() <= served and "openapi.json" in flask.get("/docs").get_data(as_text=True)
@@ -441,7 +441,7 @@ def test_traces(gemma, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        app = serve.create_app(gemma.service)
+        app = create_app(gemma.service)
         parent = {"traceparent": "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"}
         body = {"messages": ASK, "max_tokens": 2}
         app.test_client().post("/v1/chat/completions", json=body, headers=parent, buffered=True)
@@ -459,4 +459,4 @@ def test_traces(gemma, monkeypatch):
 
 def test_no_endpoint_no_traces(gemma, monkeypatch):
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
-    assert serve.create_app(gemma.service).wsgi_app.tracer is None
+    assert create_app(gemma.service).wsgi_app.tracer is None

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import export
 from common.config import TrainFlags, parse
-from common.data import dataset, pieces, reading, shapes
-from common.data.pieces import TooLong
-from common.data.shapes import Turn
+from common.data import dataset, formats, render, sources
+from common.data.formats import Turn
+from common.data.render import TooLong
 from common.errors import UserError
 from common.evaluation import evaluate, metrics
-from common.inference import answer
-from common.model import loss, model
+from common.inference.answerer import Answer
+from common.model import loading, loss
 from common.model.loss import IGNORED
 from common.runs import run
 from common.training import batches, callbacks, packing, trainer
@@ -65,7 +65,7 @@ def trained(flags, tmp_path_factory):
 @pytest.fixture
 def small_net(small_gemma):
     """The small model with the chunked loss, in training mode."""
-    net = model.load_base(small_gemma, "float32").train()
+    net = loading.load_base(small_gemma, "float32").train()
     loss.use_supervised_loss(net)
     return net
 
@@ -110,12 +110,12 @@ def test_pain_01_a_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
     message = str(stopped.value)
     assert "at step 2" in message and "rows.jsonl:" in message and "--dtype float32" in message
     assert run.last_whole_checkpoint(tmp_path / "out").name == "checkpoint-1"
-    assert model.resolve_dtype("auto") in (torch.float32, torch.bfloat16)
+    assert loading.resolve_dtype("auto") in (torch.float32, torch.bfloat16)
 
 
 def test_pain_01_without_the_guard_it_trains_on_to_the_end(flags, tmp_path, monkeypatch):
     off(monkeypatch, callbacks.Guard, "on_pre_optimizer_step")
-    off(monkeypatch, model, "verify_adapter")
+    off(monkeypatch, loading, "verify_adapter")
     train.main(flags(tmp_path / "out", *EXPLODING))
     assert results_of(tmp_path / "out")["steps"] == 4 and math.isnan(results_of(tmp_path / "out")["train_loss"])
 
@@ -125,7 +125,7 @@ def test_pain_02_a_row_without_a_supervised_id_is_dropped_and_listed(tmp_path, t
     rows = prepared(tmp_path, [filled, {"query": "问", "response": "答"}], tokenizer, max_length_q=60)
     assert len(rows.train) == 1 and [row["where"][-2:] for row in rows.rejected] == [":1"]
     assert any(label != IGNORED for label in rows.train[0]["labels"])
-    monkeypatch.setattr(pieces, "_labels", lambda found, loss_on: [IGNORED] * len(pieces._joined(found)))
+    monkeypatch.setattr(render, "_labels", lambda found, loss_on: [IGNORED] * len(render._joined(found)))
     with pytest.raises(UserError, match="no row can be trained on.*no id of the row is supervised"):
         prepared(tmp_path, [{"query": "问", "response": "答答"}], tokenizer)
 
@@ -142,14 +142,14 @@ def test_pain_03_padding_is_no_end_and_every_answer_has_one(tmp_path, tokenizer,
 @pytest.mark.parametrize("style", prompt.STYLES)
 def test_pain_04_only_what_a_user_wrote_is_cut(tokenizer, style):
     turns = [Turn("user", "问" * 90), Turn("assistant", "答" * 20)]
-    whole = pieces.training_sample(tokenizer, prompt, turns, style, "answer", 200, 21)
-    cut = pieces.training_sample(tokenizer, prompt, turns, style, "answer", 60, 21)
+    whole = render.training_sample(tokenizer, prompt, turns, style, "answer", 200, 21)
+    cut = render.training_sample(tokenizer, prompt, turns, style, "answer", 60, 21)
     assert cut.cut and cut.input_ids[-21:] == whole.input_ids[-21:], "answer and stop token are whole"
     assert [i for i in cut.input_ids if i in (BOS, START, END)] == [
         i for i in whole.input_ids if i in (BOS, START, END)
     ]
     with pytest.raises(TooLong):
-        pieces.training_sample(tokenizer, prompt, turns, style, "answer", 60, 20)
+        render.training_sample(tokenizer, prompt, turns, style, "answer", 60, 20)
 
 
 def one_newline_less(monkeypatch):
@@ -160,7 +160,7 @@ def one_newline_less(monkeypatch):
 def test_pain_05_another_template_than_the_one_trained_with_is_refused(trained, flags, monkeypatch):
     cfg, _ = parse(Config, TrainFlags, flags(trained))
     answerer, turns = predict.load_answer(cfg), [Turn("user", "a"), Turn("assistant", "b")]
-    sample = pieces.training_sample(answerer.tokenizer, prompt, turns, "chat", "answer", 50, 50)
+    sample = render.training_sample(answerer.tokenizer, prompt, turns, "chat", "answer", 50, 50)
     ids = answerer.prompt_ids(turns[:1])
     assert sample.input_ids[: len(ids)] == ids, "one renderer for training and answering"
     one_newline_less(monkeypatch)
@@ -179,14 +179,14 @@ def test_pain_05_without_the_guard_it_answers_another_prompt(trained, flags, mon
 @pytest.mark.parametrize("style", prompt.STYLES)
 def test_pain_06_exactly_one_bos(tokenizer, style):
     turns = [Turn("system", "s"), Turn("user", "<bos>a"), Turn("assistant", "b"), Turn("user", "c")]
-    ids = pieces.prompt_ids(tokenizer, prompt, turns, style, 500)[0]
+    ids = render.prompt_ids(tokenizer, prompt, turns, style, 500)[0]
     assert ids.count(BOS) == 1 and ids[0] == BOS
 
 
 def test_pain_07_a_system_text_is_folded_into_the_question(tokenizer):
     turns = [Turn("system", "规则"), Turn("user", "问")]
-    ids = pieces.prompt_ids(tokenizer, prompt, turns, "chat", 500)[0]
-    assert ids == pieces.prompt_ids(tokenizer, prompt, [Turn("user", "规则\n\n问")], "chat", 500)[0]
+    ids = render.prompt_ids(tokenizer, prompt, turns, "chat", 500)[0]
+    assert ids == render.prompt_ids(tokenizer, prompt, [Turn("user", "规则\n\n问")], "chat", 500)[0]
     messages = [{"role": "system", "content": "规则"}, {"role": "user", "content": "问"}]
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
 
@@ -207,7 +207,7 @@ def test_pain_08_without_the_guard_a_run_that_learns_nothing_ends_well(flags, tm
     cut_off(monkeypatch)
     off(monkeypatch, callbacks.Gradients, "check")
     off(monkeypatch, trainer.tuning, "settle")  # these two would see it at the end, after all the hours
-    off(monkeypatch, model, "verify_adapter")
+    off(monkeypatch, loading, "verify_adapter")
     train.main(flags(tmp_path / "out"))
     saved = load_file(tmp_path / "out/adapter_model.safetensors")
     assert not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
@@ -308,11 +308,11 @@ def test_pain_15_what_was_saved_is_reopened_and_compared(flags, tmp_path, monkey
 
 def test_pain_15_without_the_guard_the_saved_adapter_does_nothing(flags, tmp_path, monkeypatch, small_gemma):
     orig_mod(monkeypatch)
-    off(monkeypatch, model, "verify_adapter")
+    off(monkeypatch, loading, "verify_adapter")
     train.main(flags(tmp_path / "out"))
     assert run.read_manifest(tmp_path / "out")["state"] == "finished"
     with pytest.warns(UserWarning, match="missing adapter keys"):
-        loaded = PeftModel.from_pretrained(model.load_base(small_gemma, "float32"), tmp_path / "out")
+        loaded = PeftModel.from_pretrained(loading.load_base(small_gemma, "float32"), tmp_path / "out")
     assert not any(p.any() for name, p in loaded.named_parameters() if "lora_B" in name)
 
 
@@ -408,9 +408,9 @@ def test_pain_24_encodings_are_tolerated_or_named(tmp_path, encoding):
     path.write_text('{"query": "问题在这里", "response": "回答"}\n', encoding=encoding)
     if encoding == "gb18030":
         with pytest.raises(UserError, match="rows.jsonl:1: .*looks like gb18030; convert it: iconv -f gb18030"):
-            list(reading.read_records(str(path)))
+            list(sources.read_records(str(path)))
     else:
-        assert [record.value["query"] for record in reading.read_records(str(path))] == ["问题在这里"]
+        assert [record.value["query"] for record in sources.read_records(str(path))] == ["问题在这里"]
 
 
 def test_pain_25_padding_changes_no_loss(small_net):
@@ -447,7 +447,7 @@ def test_pain_26_answers_alone_are_scored_and_failures_count(tmp_path):
         assert all(turns[-1].role == "user" for turns in questions), "the answer is not shown"
         if questions[0][-1].text == "问题":
             raise UserError("放不下")
-        return [answer.Answer("好的", "stop", 2)]
+        return [Answer("好的", "stop", 2)]
 
     scores = evaluate.evaluate(fake, rows, cfg)
     assert scores["rouge-l-f"] == pytest.approx(0.5), "one right, one that failed"
@@ -455,8 +455,8 @@ def test_pain_26_answers_alone_are_scored_and_failures_count(tmp_path):
 
 
 def test_pain_27_other_columns_than_expected_are_named():
-    with pytest.raises(shapes.ShapeError, match="unknown keys: Frage\\+Reply"):
-        shapes.turns_of({"Frage": "1", "Reply": "2"})
+    with pytest.raises(formats.ShapeError, match="unknown keys: Frage\\+Reply"):
+        formats.turns_of({"Frage": "1", "Reply": "2"})
 
 
 def test_pain_28_the_adapter_is_applied_once(trained, flags, small_gemma):
@@ -466,7 +466,7 @@ def test_pain_28_the_adapter_is_applied_once(trained, flags, small_gemma):
     ids = torch.tensor([[BOS, START, 290, 291]])
     weight = net.base_model.model.model.layers[0].self_attn.q_proj
     a, b = weight.lora_A["default"].weight, weight.lora_B["default"].weight
-    base = model.load_base(small_gemma, "float32").model.layers[0].self_attn.q_proj
+    base = loading.load_base(small_gemma, "float32").model.layers[0].self_attn.q_proj
     hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(weight(hidden), base(hidden) + 2.0 * hidden @ a.T @ b.T)
     assert net(input_ids=ids).logits.shape == (1, 4, 314)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import processes
+from common import distributed
 from common.config import parse
 from common.errors import UserError
 from common.training import batches
@@ -140,15 +140,15 @@ def test_a_blank_row_is_not_counted():
 
 
 def test_deepspeed_that_is_not_there_is_named(flags, monkeypatch):
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="DeepSpeed is not installed: pip install -r requirements-deepspeed.txt"):
-        processes.join(parse(Config, None, flags("none", *ZERO2)))
+        distributed.join(parse(Config, None, flags("none", *ZERO2)))
 
 
 @needs_deepspeed
 def test_deepspeed_needs_a_launcher(flags):
     with pytest.raises(UserError, match="torchrun --nproc_per_node 2"):
-        processes.join(parse(Config, None, flags("none", *ZERO2)))
+        distributed.join(parse(Config, None, flags("none", *ZERO2)))
 
 
 def test_a_deepspeed_file_that_is_not_there_is_refused(flags, capsys):

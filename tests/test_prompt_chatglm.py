@@ -7,9 +7,9 @@ from transformers import AutoTokenizer
 
 import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
 from chatglm_sft import prompt
-from common.data import dataset, pieces
-from common.data.pieces import IGNORED
-from common.data.shapes import Turn
+from common.data import dataset, render
+from common.data.formats import Turn
+from common.data.render import IGNORED
 
 GMASK, SOP, EOP = 130001, 130004, 130005
 FAMILY = "chatglm_sft/ft_chatglm"
@@ -26,7 +26,7 @@ def golden(fixtures):
 
 
 def ids_of(tokenizer, turns, limit=512):
-    return pieces.prompt_ids(tokenizer, prompt, turns, "chat", limit)[0]
+    return render.prompt_ids(tokenizer, prompt, turns, "chat", limit)[0]
 
 
 def turns_of(entry):
@@ -77,13 +77,13 @@ def test_a_stream_never_takes_back_what_it_sent(golden):
 
 def test_labels_are_the_answer_and_its_end(chatglm_tokenizer):
     turns = [Turn("user", "你好"), Turn("assistant", "你好")]
-    sample = pieces.training_sample(chatglm_tokenizer, prompt, turns, "chat", "answer", 512, 512)
+    sample = render.training_sample(chatglm_tokenizer, prompt, turns, "chat", "answer", 512, 512)
     assert sample.input_ids == [5, 74874, GMASK, SOP, 5, 74874, EOP]
     assert sample.labels == [IGNORED, IGNORED, IGNORED, IGNORED, 5, 74874, EOP]
 
 
 def test_plain_text_rows_have_an_empty_prompt(chatglm_tokenizer):
-    sample = pieces.training_sample(chatglm_tokenizer, prompt, [Turn("text", "你好")], "chat", "answer", 512, 512)
+    sample = render.training_sample(chatglm_tokenizer, prompt, [Turn("text", "你好")], "chat", "answer", 512, 512)
     assert sample.input_ids == [GMASK, SOP, 5, 74874, EOP]
     assert sample.labels == [IGNORED, IGNORED, 5, 74874, EOP]
 
@@ -97,7 +97,7 @@ def test_every_answer_of_a_conversation_is_taught_in_a_row_of_its_own():
 
 def test_a_system_text_stands_before_the_first_question():
     turns = [Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")]
-    from common.data.shapes import fold_system
+    from common.data.formats import fold_system
 
     assert prompt.prompt_text(fold_system(turns)) == "[Round 0]\n问：s\n\na\n答：b\n[Round 1]\n问：c\n答："
 
@@ -114,7 +114,7 @@ def test_typed_control_tokens_stay_text(chatglm_tokenizer, role):
 
 def test_the_oldest_round_goes_first_and_the_rest_is_counted_anew(chatglm_tokenizer):
     turns = [Turn("user", "一" * 50), Turn("assistant", "二"), Turn("user", "三"), Turn("assistant", "四")]
-    ids, cut = pieces.prompt_ids(chatglm_tokenizer, prompt, [*turns, Turn("user", "五")], "chat", 30)
+    ids, cut = render.prompt_ids(chatglm_tokenizer, prompt, [*turns, Turn("user", "五")], "chat", 30)
     assert cut and chatglm_tokenizer.decode(ids) == "[Round 0]\n问:三\n答:四\n[Round 1]\n问:五\n答:"
 
 

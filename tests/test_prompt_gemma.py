@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from common.data import pieces
-from common.data.shapes import Turn
+from common.data import render
+from common.data.formats import Turn
 from gemma_sft import prompt
 
 
 def ids_of(tokenizer, turns, style="chat", limit=512):
-    return pieces.prompt_ids(tokenizer, prompt, turns, style, limit)[0]
+    return render.prompt_ids(tokenizer, prompt, turns, style, limit)[0]
 
 
 def golden(fixtures):

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from common.data import pieces
-from common.data.shapes import Turn
+from common.data import render
+from common.data.formats import Turn
 from qwen2_sft import prompt
 
 END, START, TEXT_END = 151645, 151644, 151643
@@ -18,7 +18,7 @@ def qwen_tokenizer(fixtures):
 
 
 def ids_of(tokenizer, turns, style="chat", limit=512):
-    return pieces.prompt_ids(tokenizer, prompt, turns, style, limit)[0]
+    return render.prompt_ids(tokenizer, prompt, turns, style, limit)[0]
 
 
 def golden(fixtures):
@@ -88,7 +88,7 @@ def test_typed_control_tokens_stay_text(qwen_tokenizer, style, role):
 def test_log_teaches_the_newline_the_prompt_leaves_out(qwen_tokenizer):
     turns = [Turn("user", "上衣"), Turn("assistant", "好")]
     chat, log = (
-        pieces.training_sample(qwen_tokenizer, prompt, turns, style, "answer", 512, 512) for style in ("chat", "log")
+        render.training_sample(qwen_tokenizer, prompt, turns, style, "answer", 512, 512) for style in ("chat", "log")
     )
     assert log.input_ids == chat.input_ids
     assert [label for label in chat.labels if label >= 0] == [52801, END]
@@ -97,7 +97,7 @@ def test_log_teaches_the_newline_the_prompt_leaves_out(qwen_tokenizer):
 
 def test_plain_is_text_and_end_of_text(qwen_tokenizer):
     turns = [Turn("user", "上衣"), Turn("assistant", "好")]
-    sample = pieces.training_sample(qwen_tokenizer, prompt, turns, "plain", "all", 512, 512)
+    sample = render.training_sample(qwen_tokenizer, prompt, turns, "plain", "all", 512, 512)
     assert sample.input_ids == [*qwen_tokenizer.encode("上衣"), 52801, TEXT_END]
     assert sample.labels == [-100, *sample.input_ids[1:]]
 

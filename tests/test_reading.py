@@ -8,9 +8,9 @@ import tracemalloc
 
 import pytest
 
-from common.data import reading, shapes
-from common.data.reading import read_records
-from common.data.shapes import ShapeError, Turn
+from common.data import formats, sources
+from common.data.formats import ShapeError, Turn
+from common.data.sources import read_records
 from common.errors import UserError
 
 QA = '{"question": "问", "answer": "答"}'
@@ -31,7 +31,7 @@ def read(path):
         try:
             if record.problem:
                 raise ShapeError(record.problem)
-            found += [(record.line, turns) for turns in shapes.turns_of(record.value)]
+            found += [(record.line, turns) for turns in formats.turns_of(record.value)]
         except ShapeError as problem:
             problems.append((record.line, str(problem)))
     return found, problems
@@ -96,7 +96,7 @@ def test_real_files_lose_no_row(fixtures, name):
     assert len(set(lines)) == rows + len(expected)
 
 
-# the turns of a raw row, said once more and independently of common/data/shapes.py
+# the turns of a raw row, said once more and independently of common/data/formats.py
 REAL_TURNS = {
     "advgen_content_summary.json": lambda row: talk(row["content"], row["summary"]),
     "advgen_input_output.json": lambda row: talk(row["input"], row["output"]),
@@ -206,7 +206,7 @@ def test_real_turns(fixtures, name):
     ],
 )
 def test_shapes(row, turns):
-    assert shapes.turns_of(row) == [turns]
+    assert formats.turns_of(row) == [turns]
 
 
 def moss(*texts, command="None"):
@@ -270,7 +270,7 @@ WORSE, BETTER = said("assistant", "差", rank=1), said("assistant", "好", said(
     ids=["Safety-Prompts", "COIG", "MOSS", "MOSS system", "OpenAssistant", "OpenAssistant rank", "RefGPT"],
 )
 def test_shapes_of_public_sets(row, turns):
-    assert shapes.turns_of(row) == [turns]
+    assert formats.turns_of(row) == [turns]
 
 
 def test_hc3_is_a_conversation_an_answer(tmp_path):
@@ -297,7 +297,7 @@ def test_hc3_is_a_conversation_an_answer(tmp_path):
 )
 def test_an_answer_whose_question_is_not_understood_is_not_pre_training_text(row):
     with pytest.raises(ShapeError) as error:
-        shapes.turns_of(row)
+        formats.turns_of(row)
     assert missing(row, str(error.value)) == []
 
 
@@ -623,7 +623,7 @@ def test_one_long_line(tmp_path):
 
 @pytest.mark.parametrize("joint, lines", [(",", [1] * 12), (",\n", range(1, 13)), ("\n , ", range(1, 13))], ids=repr)
 def test_arrays_longer_than_a_block(tmp_path, monkeypatch, joint, lines):
-    monkeypatch.setattr(reading, "BLOCK", 7)  # bytes: characters and numbers are cut somewhere
+    monkeypatch.setattr(sources, "BLOCK", 7)  # bytes: characters and numbers are cut somewhere
     rows = [{"text": f"第{number}行，\n😀", "n": number * 10**number} for number in range(11)] + [123456789]
     texts = joint.join(json.dumps(row, ensure_ascii=False) for row in rows)
     records = list(read_records(write(tmp_path, "a.json", f"\ufeff[{texts}]")))
@@ -639,7 +639,7 @@ def test_a_broken_array_is_not_read_to_its_end(tmp_path):
         list(read_records(str(file)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * reading.BLOCK < file.stat().st_size
+    assert peak < 4 * sources.BLOCK < file.stat().st_size
 
 
 def test_one_line_is_not_held_as_a_whole(tmp_path):
@@ -649,7 +649,7 @@ def test_one_line_is_not_held_as_a_whole(tmp_path):
     assert sum(1 for _ in read_records(str(file))) == 200_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8 * reading.BLOCK < file.stat().st_size
+    assert peak < 8 * sources.BLOCK < file.stat().st_size
 
 
 def test_long_elements_over_many_lines(tmp_path):
@@ -680,7 +680,7 @@ def test_long_elements_over_many_lines(tmp_path):
 )
 def test_identity_is_filled(text, filled):
     asked = [Turn("user", text), Turn("assistant", text)]
-    assert shapes.fill_identity(asked, ("小明",) * 2, ("实验室",) * 2) == [
+    assert formats.fill_identity(asked, ("小明",) * 2, ("实验室",) * 2) == [
         Turn("user", filled),
         Turn("assistant", filled),
     ]
@@ -696,13 +696,13 @@ def test_identity_is_filled(text, filled):
 )
 def test_identity_that_is_not_given_is_refused(text, name, author, named):
     with pytest.raises(ShapeError) as error:
-        shapes.fill_identity([Turn("user", "你是谁"), Turn("assistant", text)], (name,) * 2, (author,) * 2)
+        formats.fill_identity([Turn("user", "你是谁"), Turn("assistant", text)], (name,) * 2, (author,) * 2)
     assert missing([named, "--model_name", "--model_author"], str(error.value)) == []
 
 
 def test_values_are_not_filled_again():
     asked = [Turn("user", "问"), Turn("assistant", "{{name}}")]
-    assert shapes.fill_identity(asked, (r"{{author}}\1",) * 2, ("实验室",) * 2)[1].text == r"{{author}}\1"
+    assert formats.fill_identity(asked, (r"{{author}}\1",) * 2, ("实验室",) * 2)[1].text == r"{{author}}\1"
 
 
 @pytest.mark.parametrize(
@@ -717,12 +717,12 @@ def test_values_are_not_filled_again():
 )
 def test_each_row_is_filled_in_its_own_language(asked, answer, filled):
     turns = [Turn("user", asked), Turn("assistant", answer)]
-    found = shapes.fill_identity(turns, ("小黄", "Xiao Huang"), ("魔搭", "ModelScope"))
+    found = formats.fill_identity(turns, ("小黄", "Xiao Huang"), ("魔搭", "ModelScope"))
     assert found == [Turn("user", asked), Turn("assistant", filled)]
 
 
 def test_a_form_that_is_blank_is_not_filled():
     chinese, english = [Turn("text", "我是{{name}}")], [Turn("text", "I am {{name}}")]
-    assert shapes.fill_identity(english, ("", "Huang"), ())[0].text == "I am Huang"
+    assert formats.fill_identity(english, ("", "Huang"), ())[0].text == "I am Huang"
     with pytest.raises(ShapeError, match="is not filled"):
-        shapes.fill_identity(chinese, ("", "Huang"), ())
+        formats.fill_identity(chinese, ("", "Huang"), ())

@@ -6,13 +6,13 @@ import threading
 
 import pytest
 
-from common.data.shapes import Turn
-from common.engine.batching import Batcher
+from common.data.formats import Turn
+from common.engine.batcher import Batcher
 from common.errors import UserError
 from common.inference import remote
-from common.inference.answer import Sampling
-from common.serving import serve
-from common.serving.listen import Server
+from common.inference.answerer import Sampling
+from common.serving import app
+from common.serving.server import Server
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import evaluation, predict
 from gemma_sft.ft_gemma.config import Config
@@ -33,7 +33,7 @@ def answer(cfg):
 @pytest.fixture(scope="module")
 def url(answer):
     batcher = Batcher(answer, {"base": None})
-    server = Server(serve.create_app(serve.Service("m", "base", batcher, api_key="k")), "127.0.0.1", 0, 8)
+    server = Server(app.create_app(app.Service("m", "base", batcher, api_key="k")), "127.0.0.1", 0, 8)
     yield server.address + "/v1"
     server.close()
     batcher.close()

@@ -20,7 +20,7 @@ from transformers import TrainerState
 from common import config
 from common.config import TrainFlags, parse
 from common.errors import UserError
-from common.model import loss, model
+from common.model import loading, loss
 from common.runs import run
 from common.training import batches, callbacks, trainer, tuning
 from gemma_sft import prompt
@@ -120,7 +120,7 @@ def test_plain_peft_gives_our_logits_in_another_process(flags, tmp_path, small_g
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     with torch.no_grad():
         ours = answer.net(input_ids=torch.tensor([ids])).logits
-        base = model.load_base(small_gemma, "float32")(input_ids=torch.tensor([ids])).logits
+        base = loading.load_base(small_gemma, "float32")(input_ids=torch.tensor([ids])).logits
     theirs = torch.load(tmp_path / "out/logits.pt", weights_only=True)
     assert (ours - theirs).abs().max() == 0
     assert (ours - base).abs().max() > 1e-4, "the adapter must do something"
@@ -226,10 +226,10 @@ def test_an_adapter_that_does_not_fit_is_refused(flags, tmp_path):
 
 
 def test_an_adapter_that_does_nothing_is_refused(small_gemma, tmp_path):
-    net = tuning.make_trainable(model.load_base(small_gemma, "float32"), Config())
+    net = tuning.make_trainable(loading.load_base(small_gemma, "float32"), Config())
     net.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="lora_B are zero"):
-        model.verify_adapter(net, tmp_path)
+        loading.verify_adapter(net, tmp_path)
 
 
 def test_what_does_not_belong_to_the_run_is_refused(flags, tmp_path, small_gemma):

@@ -16,9 +16,9 @@ from common.errors import run_main
 
 def main(argv=None):
     cfg, flags = parse(Config, ServeFlags, argv)
-    from common.serving import serve
+    from common.serving import app
 
-    serve.run(load_answer, cfg, flags)
+    app.run(load_answer, cfg, flags)
 
 
 if __name__ == "__main__":

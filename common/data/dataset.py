@@ -15,8 +15,9 @@ import fsspec
 import numpy
 from filelock import FileLock
 
-from common import jsonl, processes
-from common.data import parallel, pieces, reading, shapes
+from common import distributed, jsonl
+from common.data import formats, render, workers
+from common.data.sources import read_records
 from common.errors import UserError
 
 CHUNK = 1000  # rows tokenised at a time: what a process is handed, and a record batch of rows.arrow
@@ -54,7 +55,7 @@ def prepare(cfg, tokenizer, prompt):
     Of several processes the first does it for all, and the others find its cache. Raises UserError where nothing can be
     trained on, or more than `cfg.max_dropped` of the rows cannot.
     """
-    return processes.in_turn(lambda: _prepare(cfg, tokenizer, prompt))
+    return distributed.in_turn(lambda: _prepare(cfg, tokenizer, prompt))
 
 
 def _prepare(cfg, tokenizer, prompt):
@@ -97,7 +98,7 @@ def split_sample(spec):
 
 def conversations(path, cfg):
     """Yield (where, turns, None) for each conversation of a file and (where, row, reason) for each unusable row."""
-    for record in reading.read_records(path):
+    for record in read_records(path):
         yield from _conversations_in(record, path, cfg)
 
 
@@ -108,9 +109,9 @@ def _conversations_in(record, path, cfg):
         return
     try:
         found = [
-            shapes.fill_identity(turns, cfg.model_name, cfg.model_author) for turns in shapes.turns_of(record.value)
+            formats.fill_identity(turns, cfg.model_name, cfg.model_author) for turns in formats.turns_of(record.value)
         ]
-    except shapes.ShapeError as problem:
+    except formats.ShapeError as problem:
         yield where, record.value, str(problem)
         return
     for turns in found:
@@ -184,8 +185,8 @@ def tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
 
 
 def _cache_key(path, content, cfg, tokenizer_id, prompt):
-    files = [__file__, *(module.__file__ for module in (reading, shapes, pieces, prompt))]
-    code = [Path(file).read_text(encoding="utf-8") for file in files]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(prompt.__file__)]
+    code = [file.read_text(encoding="utf-8") for file in files]
     knobs = [cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a, cfg.model_name, cfg.model_author]
     parts = [path, content, tokenizer_id, code, knobs]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -206,7 +207,7 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
         where=Value("string"),
     )
     counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
-    records = reading.read_records(path)
+    records = read_records(path)
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         draft = Path(scratch) / folder.name
@@ -217,7 +218,7 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
             tqdm(desc="编码 tokenising", unit="row", leave=False) as bar,
         ):
             schema = features.arrow_schema
-            for table, left_out, counted in parallel.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt):
+            for table, left_out, counted in workers.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt):
                 writer.write_table(table)
                 rejected.writelines(left_out)
                 counts.update(counted)
@@ -254,7 +255,7 @@ def _put_row(where, found, reason, cfg, tokenizer, prompt, columns, rejected, co
         rejected.append(jsonl.line_of({"where": where, "reason": reason, "row": found}))
         return
     length = len(sample.input_ids)
-    counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(pieces.IGNORED))
+    counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(render.IGNORED))
     row = {"input_ids": sample.input_ids, "labels": sample.labels, "length": length}
     row |= {"cut": sample.cut, "where": where}
     for name, value in row.items():
@@ -264,12 +265,12 @@ def _put_row(where, found, reason, cfg, tokenizer, prompt, columns, rejected, co
 def _sample_of(turns, cfg, tokenizer, prompt):
     """(Sample, None), or (None, why the row cannot be trained on)."""
     try:
-        sample = pieces.training_sample(
+        sample = render.training_sample(
             tokenizer, prompt, turns, cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a
         )
-    except pieces.TooLong as problem:
+    except render.TooLong as problem:
         return None, str(problem)
-    if sample.labels.count(pieces.IGNORED) == len(sample.labels):
+    if sample.labels.count(render.IGNORED) == len(sample.labels):
         return None, "没有可训练的 token no id of the row is supervised"
     return sample, None
 
@@ -333,9 +334,9 @@ def show_counts(rows):
 def show_first(rows, tokenizer):
     """Print the first training row as text, ids and labels, so that a wrong prompt or mask is seen at once."""
     row = rows.train[0]
-    supervised = [label for label in row["labels"] if label != pieces.IGNORED]
+    supervised = [label for label in row["labels"] if label != render.IGNORED]
     print(f"第一条样本 first sample ({row['where']}):")
-    print("text:", repr(pieces.shown(tokenizer, row["input_ids"])))
+    print("text:", repr(render.shown(tokenizer, row["input_ids"])))
     print("input_ids:", row["input_ids"])
     print("labels:", row["labels"])
-    print("计损失的文字 supervised text:", repr(pieces.shown(tokenizer, supervised)))
+    print("计损失的文字 supervised text:", repr(render.shown(tokenizer, supervised)))

@@ -9,11 +9,12 @@ import json
 import time
 from pathlib import Path
 
-from common.data.shapes import Turn
+from common.data.formats import Turn
 from common.errors import UserError
-from common.evaluation import bootstrap, eval_report, evaluate, tasks
+from common.evaluation import evaluate, intervals, tasks
+from common.evaluation.report import heads, task_rows
 from common.inference import likelihood
-from common.inference.answer import Sampling
+from common.inference.answerer import Sampling
 from common.runs import run
 
 PROMPT_LIMIT = 2048  # ids of a prompt, more than tuning allows, unless --max_length_q says otherwise
@@ -93,7 +94,7 @@ def accuracies(questions, scores, seed):
     losses = [score["loss"] for score in scores if "loss" in score]
     return {
         "accuracy": _mean([score["accuracy"] for score in scores]),
-        "interval": bootstrap.intervals(_alone(scores), seed)["accuracy"],
+        "interval": intervals.intervals(_alone(scores), seed)["accuracy"],
         "questions": len(scores),
         "average": _mean([share["accuracy"] for share in shares.values()]),
         "subjects": shares,
@@ -114,8 +115,8 @@ def show_table(found, models, questions):
     for task in questions:
         print(found[models[0]][task]["method"])
     kept = {name: {task: found[name][task] for task in questions} for name in models} | {"change": found["change"]}
-    rows = eval_report.task_rows(kept, models)
-    for name, count, *cells in [["task", "questions", *eval_report.heads(models)], *rows]:
+    rows = task_rows(kept, models)
+    for name, count, *cells in [["task", "questions", *heads(models)], *rows]:
         print(f"{name:<32} {count:>9}  " + "".join(f"{cell:<26}" for cell in cells).rstrip())
 
 
@@ -159,7 +160,7 @@ def _changes(found, cfg):
     changes = {}
     for task in found["base"].keys() & found["tuned"].keys():
         each = [_alone([r["scores"] for r in evaluate.records_in(_path(cfg, task, base))]) for base in (True, False)]
-        changes[task] = bootstrap.change_intervals(*each, cfg.seed)["accuracy"]
+        changes[task] = intervals.change_intervals(*each, cfg.seed)["accuracy"]
     return changes
 
 

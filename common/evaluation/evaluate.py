@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import jsonl, launch, processes
+from common import distributed, jsonl, launch
 from common.data import dataset
 from common.errors import UserError
-from common.evaluation import bootstrap, eval_report, metrics, overlap
-from common.inference.answer import Sampling, trained_with
-from common.model.model import base_hash
+from common.evaluation import intervals, metrics, overlap
+from common.evaluation.report import ROW_METRIC, WORST, changes, heads, metric_rows, overlap_text, write
+from common.inference.answerer import Sampling, trained_with
+from common.model.loading import base_hash
 from common.runs import run
 
 
@@ -60,7 +61,7 @@ def report(answer, rows, cfg, flags):
 
 def is_first():
     """Whether this process is the one that prints and writes: the first of those that work together, or one alone."""
-    return not (processes.together() and launch.rank())
+    return not (distributed.together() and launch.rank())
 
 
 def models_of(flags):
@@ -113,12 +114,12 @@ def score_rows(path, key, order, predict, cfg, shown):
     again. Batches and their seeds do not depend on where that call stopped, nor on the number of processes.
     shown: the title of the progress bar, and the score whose mean it shows.
     """
-    processes.first(lambda: _gather(path, key))
+    distributed.first(lambda: _gather(path, key))
     done = {record["row"]: record for record in jsonl.read(path)}
-    processes.wait()
+    distributed.wait()
     batches = [order[start : start + cfg.eval_batch_size] for start in range(0, len(order), cfg.eval_batch_size)]
     running = [record["scores"][shown[1]] for record in done.values()]
-    rank, count = (launch.rank(), launch.world_size()) if processes.together() else (0, 1)
+    rank, count = (launch.rank(), launch.world_size()) if distributed.together() else (0, 1)
     mine = path.with_suffix(f".{rank}.part") if rank else path
     with (
         mine.open("a", encoding="utf-8", newline="\n") as file,
@@ -135,8 +136,8 @@ def score_rows(path, key, order, predict, cfg, shown):
             running += [record["scores"][shown[1]] for record in records]
             bar.update(len(left))
             bar.set_postfix_str(f"{shown[1]} {sum(running) / len(running):.3f}")
-    processes.wait()
-    processes.first(lambda: _gather(path, key))
+    distributed.wait()
+    distributed.first(lambda: _gather(path, key))
     return records_in(path)
 
 
@@ -168,9 +169,9 @@ def save_results(cfg, rows, scores, apart=False):
         for name in ("base", "tuned")
         if name in results
     }
-    results["intervals"] = {name: bootstrap.intervals(found, cfg.seed) for name, found in each.items()}
+    results["intervals"] = {name: intervals.intervals(found, cfg.seed) for name, found in each.items()}
     if len(each) == 2:
-        results["intervals"]["change"] = bootstrap.change_intervals(each["base"], each["tuned"], cfg.seed)
+        results["intervals"]["change"] = intervals.change_intervals(each["base"], each["tuned"], cfg.seed)
     run.write_json(Path(cfg.model_save_dir) / "all_results.json", results)
     return results
 
@@ -184,16 +185,16 @@ def read_results(cfg):
 def leave_report(cfg, results):
     """Write eval_report.md and eval_report.png from all the evaluations the run's folder holds."""
     records = {name: predictions(cfg, name == "base") for name in ("base", "tuned") if name in results}
-    eval_report.write(cfg.model_save_dir, results, records, cfg.seed)
+    write(cfg.model_save_dir, results, records, cfg.seed)
     print(f"\n评估报告 report: {Path(cfg.model_save_dir) / 'eval_report.md'}")
 
 
 def show_table(results, models):
     """Print a line a metric, a column a model and one for the change, by which the lines are sorted."""
-    print(f"\n留出数据 held-out rows: {results['held_out']['rows']}, {eval_report.overlap_text(results['held_out'])}")
-    for name, *cells in [["metric", *eval_report.heads(models)], *eval_report.metric_rows(results, models)]:
+    print(f"\n留出数据 held-out rows: {results['held_out']['rows']}, {overlap_text(results['held_out'])}")
+    for name, *cells in [["metric", *heads(models)], *metric_rows(results, models)]:
         print(f"{name:<18}" + "".join(f"{cell:<26}" for cell in cells).rstrip())
-    print(f"[95 % interval: {bootstrap.RESAMPLES} bootstrap resamples of the rows]")
+    print(f"[95 % interval: {intervals.RESAMPLES} bootstrap resamples of the rows]")
     print(results["signature"])
 
 
@@ -210,9 +211,9 @@ def show_answers(cfg, count=3):
 
 def show_worst(cfg):
     """Print where the tuned model's answers lost most against the base's; eval_report.md has the texts."""
-    metric, base, tuned = eval_report.ROW_METRIC, predictions(cfg, base=True), predictions(cfg)
+    metric, base, tuned = ROW_METRIC, predictions(cfg, base=True), predictions(cfg)
     print(f"\n变化最差的行 worst rows, by the change of {metric} (base → tuned):")
-    for change, row in eval_report.changes(base, tuned)[: eval_report.WORST]:
+    for change, row in changes(base, tuned)[:WORST]:
         before, after = (records[row]["scores"][metric] for records in (base, tuned))
         print(f"  {change:+.3f}  {before:.3f} → {after:.3f}  {tuned[row]['where']}")
 

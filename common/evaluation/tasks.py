@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.config import DATA
-from common.data import reading
-from common.data.shapes import Turn
+from common.data import sources
+from common.data.formats import Turn
 from common.errors import UserError
 
 LETTERS = "ABCD"
@@ -144,7 +144,7 @@ def _rows(path, parse, flags):
 
 def _records(path):
     """(file:line, row) of a JSON file."""
-    found = [(f"{path}:{record.line}", record) for record in reading.read_records(str(path))]
+    found = [(f"{path}:{record.line}", record) for record in sources.read_records(str(path))]
     for where, record in found:
         if record.problem:
             raise UserError(f"{where}: {record.problem}")

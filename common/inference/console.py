@@ -4,11 +4,11 @@ import json
 import sys
 import time
 
-from common.data import pieces
-from common.data.shapes import Turn
+from common.data import render
+from common.data.formats import Turn
 from common.errors import UserError
-from common.inference.answer import trained_with
-from common.model import model
+from common.inference.answerer import trained_with
+from common.model import loading
 from common.runs import run
 
 HELP = "输入 CLEAR 清空对话 clears the history, EXIT 或 Ctrl-D 退出 leaves, Ctrl-C 停止当前回答 stops an answer"
@@ -42,13 +42,13 @@ def print_prompt(cfg, prompt, question, system=""):
     """Print text and ids of the prompt for `question` as one JSON object; only the tokenizer is loaded."""
     manifest = run.read_manifest(cfg.model_save_dir)
     trained = trained_with(cfg, manifest, base=True)
-    tokenizer = model.load_tokenizer(trained["path_model_pretrain"], prompt)
+    tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
     turns = [*_system(system), Turn("user", question)]
     try:
-        ids, _ = pieces.prompt_ids(tokenizer, prompt, turns, trained["prompt_style"], trained["max_length_q"])
-    except pieces.TooLong as problem:
+        ids, _ = render.prompt_ids(tokenizer, prompt, turns, trained["prompt_style"], trained["max_length_q"])
+    except render.TooLong as problem:
         raise UserError(str(problem)) from None
-    text = pieces.shown(tokenizer, ids)
+    text = render.shown(tokenizer, ids)
     print(json.dumps({"text": text, "input_ids": ids}, ensure_ascii=False))
 
 

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from common.data import pieces
-from common.data.shapes import Turn
+from common.data import render
+from common.data.formats import Turn
 from common.errors import UserError
 from common.model.loss import token_losses
 
@@ -65,7 +65,7 @@ def _answer_ids(answerer, question, text):
     """Ids of `text` as an answer is trained on, without its stop id."""
     rendered = answerer.prompt.render(answerer.tokenizer, [question, Turn("assistant", text)], answerer.style)
     ids = list(rendered[-1].ids)[:-1]
-    if rendered[-1].part != pieces.ANSWER or not ids:
+    if rendered[-1].part != render.ANSWER or not ids:
         raise UserError(f"{text!r}: 选项没有 token the option has no ids of its own")
     return ids
 

@@ -7,10 +7,10 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-from common.data import pieces
+from common.data import render
 from common.errors import UserError
-from common.inference.answer import Answer, trained_with
-from common.model import model
+from common.inference.answerer import Answer, trained_with
+from common.model import loading
 from common.runs import run
 
 TOGETHER = 16  # requests at once
@@ -66,8 +66,8 @@ class Remote:
     def _complete(self, turns, sampling, base, stream=False):
         """The open response to a completion of the conversation."""
         try:
-            ids, _ = pieces.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
-        except pieces.TooLong as problem:
+            ids, _ = render.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
+        except render.TooLong as problem:
             raise UserError(str(problem)) from None
         body, refused = self._body(sampling, base) | {"stream": stream}, None
         if not self.as_text:
@@ -76,7 +76,7 @@ class Remote:
             except _Refused as problem:
                 refused = problem
         whole = ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids  # a server puts it before a text
-        response = self._open("/completions", body | {"prompt": pieces.shown(self.tokenizer, whole)}, refused)
+        response = self._open("/completions", body | {"prompt": render.shown(self.tokenizer, whole)}, refused)
         if refused:
             self.as_text = True
             print(f"{self.url}: 不接受 token id，改发文字 takes no token ids; prompts go as text: {refused}")
@@ -123,5 +123,5 @@ class _Refused(UserError):
 def load(cfg, prompt, url):
     """The Remote at `url` with tokenizer, prompt style and length of the run in `cfg.model_save_dir`, or the user's."""
     trained = trained_with(cfg, run.read_manifest(cfg.model_save_dir), base=True)
-    tokenizer = model.load_tokenizer(trained["path_model_pretrain"], prompt)
+    tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
     return Remote(url, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])

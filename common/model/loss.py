@@ -8,8 +8,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from common.data.pieces import IGNORED
-from common.model.lean import times_transposed, with_pads
+from common.data.render import IGNORED
+from common.model.frozen_layers import times_transposed, with_pads
 
 LOGITS, ROWS = 1 << 24, 128  # of logits alive at once on a CPU: 64 MiB in fp32, and more rows are no faster
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from common import jsonl, processes
+from common import distributed, jsonl
 from common.config import ROOT
-from common.data import dataset, pieces
+from common.data import dataset, render
 from common.errors import UserError
 from common.launch import rank
-from common.model import model
+from common.model import loading
 
 AROUND = 12  # characters shown before and after a difference
 MANIFEST, WHOLE, DRAFT = "run_manifest.json", "whole.json", "adapter.part"
@@ -62,9 +62,9 @@ def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
     folder.
     """
     folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
-    opened = processes.first(lambda: _open(folder, manifest, resume, rows, resume_anyway))
+    opened = distributed.first(lambda: _open(folder, manifest, resume, rows, resume_anyway))
     lock, checkpoint = opened or (None, None)
-    return Run(folder, _seen_by_all(folder, manifest), lock, processes.share(checkpoint))
+    return Run(folder, _seen_by_all(folder, manifest), lock, distributed.share(checkpoint))
 
 
 def _open(folder, manifest, resume, rows, resume_anyway):
@@ -92,7 +92,7 @@ def _open(folder, manifest, resume, rows, resume_anyway):
 
 def _seen_by_all(folder, manifest):
     """The first process's manifest; UserError in a process that does not find it in its own `folder`."""
-    written = processes.share(manifest)
+    written = distributed.share(manifest)
     if (read_manifest(folder) or {}).get("started") != written["started"]:
         raise UserError(
             f"{folder}: 各机器看到的不是同一个文件夹 not one folder for all machines; put it on a shared disk"
@@ -102,12 +102,12 @@ def _seen_by_all(folder, manifest):
 
 def describe(cfg, tokenizer, prompt, rows):
     """The manifest of a run about to start: all that decides what it learns, and what its users must match."""
-    template = pieces.template_text(tokenizer, prompt, cfg.prompt_style)
+    template = render.template_text(tokenizer, prompt, cfg.prompt_style)
     knobs = {name: value for name, value in asdict(cfg).items() if name != "given"}
     return {
         "state": "training",
         "config": knobs,
-        "base": {"path": cfg.base, "sha256": model.base_hash(cfg.base)},
+        "base": {"path": cfg.base, "sha256": loading.base_hash(cfg.base)},
         "tokenizer_sha256": dataset.tokenizer_hash(tokenizer),
         "template": {
             "style": cfg.prompt_style,
@@ -116,7 +116,7 @@ def describe(cfg, tokenizer, prompt, rows):
         },
         "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
         "data": rows.sources,
-        "processes": processes.describe(cfg),
+        "processes": distributed.describe(cfg),
         "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
         "versions": {n: importlib.metadata.version(n) for n in (*PACKAGES, *(["bitsandbytes"] if cfg.bits else []))},
         "git_commit": _git_commit(),
@@ -162,13 +162,13 @@ def save_tuned(net, tokenizer, folder):
 
     All processes call it, the first one writes.
     """
-    state = model.whole_state(net) if processes.is_sharded(net) else None
+    state = loading.whole_state(net) if distributed.is_sharded(net) else None
     if rank():
         return
     draft = Path(folder) / DRAFT
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
     net.save_pretrained(draft, **({"state_dict": state} if state else {}))
-    verify = model.verify_adapter if hasattr(net, "peft_config") else model.verify_whole
+    verify = loading.verify_adapter if hasattr(net, "peft_config") else loading.verify_whole
     verify(net, draft, state)
     tokenizer.save_pretrained(draft)
     for file in draft.iterdir():
@@ -178,8 +178,8 @@ def save_tuned(net, tokenizer, folder):
 
 def check_fits(manifest, base, tokenizer, prompt):
     """UserError where base (a path), tokenizer or template are not what the run in `manifest` was trained with."""
-    template = pieces.template_text(tokenizer, prompt, manifest["template"]["style"])
-    weights, ids = model.base_hash(base), dataset.tokenizer_hash(tokenizer)
+    template = render.template_text(tokenizer, prompt, manifest["template"]["style"])
+    weights, ids = loading.base_hash(base), dataset.tokenizer_hash(tokenizer)
     pairs = [
         ("基座模型 base model", manifest["base"]["sha256"], weights, "give the base trained with"),
         ("分词器 tokenizer", manifest["tokenizer_sha256"], ids, "restore the base's tokenizer files"),

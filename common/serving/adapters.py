@@ -3,7 +3,7 @@
 import re
 
 from common.errors import UserError
-from common.model import model
+from common.model import loading
 from common.runs import run
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -24,7 +24,7 @@ def load(answer, specs, alone="tuned"):
                 f"--adapters {spec}: 应为 must be name=folder, with a name not yet taken ({', '.join(models)})"
             )
         _check(answer, folder)
-        answer.net = model.attach(answer.net, folder, name)
+        answer.net = loading.attach(answer.net, folder, name)
         models[name] = name
     return models
 
@@ -35,7 +35,7 @@ def _check(answer, folder):
     if manifest is None:
         return
     net = answer.net.get_base_model() if hasattr(answer.net, "get_base_model") else answer.net
-    served = model.base_hash(net.name_or_path), answer.style
+    served = loading.base_hash(net.name_or_path), answer.style
     trained = manifest["base"]["sha256"], manifest["template"]["style"]
     if trained != served:
         raise UserError(

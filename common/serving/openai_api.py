@@ -4,10 +4,10 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
-from common.data.shapes import Turn
-from common.engine.ticket import Ask
-from common.inference.answer import Sampling
-from common.serving.body import Field, Refused, checked, is_unicode, shown, values
+from common.data.formats import Turn
+from common.engine.request import Ask
+from common.inference.answerer import Sampling
+from common.serving.validation import Field, Refused, checked, is_unicode, shown, values
 
 MOST_ANSWERS = 16  # prompts × n
 SAMPLING = {

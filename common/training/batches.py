@@ -6,7 +6,7 @@ import random
 import numpy
 import torch
 
-from common.data.pieces import IGNORED
+from common.data.render import IGNORED
 from common.launch import world_size
 from common.training import packing
 

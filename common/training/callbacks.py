@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from common import jsonl, processes
+from common import distributed, jsonl
 from common.errors import UserError
 from common.runs import run
 from common.training import memory
@@ -35,7 +35,7 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         numbers = torch.stack([torch.as_tensor(value).float().cpu() for value in [*self.losses, self.norm]])
         bad = not numbers.isfinite().all() or numbers[-1] < 0  # DeepSpeed's norm is -1 where it is not finite
-        if processes.largest(int(bad)):
+        if distributed.largest(int(bad)):
             self._stop_non_finite(state.global_step + 1)
         if self.gradients:
             self.gradients.check()
@@ -44,7 +44,7 @@ class Guard(TrainerCallback):
 
     def _stop_non_finite(self, step):
         """UserError naming the rows: those of the processes that have such a loss, or of all where only the norm is."""
-        found = processes.gather(([round(float(loss), 4) for loss in self.losses], self.where))
+        found = distributed.gather(([round(float(loss), 4) for loss in self.losses], self.where))
         bad = [(losses, rows) for losses, rows in found if not numpy.isfinite(losses).all()] or found
         rows = [row for _, rows in bad for row in rows if row]
 
@@ -56,7 +56,7 @@ class Guard(TrainerCallback):
                 f"最近的检查点 last good checkpoint: {run.last_whole_checkpoint(self.folder) or 'none'}"
             )
 
-        processes.first(say)
+        distributed.first(say)
 
 
 class Gradients:
@@ -95,7 +95,7 @@ class Gradients:
                 self.reached.add(name)
         for hook in self.hooks:
             hook.remove()
-        reached = self.waiting.union(*processes.gather(self.reached))
+        reached = self.waiting.union(*distributed.gather(self.reached))
         dead = [name for name in trained if name not in reached]
         if dead:
             raise UserError(
@@ -132,14 +132,14 @@ class StopOnSignal(TrainerCallback):
         self.earlier = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _receive(self, number, frame):
-        if self.received and not processes.together():
+        if self.received and not distributed.together():
             raise KeyboardInterrupt
         self.received = number
-        if not processes.together():
+        if not distributed.together():
             print("\n收到信号，做完这一步就保存 finishing this step and saving; once more ends at once", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        received = processes.largest(self.received or 0)
+        received = distributed.largest(self.received or 0)
         if received:
             self.received = received
             control.should_save = control.should_training_stop = True
@@ -212,7 +212,7 @@ class WholeCheckpoints(TrainerCallback):
     """Marks each checkpoint as whole once all of it is written, by all processes."""
 
     def on_save(self, args, state, control, **kwargs):
-        processes.wait()
+        distributed.wait()
         if state.is_world_process_zero:
             run.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy
 
 from common.data import dataset
-from common.data.pieces import IGNORED
+from common.data.render import IGNORED
 from common.errors import UserError, is_out_of_memory
 from common.launch import world_size
 from common.training import memory, rehearsal, tuning

@@ -12,8 +12,8 @@ import psutil
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from common.model.loading import device
 from common.model.loss import chunk_rows
-from common.model.model import device
 
 MIB = 1 << 20
 CGROUP = Path("/sys/fs/cgroup")

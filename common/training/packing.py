@@ -5,7 +5,7 @@ from bisect import bisect_left, insort
 import numpy
 import torch
 
-from common.data.pieces import IGNORED
+from common.data.render import IGNORED
 from common.errors import UserError
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the norm; what rounding leaves

@@ -8,7 +8,7 @@ import numpy
 import torch
 from transformers import TrainerCallback
 
-from common.model.lean import make_lean
+from common.model.frozen_layers import make_lean
 from common.model.loss import use_supervised_loss
 from common.training import batches, memory, trainer
 

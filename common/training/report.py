@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from common import jsonl, processes
+from common import distributed, jsonl
 from common.config import BELONGS, LORA
-from common.evaluation import eval_report, evaluate
-from common.inference.answer import Answerer
+from common.evaluation import evaluate, report
+from common.inference.answerer import Answerer
 from common.launch import rank
-from common.model.model import load_base, load_tuned, merge_reasons
+from common.model.loading import load_base, load_tuned, merge_reasons
 from common.runs import run
 
 SMOOTHING = 0.9  # of the running mean in the picture
@@ -20,7 +20,7 @@ def leave(work, net, tokenizer, results):
     """
     with run.told_when_full(work.folder):
         run.save_tuned(net, tokenizer, work.folder)
-    processes.part()
+    distributed.part()
     if rank():
         return
     results = results | {"serving": serving(net)}
@@ -37,7 +37,7 @@ def compare(work, rows, net, tokenizer, prompt, cfg):
     """Score base and tuned on held-out rows and put both into all_results.json and the card; no rows, no table."""
     if not rows or rank():
         return
-    if processes.is_sharded(net):
+    if distributed.is_sharded(net):
         trained = {"tuning": cfg.tuning, "path_model_pretrain": cfg.base, "bits": cfg.bits}
         net = load_tuned(trained, work.folder, cfg.dtype)
 
@@ -176,7 +176,7 @@ def _score_table(results):
         return ""
     rows = [
         f"| {name} | {results['base'][name]:.4f} | {results['tuned'][name]:.4f} |"
-        for name in eval_report.shown({"base": results["base"], "tuned": results["tuned"]})
+        for name in report.shown({"base": results["base"], "tuned": results["tuned"]})
     ]
     lines = [
         "",

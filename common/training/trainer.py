@@ -11,13 +11,13 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from common import processes
+from common import distributed
 from common.data.dataset import lengths_of
 from common.errors import UserError
 from common.launch import world_size
-from common.model.lean import make_lean
+from common.model.frozen_layers import make_lean
+from common.model.loading import device, parameter_counts, resolve_dtype
 from common.model.loss import use_supervised_loss
-from common.model.model import device, parameter_counts, resolve_dtype
 from common.runs import run
 from common.training import memory, packing, tuning
 from common.training.batches import RowsAndBlanks, collate, sampler_of
@@ -74,7 +74,7 @@ def _train(trainer, stopper, checkpoint):
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
     except RuntimeError:
-        if stopper.received and processes.together():  # the launcher ends this process: another one has failed
+        if stopper.received and distributed.together():  # the launcher ends this process: another one has failed
             raise SystemExit(128 + stopper.received) from None
         raise
     finally:
@@ -155,7 +155,7 @@ def make_plan(cfg, rows):
 
 def show_plan(cfg, plan, padding):
     """Print what will be trained: batches, steps, padding."""
-    split = f"{cfg.micro_batch_size} × {plan['accumulation']} × {processes.describe(cfg)}"
+    split = f"{cfg.micro_batch_size} × {plan['accumulation']} × {distributed.describe(cfg)}"
     print(
         f"计划 plan: 每步 batch {split} 进程 processes, "
         f"每轮 {plan['steps_per_epoch']} 步 steps per epoch, 共 {plan['total_steps']} 步 steps, "
@@ -173,7 +173,7 @@ class StepMemory(NamedTuple):
 
 def step_memory(cfg, net, rows, tokenizer, heaviest):
     """The StepMemory of `cfg`, `heaviest` the heaviest micro batch (rows, length); None where it cannot be tried."""
-    if processes.shards_weights():
+    if distributed.shards_weights():
         return None
     estimate, free = estimate_memory(net.train(), rows, tokenizer, heaviest), memory.free()
     needed = estimate.total(False) > memory.SPARE * free
@@ -243,7 +243,7 @@ def arguments(cfg, plan, validate, checkpointing):
         disable_tqdm=True,
     )
     args._n_gpu = min(args.n_gpu, 1)  # several cards are used by torchrun, one process each, never by DataParallel
-    if on_cpu and processes.strategy(cfg) == "FSDP2":  # accelerate knows FSDP on cards only, and would copy the model
+    if on_cpu and distributed.strategy(cfg) == "FSDP2":  # accelerate knows FSDP on cards only, and would copy the model
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return args
 

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from common import processes
+from common import distributed
 from common.errors import UserError
 from common.launch import rank
-from common.model.model import linear_layers, resolve_dtype
+from common.model.loading import linear_layers, resolve_dtype
 
 SAMPLE = 1024  # values of each trained tensor that are kept to tell whether it moved
 PISSA_START = "pissa_start.safetensors"
@@ -39,7 +39,7 @@ def settle(net, cfg):
     UserError where no weight has moved: every step was too small, or nothing was learned. Of a model in parts nothing
     is changed here: its parts are put together when it is saved.
     """
-    if processes.is_sharded(net):
+    if distributed.is_sharded(net):
         return
     dtype, trained = resolve_dtype(cfg.dtype), _trained(net)
     for name, parameter in trained.items():
@@ -103,7 +103,7 @@ def _add_lora(base, cfg):
         target_modules=named(base, cfg.target_modules),
         modules_to_save=named(base, cfg.modules_to_save) or None,
     )
-    if cfg.modules_to_save and base.config.tie_word_embeddings and processes.strategy(cfg) == "FSDP2":
+    if cfg.modules_to_save and base.config.tie_word_embeddings and distributed.strategy(cfg) == "FSDP2":
         raise UserError(
             f"--modules_to_save {' '.join(cfg.modules_to_save)}: FSDP2 不能拆分共享的权重 cannot split weights that "
             "embedding and head share; use DDP or configs/deepspeed/zero3.json"
@@ -128,7 +128,7 @@ def _add_lora(base, cfg):
 
 def _check_pissa(base, config):
     """UserError where PiSSA cannot split a target: it takes linear layers, and changes their weights."""
-    if processes.shards_weights():
+    if distributed.shards_weights():
         raise UserError(
             "--use_pissa: 权重分片时不能用 splits whole weights: not with FSDP2 or ZeRO-3, whose processes hold parts"
         )

@@ -16,16 +16,15 @@ from gemma_sft.ft_gemma.config import Config
 
 def load_answer(cfg, base=False, base_url=""):
     """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
-    from common.inference import remote
-    from common.inference.answer import load
+    from common.inference import answerer, remote
 
-    return remote.load(cfg, prompt, base_url) if base_url else load(cfg, prompt, base)
+    return remote.load(cfg, prompt, base_url) if base_url else answerer.load(cfg, prompt, base)
 
 
 def main(argv=None):
     cfg, flags = parse(Config, PredictFlags, argv)
     from common.inference import console
-    from common.inference.answer import Sampling
+    from common.inference.answerer import Sampling
 
     if flags.print_prompt:
         return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)

@@ -17,18 +17,18 @@ from gemma_sft.ft_gemma.config import Config
 def main(argv=None):
     cfg, flags = parse(Config, TrainFlags, argv)
     # torch is imported only now, so that --help answers at once
-    from common import processes
+    from common import distributed
     from common.data import dataset
     from common.evaluation import evaluate
-    from common.model import model
+    from common.model import loading
     from common.runs import run
     from common.training import check, report, trainer, tuning
 
-    processes.join(cfg)
-    tokenizer = model.load_tokenizer(cfg.base, prompt)
-    base = model.load_base(cfg.base, cfg.dtype, cfg.bits)
+    distributed.join(cfg)
+    tokenizer = loading.load_tokenizer(cfg.base, prompt)
+    base = loading.load_base(cfg.base, cfg.dtype, cfg.bits)
     if flags.print_targets:
-        return model.show_targets(base)
+        return loading.show_targets(base)
     if flags.check:
         return check.run(cfg, flags, base, tokenizer, prompt)
     rows = dataset.prepare(cfg, tokenizer, prompt)
@@ -37,7 +37,7 @@ def main(argv=None):
     held_out = evaluate.held_out_rows(cfg, rows)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway)
     net = tuning.make_trainable(base, cfg)
-    model.show_parameters(net)
+    loading.show_parameters(net)
     results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
     report.leave(work, net, tokenizer, results)
     report.compare(work, held_out, net, tokenizer, prompt, cfg)

@@ -17,17 +17,17 @@ from qwen2_sft.ft_qwen2.predict import load_answer
 
 def main(argv=None):
     cfg, flags = parse(Config, EvaluationFlags, argv)
-    from common import processes
+    from common import distributed
     from common.evaluation import benchmark, evaluate, tasks
 
-    processes.join(cfg)
+    distributed.join(cfg)
     rows = tasks.read(flags) if flags.tasks else evaluate.rows_to_score(cfg, flags.limit)
     answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
     if flags.tasks:
         benchmark.report(answer, rows, cfg, flags)
     else:
         evaluate.report(answer, rows, cfg, flags)
-    processes.part()
+    distributed.part()
 
 
 if __name__ == "__main__":

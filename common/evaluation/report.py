@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy
 
-from common.evaluation import bootstrap
+from common.evaluation.intervals import RESAMPLES, intervals
 
 HIDDEN = re.compile(r"(word-)?rouge-.-[rp]")  # kept in all_results.json; a table shows F alone
 ROW_METRIC = "rouge-l-f"  # by which rows are compared: each row has it
@@ -38,13 +38,13 @@ def shown(scores):
 
 def metric_rows(results, models):
     """[[metric, cell, …]] for the models and, where there are two, their change, by which the rows are sorted."""
-    scores, intervals = {name: results[name] for name in models}, results["intervals"]
-    rows = {metric: [cell(scores[n][metric], intervals[n][metric]) for n in models] for metric in shown(scores)}
+    scores, bounds = {name: results[name] for name in models}, results["intervals"]
+    rows = {metric: [cell(scores[n][metric], bounds[n][metric]) for n in models] for metric in shown(scores)}
     if len(models) == 2:
         change = {metric: scores["tuned"][metric] - scores["base"][metric] for metric in rows}
         rows = {metric: rows[metric] for metric in sorted(rows, key=lambda name: -change[name])}
         for metric, cells in rows.items():
-            cells.append(cell(change[metric], intervals["change"][metric], "+"))
+            cells.append(cell(change[metric], bounds["change"][metric], "+"))
     return [[metric, *cells] for metric, cells in rows.items()]
 
 
@@ -90,7 +90,7 @@ def by_length(records, seed):
             name: [{ROW_METRIC: each[row]["scores"][ROW_METRIC]} for row in rows] for name, each in records.items()
         }
         means = {
-            name: (float(numpy.mean([row[ROW_METRIC] for row in part])), bootstrap.intervals(part, seed)[ROW_METRIC])
+            name: (float(numpy.mean([row[ROW_METRIC] for row in part])), intervals(part, seed)[ROW_METRIC])
             for name, part in scores.items()
         }
         found.append(("–".join(map(str, ends)), len(rows), means))
@@ -103,7 +103,7 @@ def _held_out_part(results, models):
         f"## Held-out rows: {held_out['rows']}\n",
         f"- answers: {held_out['decoding']}",
         f"- {overlap_text(held_out)}",
-        f"- [low, high]: 95 % interval, {bootstrap.RESAMPLES} bootstrap resamples of the rows",
+        f"- [low, high]: 95 % interval, {RESAMPLES} bootstrap resamples of the rows",
         f"- {results['signature']}\n",
     ]
     return "\n".join(lines) + "\n" + _table(["metric", *heads(models)], metric_rows(results, models))

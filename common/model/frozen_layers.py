@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from common import processes
+from common import distributed
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")  # transformers' names of a gated layer's parts
 ROWS = 512  # of a gated layer at once on a CPU: what lies between its products stays in the processor's cache
@@ -29,7 +29,7 @@ def make_lean(model):
 
 
 def _is_frozen(module):
-    plain = type(module) is torch.nn.Linear and module.bias is None and not processes.shards_weights()
+    plain = type(module) is torch.nn.Linear and module.bias is None and not distributed.shards_weights()
     return plain and not module.weight.requires_grad
 
 

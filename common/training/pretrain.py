@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from common.config import ROOT
-from common.data.pieces import training_sample
-from common.data.shapes import Turn
+from common.data.formats import Turn
+from common.data.render import training_sample
 from common.model.loss import use_supervised_loss
 from common.runs import run
 from common.training.batches import collate

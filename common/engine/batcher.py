@@ -7,13 +7,13 @@ from collections import deque
 
 import torch
 
-from common.data import pieces
-from common.data.shapes import Turn
-from common.engine import drawing
-from common.engine.beams import Beams
-from common.engine.rows import Rows, prompt_positions
-from common.engine.ticket import Failed, Ticket
-from common.inference.answer import BYTE
+from common.data import render
+from common.data.formats import Turn
+from common.engine import sampling
+from common.engine.beam_search import Beams
+from common.engine.kv_batch import Rows, prompt_positions
+from common.engine.request import Failed, Ticket
+from common.inference.answerer import BYTE
 
 CHUNK = 512  # prompt tokens read between two steps of the rows under way
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Batcher:
         self.active_count, self.forwards, self.broken, self.closed = 0, 0, False, False
         self.adapter = "" if self.peft else None  # what the net is set to; "" is nothing yet
         self.changed, self.encoding = threading.Condition(), threading.Lock()
-        self.anchor = pieces.encode_text(answer.tokenizer, "a")  # something before a piece, so that its blank shows
+        self.anchor = render.encode_text(answer.tokenizer, "a")  # something before a piece, so that its blank shows
         self.probe = self.prompt_ids([Turn("user", "你好")])
         self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self.thread.start()
@@ -68,7 +68,7 @@ class Batcher:
         """Ids that ask for the answer to `turns`; nothing is cut."""
         with self.encoding:  # a tokenizer's settings are no business of two threads at once
             answer = self.answer
-            return pieces.prompt_ids(answer.tokenizer, answer.prompt, turns, answer.style, 2**31)[0]
+            return render.prompt_ids(answer.tokenizer, answer.prompt, turns, answer.style, 2**31)[0]
 
     def cut_prompt_ids(self, turns):
         """The same, cut to the length the model was trained with; UserError where that is impossible."""
@@ -243,8 +243,8 @@ class Batcher:
         self.forwards += 1
         wanted = [row.ask.logprobs for row in rows]
         given = logits.clone() if any(count is not None for count in wanted) else logits
-        ids = drawing.next_ids(logits, rows)
-        for row, id_, logprob in zip(rows, ids, drawing.logprobs(given, ids, wanted), strict=True):
+        ids = sampling.next_ids(logits, rows)
+        for row, id_, logprob in zip(rows, ids, sampling.logprobs(given, ids, wanted), strict=True):
             try:
                 row.take(id_, logprob)
             except Exception as error:

@@ -11,14 +11,16 @@ from pathlib import Path
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from common.data.shapes import Turn
-from common.engine.batching import Batcher, Full
-from common.engine.ticket import Ask, Failed, Gone, TimedOut
+from common.data.formats import Turn
+from common.engine.batcher import Batcher, Full
+from common.engine.request import Ask, Failed, Gone, TimedOut
 from common.errors import UserError
-from common.inference.answer import Sampling
-from common.serving import adapters, api_docs, listen, openai_api, tracing
-from common.serving.body import LIMIT, Field, Refused, read_json, values
-from common.serving.watch import Counts, Watch
+from common.inference.answerer import Sampling
+from common.serving import adapters, openai_api, tracing
+from common.serving.middleware import Counts, Watch
+from common.serving.openapi import document
+from common.serving.server import Server, drain, log_to_stderr, until_told
+from common.serving.validation import LIMIT, Field, Refused, read_json, values
 
 PAGES = Path(__file__).with_name("pages")
 OPEN = ("/", "/docs", "/openapi.json", "/health")  # served without a key: nothing in them is anybody's
@@ -100,7 +102,7 @@ def run(load_answer, cfg, flags):
 
     load_answer(cfg, base) gives the Answerer. UserError where the port is taken or the model cannot be loaded.
     """
-    listen.log_to_stderr()
+    log_to_stderr()
     service = Service(
         shown=cfg.model_save_dir,
         model="base" if flags.base else "tuned",
@@ -111,7 +113,7 @@ def run(load_answer, cfg, flags):
         log_text=flags.log_text,
     )
     app = create_app(service)
-    server = listen.Server(app, cfg.host, cfg.port, flags.slots + flags.queue)
+    server = Server(app, cfg.host, cfg.port, flags.slots + flags.queue)
     try:
         answer = load_answer(cfg, flags.base)
         models = adapters.load(answer, flags.adapters, service.model)
@@ -121,8 +123,8 @@ def run(load_answer, cfg, flags):
                 "警告 warning: 任何人都能使用 anyone who reaches this host can use it; give --api_key", file=sys.stderr
             )
         print(f"服务地址 listening on {server.address}/ (/docs, /v1, /nlg/text_generate)", flush=True)
-        listen.until_told()
-        listen.drain(server, service, app.wsgi_app, flags.drain_seconds)
+        until_told()
+        drain(server, service, app.wsgi_app, flags.drain_seconds)
     finally:
         server.close()
 
@@ -189,7 +191,7 @@ def _add_pages(app, service, counts):
 
     @app.get("/openapi.json")
     def openapi():
-        return _json(api_docs.document(FIELDS, openai_api.CHAT, openai_api.COMPLETION))
+        return _json(document(FIELDS, openai_api.CHAT, openai_api.COMPLETION))
 
     @app.get("/docs")
     def docs():

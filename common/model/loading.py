@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from common import processes
+from common import distributed
 from common.config import LORA
 from common.errors import UserError
 
@@ -72,7 +72,7 @@ def load_base(path, dtype, bits=0):
         )
     if not bits:
         model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind)
-        return (model if processes.shards_weights() else model.to(device())).eval()
+        return (model if distributed.shards_weights() else model.to(device())).eval()
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('--tuning qlora 需要 needs bitsandbytes: pip install "bitsandbytes>=0.50,<0.51"')
     options = {} if stored else {"quantization_config": _quantisation(bits, kind)}
@@ -188,8 +188,8 @@ def whole_state(model):
     That is all that is trained of one with an adapter, and all of a model tuned without one, in the base's dtype.
     """
     if hasattr(model, "peft_config"):
-        return {name: processes.whole(p) for name, p in model.named_parameters() if p.requires_grad}
-    return {name: processes.whole(p).to(model.config.dtype) for name, p in model.named_parameters()}
+        return {name: distributed.whole(p) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: distributed.whole(p).to(model.config.dtype) for name, p in model.named_parameters()}
 
 
 def verify_adapter(model, folder, state=None):

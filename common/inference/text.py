@@ -1,6 +1,6 @@
 """The text of an answer while its ids arrive: whole characters, cleaned, ended by a stop string that is left out."""
 
-from common.inference.answer import BYTE, decode
+from common.inference.answerer import BYTE, decode
 
 
 class Wording:

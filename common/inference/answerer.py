@@ -11,9 +11,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from common.data import pieces
+from common.data import render
 from common.errors import UserError
-from common.model import model
+from common.model import loading
 from common.runs.run import check_fits, read_manifest
 
 
@@ -58,8 +58,8 @@ class Answerer:
     def prompt_ids(self, turns):
         """The ids the model is asked with; UserError where even the headers do not fit."""
         try:
-            return pieces.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)[0]
-        except pieces.TooLong as problem:
+            return render.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)[0]
+        except render.TooLong as problem:
             raise UserError(str(problem)) from None
 
     def __call__(self, conversations, sampling, base=False):
@@ -225,9 +225,9 @@ def load(cfg, prompt, base=False):
         torch.manual_seed(cfg.seed)
 
     def load_base():
-        return model.load_base(trained["path_model_pretrain"], cfg.dtype, trained["bits"])
+        return loading.load_base(trained["path_model_pretrain"], cfg.dtype, trained["bits"])
 
-    net = load_base() if base else model.load_tuned(trained, cfg.model_save_dir, cfg.dtype)
+    net = load_base() if base else loading.load_tuned(trained, cfg.model_save_dir, cfg.dtype)
     return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"], load_base)
 
 
@@ -245,7 +245,7 @@ def open_run(cfg, prompt, base=False):
             f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; the same train.py command resumes it"
         )
     trained = trained_with(cfg, manifest, base)
-    tokenizer = model.load_tokenizer(trained["path_model_pretrain"], prompt)
+    tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
     if manifest is not None and (not base or trained["path_model_pretrain"] == manifest["base"]["path"]):
         check_fits(manifest, trained["path_model_pretrain"], tokenizer, prompt)
     return manifest, trained, tokenizer
@@ -266,7 +266,7 @@ def trained_with(cfg, manifest, base):
     trained = {name: config[name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
     bits = config["quantization_bit"] if config["tuning"] == "qlora" else 0
     trained |= {"tuning": config["tuning"], "bits": bits}
-    if manifest["base"]["sha256"] and model.base_hash(cfg.base) == manifest["base"]["sha256"]:
+    if manifest["base"]["sha256"] and loading.base_hash(cfg.base) == manifest["base"]["sha256"]:
         trained["path_model_pretrain"] = cfg.base
     for name in ("path_model_pretrain", "prompt_style"):
         if name in cfg.given and asked[name] != trained[name]:

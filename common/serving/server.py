@@ -14,8 +14,8 @@ from waitress.channel import HTTPChannel
 from waitress.task import ErrorTask
 
 from common.errors import UserError
-from common.serving.body import LIMIT
 from common.serving.openai_api import error as error_object
+from common.serving.validation import LIMIT
 
 HEADERS = 32 << 10  # bytes of a request's headers
 IDLE = 60  # seconds a connection may say nothing
