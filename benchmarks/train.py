@@ -193,14 +193,14 @@ def train_ours(which, net, rows, args):
 
     from datasets import Dataset
 
-    from common import jsonl
+    from common import files
     from common.data.dataset import Rows
     from common.training.trainer import fit
 
     data = Dataset.from_list(rows)
     cfg = config(args, which)
     fit(net, Rows(data, data.select([]), [], []), cfg, SimpleNamespace(pad_token_id=0))
-    log = jsonl.read(Path(args.folder) / "trainer_log.jsonl")
+    log = files.read_jsonl(Path(args.folder) / "trainer_log.jsonl")
     return log[-1]["seconds"], [record["loss"] for record in log], our_sampler(rows, cfg).batches()
 
 
@@ -273,7 +273,7 @@ def matrix_rate(dtype):
     """GFLOP/s of a large matrix product in `dtype`, best of ten."""
     import torch
 
-    from common.model.loading import device
+    from common.device import device
 
     kind = {"device": device(), "dtype": getattr(torch, dtype)}
     side = 1024 if kind["device"].type == "cpu" else 8192

@@ -11,8 +11,8 @@ Source: `build_prompt`, `stream_chat` and `process_response` of THUDM/chatglm-6b
 
 import re
 
-from common.data.formats import fold_system
 from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text
+from common.data.turns import fold_system
 
 STYLES = ("chat",)
 ONE_ANSWER = True

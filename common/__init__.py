@@ -1,4 +1,13 @@
-"""The verbs the recipes share: one noun per file, plain functions, nothing that knows a model family."""
+"""The house: the verbs the recipes share, in rooms. Plain functions, nothing that knows a model family.
+
+Each room's docstring says what comes in, what goes out, and in what order to read its files. A room imports only lower
+ones (tests/test_rooms.py holds this):
+
+launch, device  <  errors  <  config, files  <  distributed  <  data  <  model  <  runs  <  inference
+    <  evaluation, engine  <  training, serving, export
+
+cli is beside them: recipes alone import it.
+"""
 
 import logging
 import os

@@ -175,7 +175,7 @@ def _zero3(path, micro_batch_size, dtype):
     """Tell transformers to load a model in shards from now on."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from common.model.loading import resolve_dtype
+    from common.device import resolve_dtype
 
     plan = _json(path) | {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": 1}
     plan |= {name: {"enabled": resolve_dtype(dtype) == kind} for name, kind in PRECISIONS.items()}

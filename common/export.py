@@ -11,13 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from common import files
 from common.data import render, templates
-from common.data.formats import Turn
+from common.data.turns import Turn
+from common.device import device
 from common.errors import UserError
 from common.evaluation import evaluate
-from common.inference import answerer
-from common.model import loading
-from common.runs import run
+from common.inference.tuned import open_run
+from common.model.adapter import load_tuned, merge_reasons
 
 # largest difference of a logit, as a share of the largest logit: fp32 rounds sums only, the others each weight too
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -56,18 +57,18 @@ class Expected(NamedTuple):
 
 
 def load(cfg, prompt):
-    """The Tuned of the finished run in `cfg.model_save_dir`, on the unquantised base; errors as in answer.open_run."""
-    manifest, trained, tokenizer = answerer.open_run(cfg, prompt)
+    """The Tuned of the finished run in `cfg.model_save_dir`, on the unquantised base; errors as in tuned.open_run."""
+    manifest, trained, tokenizer = open_run(cfg, prompt)
     if trained["bits"]:
         print("合并到未量化的基座 merging into the unquantised base: not bit for bit what the adapter was trained on")
-    net = loading.load_tuned(trained | {"bits": 0}, cfg.model_save_dir, "float32")
+    net = load_tuned(trained | {"bits": 0}, cfg.model_save_dir, "float32")
     adapter = getattr(net, "peft_config", {}).get("default")
     causal = net.get_base_model() if adapter else net
     causal.generation_config = GenerationConfig()  # the checkpoint's own would mix with ours
     turns = _questions(cfg, manifest)
     style, limit = trained["prompt_style"], trained["max_length_q"]
     prompts = [render.prompt_ids(tokenizer, prompt, asked, style, limit)[0] for asked in turns]
-    rank, reasons = (adapter.r, loading.merge_reasons(net)) if adapter else (0, [])
+    rank, reasons = (adapter.r, merge_reasons(net)) if adapter else (0, [])
     return Tuned(net, tokenizer, manifest, prompts, manifest["stop_ids"], rank, reasons)
 
 
@@ -162,10 +163,10 @@ def write(whole, expected, folder, cfg, prompt):
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         draft = Path(scratch) / folder.name
         _save(whole.to(dtype), tuned, draft, prompt)
-        reloaded = AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).to(loading.device()).eval()
+        reloaded = AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).to(device()).eval()
         verdict = compare(reloaded, expected, dtype)
         record = {"run": cfg.model_save_dir, "base": tuned.manifest["base"], "dtype": str(dtype), "check": verdict}
-        run.write_json(draft / "export.json", record)
+        files.write_json(draft / "export.json", record)
         os.rename(draft, folder)
     print(f"重新加载 reloaded: {verdict}")
     print(f"完成 done: 完整模型 whole model ({str(dtype).removeprefix('torch.')}) in {folder}")

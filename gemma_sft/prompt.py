@@ -7,8 +7,8 @@ Source of chat: the chat template in google/gemma-2b-it's tokenizer_config.json.
 here it is put before the first question with an empty line between, as Gemma 3's own template does.
 """
 
-from common.data.formats import fold_system
 from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.data.turns import fold_system
 
 STYLES = ("chat", "log", "plain")
 ONE_ANSWER = False

@@ -11,8 +11,8 @@ without one is what the tokenizer's own template puts there: Qwen2.5 has another
 
 from functools import lru_cache
 
-from common.data.formats import Turn
 from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.data.turns import Turn
 
 STYLES = ("chat", "log", "plain")
 ONE_ANSWER = False

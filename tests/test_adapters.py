@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.engine.batcher import Batcher
 from common.engine.request import Ask
 from common.errors import UserError
 from common.inference.answerer import Answerer, Sampling
-from common.model import loading
+from common.model import adapter, loading
 from common.serving import adapters
 from gemma_sft import prompt
 
@@ -38,7 +38,7 @@ def runs(small_gemma, tmp_path_factory):
 def answerer(base, *folders):
     net = loading.load_base(base, "float32")
     if folders:
-        net = loading.attach(net, folders[0])
+        net = adapter.attach(net, folders[0])
     return Answerer(net, loading.load_tokenizer(base, prompt), prompt, "chat", 512)
 
 

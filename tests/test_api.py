@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.engine.batcher import Batcher
 from common.engine.request import Part
 from common.errors import UserError

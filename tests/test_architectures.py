@@ -11,8 +11,9 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common.config import PredictFlags, parse
-from common.data.formats import Turn
+from common.cli import parse
+from common.config import PredictFlags
+from common.data.turns import Turn
 from common.engine.batcher import Batcher
 from common.engine.request import Ask
 from common.errors import UserError

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.engine.batcher import Batcher, Full
 from common.engine.request import Ask, Failed, Gone, TimedOut
-from common.inference.answerer import Sampling, decode
-from common.inference.text import Wording
+from common.inference.answerer import Sampling
+from common.inference.text import Wording, decode
 
 FAMILIES = {
     "gemma": "gemma_sft.ft_gemma",

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
-from common.config import DATA, EvaluationFlags, parse
-from common.data.formats import Turn
+from common.cli import parse
+from common.config import DATA, EvaluationFlags
+from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import benchmark, tasks
 from common.inference import likelihood

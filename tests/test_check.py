@@ -8,7 +8,7 @@ import torch
 
 from common.data.render import IGNORED
 from common.errors import UserError
-from common.training import batches, check, rehearsal
+from common.training import batches, check, check_report, rehearsal
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import train
 
@@ -185,8 +185,8 @@ def test_a_character_of_several_bytes_is_one_entry(tokenizer):
 
 def test_colours_only_on_a_terminal():
     tokens = [["a b", False], ["c\n", True]]
-    assert check.marked(tokens, False) == "a␣b «c⏎»"
-    assert check.marked(tokens, True) == "\033[2ma␣b\033[0m \033[30;42mc⏎\033[0m"
+    assert check_report.marked(tokens, False) == "a␣b «c⏎»"
+    assert check_report.marked(tokens, True) == "\033[2ma␣b\033[0m \033[30;42mc⏎\033[0m"
 
 
 def test_the_heaviest_micro_batch_of_the_run_is_tried():

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import pytest
 
-from common import config
-from common.config import EvaluationFlags, PredictFlags, ServeFlags, SFTConfig, TrainFlags, parse
+from common.cli import ALIASES, parse
+from common.config import EvaluationFlags, PredictFlags, ServeFlags, SFTConfig, TrainFlags
 from gemma_sft.ft_gemma.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,7 +178,7 @@ def test_aliases_as_flags_and_in_files(tmp_path, alias, typed, name, value):
 
 def test_every_alias_leads_to_a_knob():
     knobs = {field.name for field in fields(SFTConfig)}
-    assert set(config.ALIASES.values()) <= knobs and not set(config.ALIASES) & knobs
+    assert set(ALIASES.values()) <= knobs and not set(ALIASES) & knobs
 
 
 @pytest.mark.parametrize("typed", [["q,k,v"], ["q", "k", "v"], ["q,k", "v"], ["q,", "k", ",v"]])

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.data import dataset, workers
-from common.data.formats import Turn
+from common.data import conversations, dataset, tokenised, workers
 from common.data.render import TooLong, encode_text, frame_ids, prompt_ids, special_id, training_sample
+from common.data.turns import Turn
 from common.errors import UserError
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
@@ -105,7 +105,7 @@ def test_the_seed_decides_the_sample(tmp_path, prepare):
     + [("c#/a.jsonl#12", ("c#/a.jsonl", 12)), ("a#b", ("a#b", None)), ("https://h/a#7", ("https://h/a", 7))],
 )
 def test_split_sample(spec, expected):
-    assert dataset.split_sample(spec) == expected
+    assert conversations.split_sample(spec) == expected
 
 
 def test_a_sample_of_nothing_is_refused(tmp_path, prepare):
@@ -275,13 +275,13 @@ def test_held_out_rows(tmp_path):
         tmp_path, "a.jsonl", [QA, EMPTY, {"text": "一段"}, *[{"input": f"{n}", "output": "答"} for n in range(6)]]
     )
     cfg = settings(tmp_path, "unused")
-    kept, left_out = dataset.held_out(cfg, [path], 0)
+    kept, left_out = conversations.held_out(cfg, [path], 0)
     assert [where for where, _ in kept] == [f"{path}:{line}" for line in (1, 4, 5, 6, 7, 8, 9)]
     assert kept[0][1] == talk("问", "答")
     assert [row["where"] for row in left_out] == [f"{path}:2", f"{path}:3"]
-    assert dataset.held_out(cfg, [path], 3)[0] == kept[:3]
-    drawn = dataset.held_out(cfg, [f"{path}#3"], 0)[0]
-    assert drawn == dataset.held_out(cfg, [f"{path}#3"], 0)[0] and len({where for where, _ in drawn}) == 3
+    assert conversations.held_out(cfg, [path], 3)[0] == kept[:3]
+    drawn = conversations.held_out(cfg, [f"{path}#3"], 0)[0]
+    assert drawn == conversations.held_out(cfg, [f"{path}#3"], 0)[0] and len({where for where, _ in drawn}) == 3
 
 
 # ---------------------------------------------------------------- the cache
@@ -425,7 +425,7 @@ def test_two_at_once_tokenise_once(tmp_path, tokenizer):
 @pytest.fixture
 def processes(monkeypatch):
     """Files of more than seven rows are tokenised by two processes, three rows at a time."""
-    monkeypatch.setattr(dataset, "CHUNK", 3)
+    monkeypatch.setattr(tokenised, "CHUNK", 3)
     monkeypatch.setattr(workers, "ALONE", 2)
     monkeypatch.setattr(workers, "cores", lambda: 2)
 
@@ -455,7 +455,7 @@ def test_a_sentencepiece_tokenizer_can_be_handed_to_a_process():
     copy = pickle.loads(pickle.dumps(tokenizer))
     for text in ("问 a\n[MASK]b", TYPED):
         assert encode_text(copy, text) == encode_text(tokenizer, text)
-    assert dataset.tokenizer_hash(copy) == dataset.tokenizer_hash(tokenizer)
+    assert tokenised.tokenizer_hash(copy) == tokenised.tokenizer_hash(tokenizer)
 
 
 def die(chunk):

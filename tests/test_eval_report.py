@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from common.config import EvaluationFlags
-from common.data.dataset import file_hash
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.evaluation import evaluate, overlap
 from common.evaluation.report import by_length, metric_rows, overlap_text
+from common.files import file_hash
 from common.inference.answerer import Answer
 from gemma_sft.ft_gemma.config import Config
 

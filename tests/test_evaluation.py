@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
-from common.config import EvaluationFlags, parse
+from common.cli import parse
+from common.config import EvaluationFlags
 from common.data import dataset
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import evaluate, metrics
 from common.inference.answerer import Answer

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from common import export
-from common.config import PredictFlags, parse
+from common.cli import parse
+from common.config import PredictFlags
 from common.data import templates
-from common.data.formats import Turn
 from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
+from common.data.turns import Turn
 from common.errors import UserError
 from common.inference.answerer import Sampling
 from gemma_sft import prompt as gemma_prompt

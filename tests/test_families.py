@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.config import EvaluationFlags, PredictFlags, parse
-from common.data.formats import Turn
+from common.cli import parse
+from common.config import EvaluationFlags, PredictFlags
+from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import evaluate
-from common.inference.answerer import Sampling, decode
+from common.inference.answerer import Sampling
+from common.inference.text import decode
 from common.model.loading import load_base
-from common.training import callbacks, trainer
+from common.training import guards, trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -183,7 +185,7 @@ def test_an_adapter_cut_off_from_the_loss_is_caught(family, trained, monkeypatch
     monkeypatch.setattr(trainer.SupervisedTrainer, "compute_loss", compute_loss)
     with pytest.raises(UserError, match="got no gradient in the first step"):
         module(family, "train").main([*given, "--model_save_dir", str(tmp_path / "caught")])
-    monkeypatch.setattr(callbacks.Gradients, "check", lambda self: None)
+    monkeypatch.setattr(guards.Gradients, "check", lambda self: None)
     with pytest.raises(UserError, match="nothing was learned"):
         module(family, "train").main([*given, "--model_save_dir", str(tmp_path / "unnoticed")])
     log = [json.loads(line) for line in (tmp_path / "unnoticed/trainer_log.jsonl").read_text().splitlines()]

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from common.config import TrainFlags, parse
+from common.cli import parse
+from common.config import TrainFlags
 from common.errors import UserError
-from common.runs import run
+from common.runs import checkpoints, manifest
 from gemma_sft.ft_gemma import predict, train
 from gemma_sft.ft_gemma.config import Config
 
@@ -146,7 +147,7 @@ def test_a_killed_run_is_never_taken_for_good(server, flags, reference, tmp_path
     code = server(flags(folder), log, moment, draw.randint(1, count), draw.uniform(0, longest))
     assert code in (0, -9), log.read_text()
     cfg, _ = parse(Config, TrainFlags, flags(folder))
-    if run.read_manifest(folder)["state"] == "finished":
+    if manifest.read_manifest(folder)["state"] == "finished":
         assert predict.load_answer(cfg).net.peft_config
     else:
         with pytest.raises(UserError, match="the run is not finished"):
@@ -183,7 +184,7 @@ def truncate(file):
 def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(trained, tmp_path, damage, name, capsys):
     folder = shutil.copytree(trained, tmp_path / "out")
     damage(folder / "checkpoint-8" / name)
-    assert run.last_whole_checkpoint(folder).name == "checkpoint-6"
+    assert checkpoints.last_whole_checkpoint(folder).name == "checkpoint-6"
     assert "removing a checkpoint that was cut off or damaged" in capsys.readouterr().out
     assert not (folder / "checkpoint-8").exists()
 
@@ -192,7 +193,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(trained, tmp_p
 def trained(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "out"
     train.main(flags(folder))
-    assert run.last_whole_checkpoint(folder).name == "checkpoint-8"
+    assert checkpoints.last_whole_checkpoint(folder).name == "checkpoint-8"
     return folder
 
 
@@ -228,7 +229,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("错误 error:")]
     assert f"{folder}: 写不下了" in line and f"last good checkpoint: {folder}/{last};" in line
-    assert run.last_whole_checkpoint(folder).name == last and not (folder / "adapter.part").exists()
+    assert checkpoints.last_whole_checkpoint(folder).name == last and not (folder / "adapter.part").exists()
     assert server(flags(folder), tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert (folder / "adapter_model.safetensors").read_bytes() == reference
     assert load_file(folder / "adapter_model.safetensors")

@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.config import PredictFlags, parse
-from common.data.formats import Turn
+from common.cli import parse
+from common.config import PredictFlags
+from common.data.turns import Turn
+from common.device import device
 from common.inference.answerer import Sampling
-from common.model import frozen_layers, loading
+from common.model import frozen_layers
 from common.model.loss import use_supervised_loss
 from common.training import tuning
 from gemma_sft.ft_gemma.config import Config
@@ -41,7 +43,7 @@ def nets(request, small_gemma):
     for name, parameter in plain.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    ours = copy.deepcopy(plain).to(loading.device())
+    ours = copy.deepcopy(plain).to(device())
     for net in (plain, ours):
         use_supervised_loss(net)
     frozen_layers.make_lean(ours)

@@ -10,7 +10,7 @@ import torch
 
 from common.model import loading
 from common.model.loss import use_supervised_loss
-from common.training import batches, memory, trainer, tuning
+from common.training import batches, memory, tuning
 from gemma_sft.ft_gemma import train
 from gemma_sft.ft_gemma.config import Config
 
@@ -96,7 +96,7 @@ def test_recomputing_is_decided_by_the_memory(net, monkeypatch, capsys, tokenize
     rows = SimpleNamespace(train=fake_dataset([ROW | {"input_ids": i, "labels": i, "length": len(i)} for i in ids]))
     sampler = batches.LengthGroupedSampler(lengths, 2, seed=1)
     cfg = Config(gradient_checkpointing=knob, micro_batch_size=2)
-    assert trainer.needs_checkpointing(cfg, net, rows, tokenizer, sampler) is on
+    assert memory.needs_checkpointing(cfg, net, rows, tokenizer, sampler) is on
     out = capsys.readouterr().out
     assert printed in out and ("the heaviest step needs about" in out) == (knob == "auto")
 
@@ -111,7 +111,7 @@ def test_sharded_weights_are_recomputed(monkeypatch, capsys, net, tokenizer):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     sampler = batches.LengthGroupedSampler([8], 1, seed=1)
     rows = SimpleNamespace(train=fake_dataset([{"length": 8}]))
-    assert trainer.needs_checkpointing(Config(), net, rows, tokenizer, sampler) is True
+    assert memory.needs_checkpointing(Config(), net, rows, tokenizer, sampler) is True
     assert "the weights are sharded" in capsys.readouterr().out
 
 

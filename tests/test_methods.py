@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from common import export
-from common.config import TrainFlags, parse
+from common.cli import parse
+from common.config import TrainFlags
 from common.data import render
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.errors import UserError
 from common.inference.answerer import Sampling
-from common.model import loading, loss
+from common.model import loading, loss, verify
 from common.training import batches, callbacks, packing, report, trainer, tuning
 from gemma_sft.ft_gemma.config import Config
 
@@ -330,14 +331,14 @@ def test_steps_that_are_lost_in_rounding_are_refused(cfg):
 def test_a_whole_model_that_was_not_saved_right_is_refused(cfg, tmp_path):
     net = base(cfg())
     net.save_pretrained(tmp_path)
-    loading.verify_whole(net, tmp_path)
+    verify.verify_whole(net, tmp_path)
     net.model.norm.weight.data[0] += 1
     with pytest.raises(UserError, match="1 不同 different, 0 缺少 missing, e.g. model.norm.weight"):
-        loading.verify_whole(net, tmp_path)
+        verify.verify_whole(net, tmp_path)
     net.config.tie_word_embeddings = False
     net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight.clone())
     with pytest.raises(UserError, match="1 不同 different, 1 缺少 missing, e.g. lm_head.weight"):
-        loading.verify_whole(net, tmp_path)
+        verify.verify_whole(net, tmp_path)
 
 
 def test_without_bitsandbytes_the_remedy_is_named(cfg, monkeypatch):

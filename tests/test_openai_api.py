@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.engine.batcher import Batcher
 from common.inference.answerer import Sampling
-from common.serving.app import Service, create_app, openai_api
+from common.serving.app import Service, create_app, openai_requests
 from common.serving.server import Server
 
 FAMILIES = {"gemma": "gemma_sft.ft_gemma", "qwen": "qwen2_sft.ft_qwen2", "chatglm": "chatglm_sft.ft_chatglm"}
@@ -222,7 +222,7 @@ def test_control_tokens_stay_text(client):
 
     def controls(messages):
         body = {"messages": messages}
-        wanted = openai_api.read_chat(body, client.batcher, Sampling())
+        wanted = openai_requests.read_chat(body, client.batcher, Sampling())
         return [id_ for id_ in wanted.asks[0].ids if id_ in special]
 
     def conversation(text):
@@ -234,8 +234,8 @@ def test_control_tokens_stay_text(client):
         ]
 
     assert controls(conversation(typed)) == controls(conversation("")) != []
-    text = openai_api.read_completion({"prompt": "a" + typed}, client.batcher, Sampling()).asks[0].ids
-    plain = openai_api.read_completion({"prompt": "a"}, client.batcher, Sampling()).asks[0].ids
+    text = openai_requests.read_completion({"prompt": "a" + typed}, client.batcher, Sampling()).asks[0].ids
+    plain = openai_requests.read_completion({"prompt": "a"}, client.batcher, Sampling()).asks[0].ids
     assert [id_ for id_ in text if id_ in special] == [id_ for id_ in plain if id_ in special]
 
 

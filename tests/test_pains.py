@@ -15,17 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import export
-from common.config import TrainFlags, parse
-from common.data import dataset, formats, render, sources
-from common.data.formats import Turn
+from common.cli import parse
+from common.config import TrainFlags
+from common.data import conversations, dataset, formats, render, sources, tokenised
 from common.data.render import TooLong
+from common.data.turns import FormatError, Turn
+from common.device import resolve_dtype
 from common.errors import UserError
 from common.evaluation import evaluate, metrics
+from common.inference import tuned
 from common.inference.answerer import Answer
-from common.model import loading, loss
+from common.model import loading, loss, verify
 from common.model.loss import IGNORED
-from common.runs import run
-from common.training import batches, callbacks, packing, trainer
+from common.runs import checkpoints, manifest
+from common.training import batches, callbacks, guards, packing, trainer
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import export as export_recipe
 from gemma_sft.ft_gemma import predict, train
@@ -109,13 +112,13 @@ def test_pain_01_a_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
         train.main(flags(tmp_path / "out", *EXPLODING))
     message = str(stopped.value)
     assert "at step 2" in message and "rows.jsonl:" in message and "--dtype float32" in message
-    assert run.last_whole_checkpoint(tmp_path / "out").name == "checkpoint-1"
-    assert loading.resolve_dtype("auto") in (torch.float32, torch.bfloat16)
+    assert checkpoints.last_whole_checkpoint(tmp_path / "out").name == "checkpoint-1"
+    assert resolve_dtype("auto") in (torch.float32, torch.bfloat16)
 
 
 def test_pain_01_without_the_guard_it_trains_on_to_the_end(flags, tmp_path, monkeypatch):
-    off(monkeypatch, callbacks.Guard, "on_pre_optimizer_step")
-    off(monkeypatch, loading, "verify_adapter")
+    off(monkeypatch, guards.Guard, "on_pre_optimizer_step")
+    off(monkeypatch, verify, "verify_adapter")
     train.main(flags(tmp_path / "out", *EXPLODING))
     assert results_of(tmp_path / "out")["steps"] == 4 and math.isnan(results_of(tmp_path / "out")["train_loss"])
 
@@ -136,7 +139,7 @@ def test_pain_03_padding_is_no_end_and_every_answer_has_one(tmp_path, tokenizer,
     rows = prepared(tmp_path, [{"query": "a", "response": "b", "history": [["c", "d"]]}], tokenizer)
     assert rows.train[0]["labels"].count(END) == 2 and rows.train[0]["labels"][-1] == END
     assert predict.load_answer(parse(Config, TrainFlags, flags(trained))[0]).stop_ids == [END, EOS]
-    assert run.read_manifest(trained)["stop_ids"] == [END, EOS]
+    assert manifest.read_manifest(trained)["stop_ids"] == [END, EOS]
 
 
 @pytest.mark.parametrize("style", prompt.STYLES)
@@ -172,7 +175,7 @@ def test_pain_05_without_the_guard_it_answers_another_prompt(trained, flags, mon
     cfg, _ = parse(Config, TrainFlags, flags(trained))
     ids = predict.load_answer(cfg).prompt_ids([Turn("user", "a")])
     one_newline_less(monkeypatch)
-    off(monkeypatch, run, "check_fits")
+    off(monkeypatch, tuned, "check_fits")
     assert predict.load_answer(cfg).prompt_ids([Turn("user", "a")]) != ids
 
 
@@ -205,9 +208,9 @@ def test_pain_08_an_adapter_without_gradient_stops_the_run(flags, tmp_path, monk
 
 def test_pain_08_without_the_guard_a_run_that_learns_nothing_ends_well(flags, tmp_path, monkeypatch):
     cut_off(monkeypatch)
-    off(monkeypatch, callbacks.Gradients, "check")
+    off(monkeypatch, guards.Gradients, "check")
     off(monkeypatch, trainer.tuning, "settle")  # these two would see it at the end, after all the hours
-    off(monkeypatch, loading, "verify_adapter")
+    off(monkeypatch, verify, "verify_adapter")
     train.main(flags(tmp_path / "out"))
     saved = load_file(tmp_path / "out/adapter_model.safetensors")
     assert not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
@@ -303,14 +306,14 @@ def test_pain_15_what_was_saved_is_reopened_and_compared(flags, tmp_path, monkey
     orig_mod(monkeypatch)
     with pytest.raises(UserError, match="does not fit: 12 缺少 missing"):
         train.main(flags(tmp_path / "out"))
-    assert run.read_manifest(tmp_path / "out")["state"] == "training"
+    assert manifest.read_manifest(tmp_path / "out")["state"] == "training"
 
 
 def test_pain_15_without_the_guard_the_saved_adapter_does_nothing(flags, tmp_path, monkeypatch, small_gemma):
     orig_mod(monkeypatch)
-    off(monkeypatch, loading, "verify_adapter")
+    off(monkeypatch, verify, "verify_adapter")
     train.main(flags(tmp_path / "out"))
-    assert run.read_manifest(tmp_path / "out")["state"] == "finished"
+    assert manifest.read_manifest(tmp_path / "out")["state"] == "finished"
     with pytest.warns(UserWarning, match="missing adapter keys"):
         loaded = PeftModel.from_pretrained(loading.load_base(small_gemma, "float32"), tmp_path / "out")
     assert not any(p.any() for name, p in loaded.named_parameters() if "lora_B" in name)
@@ -328,7 +331,7 @@ def forget_the_adapter(monkeypatch):
 
     def merge(tuned):
         whole(tuned)
-        return export.model.load_base(tuned.manifest["base"]["path"], "float32")
+        return loading.load_base(tuned.manifest["base"]["path"], "float32")
 
     monkeypatch.setattr(export, "merge", merge)
 
@@ -358,7 +361,7 @@ def test_pain_17_saving_says_whether_the_adapter_serves_as_it_is(flags, tmp_path
 def test_pain_18_what_is_wrong_is_named_with_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "1", "response": "2"}\n{"query": "1", "response": \n{"query": "1", "respnse": "2"}\n')
-    found = list(dataset.conversations(str(path), Config()))
+    found = list(conversations.conversations(str(path), Config()))
     assert [where for where, _, _ in found] == [f"{path}:{line}" for line in (1, 2, 3)]
     assert "broken JSON line" in found[1][2] and '"response": ' in found[1][1]
     assert "unknown keys: query+respnse; nearest known shape: query+response" in found[2][2]
@@ -376,12 +379,12 @@ def test_pain_19_every_row_is_accounted_for(tmp_path, tokenizer):
 
 
 def test_pain_19_without_the_guard_rows_vanish(tmp_path, tokenizer, monkeypatch):
-    whole = dataset._conversations_in
+    whole = conversations.conversations_in
 
     def warn_and_continue(record, path, cfg):
         return (row for row in whole(record, path, cfg) if not row[2])
 
-    monkeypatch.setattr(dataset, "_conversations_in", warn_and_continue)
+    monkeypatch.setattr(tokenised, "conversations_in", warn_and_continue)
     rows = prepared(tmp_path, BROKEN, tokenizer, strict=True)
     assert len(rows.train) == 2 == rows.sources[0]["rows"] and len(rows.rejected) == 0
 
@@ -399,7 +402,7 @@ def test_pain_20_changed_data_is_tokenised_anew(tmp_path, tokenizer):
 def test_pain_23_libraries_are_pinned_below_their_next_break():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pins = dict(line.replace("==", ">=", 1).split(">=", 1) for line in lines)
-    assert all("<" in pins[name] or name == "torch" for name in run.PACKAGES)
+    assert all("<" in pins[name] or name == "torch" for name in manifest.PACKAGES)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030"])
@@ -455,7 +458,7 @@ def test_pain_26_answers_alone_are_scored_and_failures_count(tmp_path):
 
 
 def test_pain_27_other_columns_than_expected_are_named():
-    with pytest.raises(formats.ShapeError, match="unknown keys: Frage\\+Reply"):
+    with pytest.raises(FormatError, match="unknown keys: Frage\\+Reply"):
         formats.turns_of({"Frage": "1", "Reply": "2"})
 
 

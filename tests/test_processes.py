@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import distributed
-from common.config import parse
+from common.cli import parse
 from common.errors import UserError
 from common.training import batches
 from gemma_sft.ft_gemma import train

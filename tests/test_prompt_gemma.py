@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.data import render
-from common.data.formats import Turn
+from common.data.turns import Turn
 from gemma_sft import prompt
 
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from common.data import render
-from common.data.formats import Turn
+from common.data.turns import Turn
 from qwen2_sft import prompt
 
 END, START, TEXT_END = 151645, 151644, 151643

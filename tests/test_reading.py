@@ -9,8 +9,8 @@ import tracemalloc
 import pytest
 
 from common.data import formats, sources
-from common.data.formats import ShapeError, Turn
 from common.data.sources import read_records
+from common.data.turns import FormatError, Turn, fill_identity
 from common.errors import UserError
 
 QA = '{"question": "问", "answer": "答"}'
@@ -30,9 +30,9 @@ def read(path):
     for record in read_records(str(path)):
         try:
             if record.problem:
-                raise ShapeError(record.problem)
+                raise FormatError(record.problem)
             found += [(record.line, turns) for turns in formats.turns_of(record.value)]
-        except ShapeError as problem:
+        except FormatError as problem:
             problems.append((record.line, str(problem)))
     return found, problems
 
@@ -296,7 +296,7 @@ def test_hc3_is_a_conversation_an_answer(tmp_path):
     ids="+".join,
 )
 def test_an_answer_whose_question_is_not_understood_is_not_pre_training_text(row):
-    with pytest.raises(ShapeError) as error:
+    with pytest.raises(FormatError) as error:
         formats.turns_of(row)
     assert missing(row, str(error.value)) == []
 
@@ -680,7 +680,7 @@ def test_long_elements_over_many_lines(tmp_path):
 )
 def test_identity_is_filled(text, filled):
     asked = [Turn("user", text), Turn("assistant", text)]
-    assert formats.fill_identity(asked, ("小明",) * 2, ("实验室",) * 2) == [
+    assert fill_identity(asked, ("小明",) * 2, ("实验室",) * 2) == [
         Turn("user", filled),
         Turn("assistant", filled),
     ]
@@ -695,14 +695,14 @@ def test_identity_is_filled(text, filled):
     ],
 )
 def test_identity_that_is_not_given_is_refused(text, name, author, named):
-    with pytest.raises(ShapeError) as error:
-        formats.fill_identity([Turn("user", "你是谁"), Turn("assistant", text)], (name,) * 2, (author,) * 2)
+    with pytest.raises(FormatError) as error:
+        fill_identity([Turn("user", "你是谁"), Turn("assistant", text)], (name,) * 2, (author,) * 2)
     assert missing([named, "--model_name", "--model_author"], str(error.value)) == []
 
 
 def test_values_are_not_filled_again():
     asked = [Turn("user", "问"), Turn("assistant", "{{name}}")]
-    assert formats.fill_identity(asked, (r"{{author}}\1",) * 2, ("实验室",) * 2)[1].text == r"{{author}}\1"
+    assert fill_identity(asked, (r"{{author}}\1",) * 2, ("实验室",) * 2)[1].text == r"{{author}}\1"
 
 
 @pytest.mark.parametrize(
@@ -717,12 +717,12 @@ def test_values_are_not_filled_again():
 )
 def test_each_row_is_filled_in_its_own_language(asked, answer, filled):
     turns = [Turn("user", asked), Turn("assistant", answer)]
-    found = formats.fill_identity(turns, ("小黄", "Xiao Huang"), ("魔搭", "ModelScope"))
+    found = fill_identity(turns, ("小黄", "Xiao Huang"), ("魔搭", "ModelScope"))
     assert found == [Turn("user", asked), Turn("assistant", filled)]
 
 
 def test_a_form_that_is_blank_is_not_filled():
     chinese, english = [Turn("text", "我是{{name}}")], [Turn("text", "I am {{name}}")]
-    assert formats.fill_identity(english, ("", "Huang"), ())[0].text == "I am Huang"
-    with pytest.raises(ShapeError, match="is not filled"):
-        formats.fill_identity(chinese, ("", "Huang"), ())
+    assert fill_identity(english, ("", "Huang"), ())[0].text == "I am Huang"
+    with pytest.raises(FormatError, match="is not filled"):
+        fill_identity(chinese, ("", "Huang"), ())

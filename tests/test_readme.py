@@ -159,7 +159,8 @@ def check_chatglm(folder):
 
 def test_what_the_readmes_promise_is_in_the_code():
     """Shapes shown as JSON are read; knobs named as flags exist."""
-    from common.config import ALIASES, EvaluationFlags, ExportFlags, PredictFlags, ServeFlags, TrainFlags
+    from common.cli import ALIASES
+    from common.config import EvaluationFlags, ExportFlags, PredictFlags, ServeFlags, TrainFlags
     from common.data.formats import turns_of
     from gemma_sft.ft_gemma.config import Config
 

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import importlib.util
 import json
 import os
 import signal
@@ -17,12 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
-from common import config
-from common.config import TrainFlags, parse
+from common.cli import parse
+from common.config import TrainFlags
 from common.errors import UserError
-from common.model import loading, loss
+from common.model import loading, loss, verify
 from common.runs import run
-from common.training import batches, callbacks, trainer, tuning
+from common.runs.checkpoints import last_whole_checkpoint
+from common.runs.manifest import differing_parts
+from common.training import batches, callbacks, guards, trainer, tuning
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import predict, train
 from gemma_sft.ft_gemma.config import Config
@@ -229,7 +232,7 @@ def test_an_adapter_that_does_nothing_is_refused(small_gemma, tmp_path):
     net = tuning.make_trainable(loading.load_base(small_gemma, "float32"), Config())
     net.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="lora_B are zero"):
-        loading.verify_adapter(net, tmp_path)
+        verify.verify_adapter(net, tmp_path)
 
 
 def test_what_does_not_belong_to_the_run_is_refused(flags, tmp_path, small_gemma):
@@ -291,7 +294,7 @@ def test_another_tokenizer_or_template_is_refused_with_what_differs(flags, tmp_p
     ],
 )
 def test_differing_parts_are_short(trained, now, shown):
-    assert run.differing_parts(trained, now) == shown
+    assert differing_parts(trained, now) == shown
 
 
 def test_a_finished_run_is_kept_when_trained_again(flags, tmp_path):
@@ -402,7 +405,7 @@ def test_early_stopping_needs_validation_rows(flags):
     ],
 )
 def test_a_loss_that_does_not_fall_is_named_once(capsys, losses, told):
-    watch, state = callbacks.StallWatch(), TrainerState(is_world_process_zero=True)
+    watch, state = guards.StallWatch(), TrainerState(is_world_process_zero=True)
     for value in losses:
         watch.on_log(None, state, None, {"loss": value, "learning_rate": 1e-9})
     out = capsys.readouterr().out
@@ -422,7 +425,7 @@ def test_reports_go_to_tensorboard(flags, tmp_path):
 
 
 def test_a_report_without_its_package_is_refused_before_anything(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         train.main(flags("out", "--report_to", "wandb"))
     assert (
@@ -471,7 +474,7 @@ def test_a_stopped_run_resumes_bit_for_bit(flags, tmp_path, environment, uninter
     _, errors = process.communicate(timeout=60)
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
-        assert run.last_whole_checkpoint(folder) is not None
+        assert last_whole_checkpoint(folder) is not None
     else:
         assert process.returncode == 128 + number and "checkpoint saved" in errors
         assert len(steps_logged(folder)) < 60
@@ -489,9 +492,9 @@ def test_a_checkpoint_cut_off_while_written_is_not_used(flags, tmp_path):
     folder = tmp_path / "out"
     with (folder / "checkpoint-4/adapter_model.safetensors").open("r+b") as file:
         file.truncate(100)
-    assert run.last_whole_checkpoint(folder).name == "checkpoint-2"
+    assert last_whole_checkpoint(folder).name == "checkpoint-2"
     (folder / "checkpoint-2/whole.json").unlink()
-    assert run.last_whole_checkpoint(folder) is None
+    assert last_whole_checkpoint(folder) is None
 
 
 def test_resume_refuses_changed_options(flags, tmp_path):

@@ -10,7 +10,8 @@ if __name__ == "__main__":  # finds common/ from any directory
 
 from chatglm_sft import prompt
 from chatglm_sft.ft_chatglm.config import Config
-from common.config import ExportFlags, parse
+from common.cli import parse
+from common.config import ExportFlags
 from common.errors import run_main
 
 

@@ -10,7 +10,8 @@ if __name__ == "__main__":  # finds common/ from any directory
 
 from chatglm_sft.ft_chatglm.config import Config
 from chatglm_sft.ft_chatglm.predict import load_answer
-from common.config import ServeFlags, parse
+from common.cli import parse
+from common.config import ServeFlags
 from common.errors import run_main
 
 

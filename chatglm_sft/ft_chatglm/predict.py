@@ -10,16 +10,17 @@ if __name__ == "__main__":  # finds common/ from any directory
 
 from chatglm_sft import prompt
 from chatglm_sft.ft_chatglm.config import Config
-from common.config import PredictFlags, parse
+from common.cli import parse
+from common.config import PredictFlags
 from common.errors import run_main
 
 
 def load_answer(cfg, base=False, base_url=""):
     """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
     import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
-    from common.inference import answerer, remote
+    from common.inference import remote, tuned
 
-    return remote.load(cfg, prompt, base_url) if base_url else answerer.load(cfg, prompt, base)
+    return remote.load(cfg, prompt, base_url) if base_url else tuned.load(cfg, prompt, base)
 
 
 def main(argv=None):

@@ -10,7 +10,8 @@ if __name__ == "__main__":  # finds common/ from any directory
 
 from chatglm_sft import prompt
 from chatglm_sft.ft_chatglm.config import Config
-from common.config import TrainFlags, parse
+from common.cli import parse
+from common.config import TrainFlags
 from common.errors import run_main
 
 
@@ -20,7 +21,7 @@ def main(argv=None):
     from common import distributed
     from common.data import dataset
     from common.evaluation import evaluate
-    from common.model import loading
+    from common.model import layers, loading
     from common.runs import run
 
     # torch is imported only now, so that --help answers at once
@@ -30,7 +31,7 @@ def main(argv=None):
     tokenizer = loading.load_tokenizer(cfg.base, prompt)
     base = loading.load_base(cfg.base, cfg.dtype, cfg.bits)
     if flags.print_targets:
-        return loading.show_targets(base)
+        return layers.show_targets(base)
     if flags.check:
         return check.run(cfg, flags, base, tokenizer, prompt)
     rows = dataset.prepare(cfg, tokenizer, prompt)
@@ -39,7 +40,7 @@ def main(argv=None):
     held_out = evaluate.held_out_rows(cfg, rows)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway)
     net = tuning.make_trainable(base, cfg)
-    loading.show_parameters(net)
+    layers.show_parameters(net)
     results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
     report.leave(work, net, tokenizer, results)
     report.compare(work, held_out, net, tokenizer, prompt, cfg)

@@ -1,0 +1,15 @@
+"""Files in, ids and labels out.
+
+In: `--data_path`, files of any common shape. Out: rows of input_ids and labels, every row left out with its reason.
+Torch is not imported here. In reading order:
+
+sources        a file's records, each with its line: JSON, JSON lines, CSV, TSV, Parquet, told by content
+formats        a record of any known shape as turns
+turns          what a conversation is, and what is done to one before it is rendered
+conversations  a file's rows as conversations, or unusable for a reason
+render         turns to ids by the family's prompt.py, cut to length, labels by part
+tokenised      all rows of a file as ids and labels, in a cache under a hash of all that shapes them
+dataset        several files mixed, sampled, split; what was read and lost, shown
+workers        the processes that tokenise
+templates      a prompt style as Jinja and Ollama templates, for other programs
+"""

@@ -2,19 +2,8 @@
 
 import difflib
 import re
-from typing import NamedTuple
 
-
-class Turn(NamedTuple):
-    """One utterance. `role` is system, user, assistant, or text (pre-training text without a question)."""
-
-    role: str
-    text: str
-
-
-class ShapeError(ValueError):
-    """A row that cannot be read: what was found and what was expected."""
-
+from common.data.turns import FormatError, Turn, check_order
 
 ROLES = {
     "system": "system",
@@ -30,10 +19,8 @@ ROLES = {
     "function_call": "assistant",  # and a call is what it says
 }
 UTTERANCE = (("role", "content"), ("from", "value"))  # who speaks and what is said
-CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 MOSS_MARKS = re.compile(r"^\s*<\|\w+\|>:\s*|\s*<eo\w>\s*$")
 SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要求|[Ww]ord count)[^）)]*[）)]\s*)?")
-PLACEHOLDER = re.compile(r"\{\{((?i:name|author))\}\}|<(NAME|AUTHOR)>")
 
 
 def turns_of(row):
@@ -42,55 +29,32 @@ def turns_of(row):
     Raises ShapeError naming the keys found, or the field that is empty or of the wrong type.
     """
     if not isinstance(row, dict):
-        raise ShapeError(f"应为对象 an object expected, found {type(row).__name__}")
+        raise FormatError(f"应为对象 an object expected, found {type(row).__name__}")
     conversations = _shape_of(row)(row)
     for turns in conversations:
-        _check_order(turns)
+        check_order(turns)
     return conversations
-
-
-def fill_identity(turns, name, author):
-    """Put `name` and `author` for {{name}}, {{AUTHOR}}, <NAME>, …; ShapeError where one is needed and empty.
-
-    Each is (Chinese, other) or (); a conversation with Chinese characters takes the first form, any other the second.
-    """
-    values = {"name": name, "author": author}
-    form = 0 if any(CHINESE.search(turn.text) for turn in turns) else 1
-
-    def value(match):
-        key = (match[1] or match[2]).lower()
-        if not values[key] or not values[key][form].strip():
-            raise ShapeError(f"{match[0]} 没有填 is not filled: give --model_name and --model_author")
-        return values[key][form]
-
-    return [Turn(turn.role, PLACEHOLDER.sub(value, turn.text)) for turn in turns]
-
-
-def fold_system(turns):
-    """The turns with the system text before the first question, an empty line between: for models without that role."""
-    if turns[0].role != "system":
-        return turns
-    system, first, *rest = turns
-    return [first._replace(text=f"{system.text.strip()}\n\n{first.text.lstrip()}"), *rest]
 
 
 def _shape_of(row):
     """The one shape whose keys the row has; a shape within another (input+output in alpaca) gives way to it."""
     keys = {key for key, value in row.items() if value is not None}
     if {"A", "B", "answer"} <= keys:
-        raise ShapeError("选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training")
+        raise FormatError(
+            "选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training"
+        )
     shapes = SHAPES if _asks(row) else SHAPES | TEXT_SHAPES
     fitting = [needs for needs in shapes if needs <= keys]
     widest = [needs for needs in fitting if not any(needs < other for other in fitting)]
     if len(widest) == 1:
         return shapes[widest[0]]
     if widest:
-        raise ShapeError(
+        raise FormatError(
             f"字段有歧义 ambiguous keys: {' or '.join(_names(needs) for needs in widest)}; remove what is not meant"
         )
     null = sorted(key for key in row if key not in keys)
     found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
-    raise ShapeError(f"无法识别的字段 unknown keys: {found}; nearest known shape: {_names(_nearest_shape(row))}")
+    raise FormatError(f"无法识别的字段 unknown keys: {found}; nearest known shape: {_names(_nearest_shape(row))}")
 
 
 def _asks(row):
@@ -114,23 +78,23 @@ def _text(row, key, required=True):
     value = row.get(key)
     if value is None or value == "":
         if required:
-            raise ShapeError(f"{key} 是空的 is empty")
+            raise FormatError(f"{key} 是空的 is empty")
         return ""
     if not isinstance(value, str):
-        raise ShapeError(f"{key} 应为文字 must be text, found {type(value).__name__} {str(value)[:40]!r}")
+        raise FormatError(f"{key} 应为文字 must be text, found {type(value).__name__} {str(value)[:40]!r}")
     if required and not value.strip():
-        raise ShapeError(f"{key} 只有空白 is only blanks")
+        raise FormatError(f"{key} 只有空白 is only blanks")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ShapeError(f"{key} 有半个字符 holds half a character (a lone surrogate)") from None
+        raise FormatError(f"{key} 有半个字符 holds half a character (a lone surrogate)") from None
     return value
 
 
 def _list(row, key):
     value = row.get(key) or []
     if not isinstance(value, list):
-        raise ShapeError(f"{key} 应为列表 must be a list, found {type(value).__name__}")
+        raise FormatError(f"{key} 应为列表 must be a list, found {type(value).__name__}")
     return value
 
 
@@ -142,7 +106,7 @@ def _opening(row):
     turns = [Turn("system", system)] if system else []
     for pair in _list(row, "history"):
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
-            raise ShapeError(
+            raise FormatError(
                 f"history 应为 [问, 答] 的列表 must be pairs of question and answer, found {str(pair)[:40]!r}"
             )
         question, answer = (_text({"history": part}, "history") for part in pair)
@@ -157,7 +121,7 @@ def _question_answer(question_keys, answer_key):
         parts = [_text(row, key, required=False) for key in question_keys]
         question = "\n".join(part for part in parts if part.strip())
         if not question:
-            raise ShapeError(f"{_names(question_keys)} 是空的 is empty")
+            raise FormatError(f"{_names(question_keys)} 是空的 is empty")
         return [[*_opening(row), Turn("user", question), Turn("assistant", _text(row, answer_key))]]
 
     return read
@@ -171,11 +135,11 @@ def _messages(key):
         for message in _list(row, key):
             found = [names for names in UTTERANCE if isinstance(message, dict) and names[0] in message]
             if not found:
-                raise ShapeError(f"{key}: 应有 role, content 或 from, value expected, found {str(message)[:60]!r}")
+                raise FormatError(f"{key}: 应有 role, content 或 from, value expected, found {str(message)[:60]!r}")
             role_key, text_key = found[0]
             role = ROLES.get(message[role_key] if isinstance(message[role_key], str) else None)
             if role is None:
-                raise ShapeError(f"{key}: 未知角色 unknown role {message[role_key]!r}; known: {', '.join(ROLES)}")
+                raise FormatError(f"{key}: 未知角色 unknown role {message[role_key]!r}; known: {', '.join(ROLES)}")
             turns.append(Turn(role, _text(message, text_key)))
         return [turns]
 
@@ -186,7 +150,7 @@ def _rounds(row):
     turns = _opening(row)
     for round_ in _list(row, "conversation"):
         if not isinstance(round_, dict):
-            raise ShapeError(f"conversation: 应有 human 和 assistant expected, found {str(round_)[:60]!r}")
+            raise FormatError(f"conversation: 应有 human 和 assistant expected, found {str(round_)[:60]!r}")
         if round_.get("system"):
             turns.append(Turn("system", _text(round_, "system")))
         question, answer = ("input", "output") if "input" in round_ else ("human", "assistant")
@@ -198,7 +162,7 @@ def _many_answers(row):
     question = Turn("user", _text(row, "question"))
     answers = _list(row, "human_answers") + _list(row, "chatgpt_answers")
     if not answers:
-        raise ShapeError("human_answers 和 chatgpt_answers 都是空的 are both empty")
+        raise FormatError("human_answers 和 chatgpt_answers 都是空的 are both empty")
     return [[question, Turn("assistant", _text({"answers": answer}, "answers"))] for answer in answers]
 
 
@@ -217,10 +181,10 @@ def _moss(row):
     chat = row["chat"] if isinstance(row["chat"], dict) else {}
     for round_ in chat.values():
         if not isinstance(round_, dict):
-            raise ShapeError(f"chat: 应有 Human 和 MOSS expected, found {str(round_)[:60]!r}")
+            raise FormatError(f"chat: 应有 Human 和 MOSS expected, found {str(round_)[:60]!r}")
         command = MOSS_MARKS.sub("", _text(round_, "Commands", required=False)) or "None"
         if command != "None":
-            raise ShapeError(f"chat 调用了插件 calls a plugin, which would be lost: {command[:40]!r}")
+            raise FormatError(f"chat 调用了插件 calls a plugin, which would be lost: {command[:40]!r}")
         question, answer = (MOSS_MARKS.sub("", _text(round_, name)) for name in ("Human", "MOSS"))
         turns += [Turn("user", question), Turn("assistant", answer)]
     return [turns]
@@ -231,11 +195,11 @@ def _best_thread(row):
     turns, messages = [], [row["prompt"]]
     while messages:
         if not all(isinstance(message, dict) and "role" in message for message in messages):
-            raise ShapeError(f"prompt: 应有 role, text 和 replies expected, found {str(messages)[:60]!r}")
+            raise FormatError(f"prompt: 应有 role, text 和 replies expected, found {str(messages)[:60]!r}")
         best = min(messages, key=lambda message: (message.get("rank") is None, message.get("rank") or 0))
         role = ROLES.get(best["role"] if isinstance(best["role"], str) else None)
         if role is None:
-            raise ShapeError(f"prompt: 未知角色 unknown role {best['role']!r}; known: prompter, assistant")
+            raise FormatError(f"prompt: 未知角色 unknown role {best['role']!r}; known: prompter, assistant")
         turns.append(Turn(role, _text(best, "text")))
         messages = _list(best, "replies")
     return [turns[:-1] if turns[-1].role == "user" else turns]
@@ -246,7 +210,7 @@ def _dialogue(row):
     text = _text(row, "dialogue").strip().removeprefix("<start_chat>").removesuffix("<end_chat>")
     before, *parts = SPEAKER.split(text)
     if before.strip() or not parts:
-        raise ShapeError(f"dialogue: 应以 <Human 1>: 开头 must begin with it, found {text[:40]!r}")
+        raise FormatError(f"dialogue: 应以 <Human 1>: 开头 must begin with it, found {text[:40]!r}")
     spoken = zip(parts[::2], parts[1::2], strict=True)
     return [[Turn(ROLES[who.lower()], _text({"dialogue": said.strip()}, "dialogue")) for who, said in spoken]]
 
@@ -279,20 +243,3 @@ SHAPES = {
 }
 TEXT_SHAPES = {frozenset({key}): _plain_text(key) for key in ("response", "text")}  # pre-training text …
 ASKING = {"instruction", "instruct", "input", "query", "question", "prompt", "content", "history"}  # … unless asked for
-
-
-def _check_order(turns):
-    """Turns that can be trained on: [system], user, assistant, user, assistant …, or one text."""
-    if len(turns) == 1 and turns[0].role == "text":
-        return
-    roles = [turn.role for turn in turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken:
-        raise ShapeError("没有问答 there is no question and answer")
-    if spoken[0] != "user":
-        raise ShapeError(f"第一轮应是 user the first turn must be the user's, found {spoken[0]}")
-    if spoken[-1] != "assistant":
-        raise ShapeError(f"最后一轮应是 assistant the last turn must be an answer, found {spoken[-1]}")
-    for number, (role, expected) in enumerate(zip(spoken, ("user", "assistant") * len(spoken), strict=False), 1):
-        if role != expected:
-            raise ShapeError(f"第 {number} 轮应是 {expected} turn {number} must be {expected}, found {role}")

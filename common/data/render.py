@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-from common.data.formats import Turn
+from common.data.turns import Turn
 
 FRAME, QUESTION, ANSWER = "frame", "question", "answer"
 IGNORED = -100  # the label of an id the loss does not count

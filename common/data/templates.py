@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from common.data.formats import Turn
+from common.data.turns import Turn
 
 SYSTEM, ASKED, ANSWERED, AGAIN = "{system}", "{question 1}", "{answer 1}", "{question 2}"
 MODELFILE = (

@@ -1,0 +1,10 @@
+"""Requests in, tokens out: many answers share each forward pass. Knows nothing of HTTP.
+
+In reading order:
+
+request        what is asked, and the parts of its answers as they come
+batcher        the thread that owns the model: rows join and leave between two steps
+kv_batch       rows that share forward passes, and their cache
+sampling       the next id of each row
+beam_search    beams that take turns with the others
+"""

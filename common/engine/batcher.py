@@ -8,12 +8,12 @@ from collections import deque
 import torch
 
 from common.data import render
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.engine import sampling
 from common.engine.beam_search import Beams
 from common.engine.kv_batch import Rows, prompt_positions
 from common.engine.request import Failed, Ticket
-from common.inference.answerer import BYTE
+from common.inference.text import BYTE
 
 CHUNK = 512  # prompt tokens read between two steps of the rows under way
 log = logging.getLogger(__name__)

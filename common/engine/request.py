@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.inference.answerer import Sampling, decode
-from common.inference.text import Wording
+from common.inference.answerer import Sampling
+from common.inference.text import Wording, decode
 
 POLL = 0.2  # seconds between two looks whether a client is still there
 

@@ -1,0 +1,12 @@
+"""A model and held-out rows in, scores with intervals and a report out.
+
+In reading order:
+
+evaluate       rows answered, scored, written down as they are made, and gone on with after a kill
+metrics        scores of an answer against its reference
+intervals      how far a score would move on other rows
+overlap        rows that the training files hold too
+report         eval_report.md and eval_report.png
+tasks          benchmark questions from local files
+benchmark      them asked, and counted by subject
+"""

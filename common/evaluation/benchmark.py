@@ -9,13 +9,13 @@ import json
 import time
 from pathlib import Path
 
-from common.data.formats import Turn
+from common import files
+from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import evaluate, intervals, tasks
 from common.evaluation.report import heads, task_rows
 from common.inference import likelihood
 from common.inference.answerer import Sampling
-from common.runs import run
 
 PROMPT_LIMIT = 2048  # ids of a prompt, more than tuning allows, unless --max_length_q says otherwise
 
@@ -78,7 +78,7 @@ def save_results(questions, models, cfg, flags):
             elif found[name].get(task, {}).get("sha256") != digest:
                 found[name].pop(task, None)
     results["tasks"] = {name: each for name, each in found.items() if each} | {"change": _changes(found, cfg)}
-    run.write_json(Path(cfg.model_save_dir) / "all_results.json", results)
+    files.write_json(Path(cfg.model_save_dir) / "all_results.json", results)
     return results
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import distributed, jsonl, launch
-from common.data import dataset
+from common import distributed, files, launch
+from common.data import conversations
 from common.errors import UserError
 from common.evaluation import intervals, metrics, overlap
 from common.evaluation.report import ROW_METRIC, WORST, changes, heads, metric_rows, overlap_text, write
-from common.inference.answerer import Sampling, trained_with
+from common.inference.answerer import Sampling
+from common.inference.tuned import trained_with
 from common.model.loading import base_hash
-from common.runs import run
+from common.runs.manifest import read_manifest
 
 
 def held_out_rows(cfg, rows=None):
@@ -24,10 +25,10 @@ def held_out_rows(cfg, rows=None):
     if not cfg.eval_rows:
         return []
     if cfg.eval_data_path:
-        return dataset.held_out(cfg, cfg.eval_data_path, cfg.eval_rows)[0]
+        return conversations.held_out(cfg, cfg.eval_data_path, cfg.eval_rows)[0]
     wanted = set(rows.validation["where"]) if rows is not None else set()
-    paths = [dataset.split_sample(spec)[0] for spec in cfg.data_path] if wanted else []
-    found = (row for path in paths for row in dataset.questions(path, cfg))
+    paths = [conversations.split_sample(spec)[0] for spec in cfg.data_path] if wanted else []
+    found = (row for path in paths for row in conversations.questions(path, cfg))
     return list(
         islice(((where, turns) for where, turns, reason in found if not reason and where in wanted), cfg.eval_rows)
     )
@@ -35,11 +36,11 @@ def held_out_rows(cfg, rows=None):
 
 def rows_to_score(cfg, limit):
     """(where, turns) of `--data_path` where given, or of the run's held-out files; `limit` rows at most (0: all)."""
-    manifest = run.read_manifest(cfg.model_save_dir)
+    manifest = read_manifest(cfg.model_save_dir)
     specs = cfg.data_path if "data_path" in cfg.given else cfg.eval_data_path
     if manifest and not cfg.given & {"data_path", "eval_data_path"}:
         specs = manifest["config"]["eval_data_path"]
-    rows, left_out = dataset.held_out(cfg, specs, limit)
+    rows, left_out = conversations.held_out(cfg, specs, limit)
     for row in left_out:
         print(f"不评估 not scored: {row['where']}: {row['reason']}")
     if not rows:
@@ -115,7 +116,7 @@ def score_rows(path, key, order, predict, cfg, shown):
     shown: the title of the progress bar, and the score whose mean it shows.
     """
     distributed.first(lambda: _gather(path, key))
-    done = {record["row"]: record for record in jsonl.read(path)}
+    done = {record["row"]: record for record in files.read_jsonl(path)}
     distributed.wait()
     batches = [order[start : start + cfg.eval_batch_size] for start in range(0, len(order), cfg.eval_batch_size)]
     running = [record["scores"][shown[1]] for record in done.values()]
@@ -131,7 +132,7 @@ def score_rows(path, key, order, predict, cfg, shown):
                 continue
             torch.manual_seed((cfg.seed + number) % 2**32)
             records = list(predict(left))
-            file.write("".join(jsonl.line_of({"key": key, **record}) for record in records))
+            file.write("".join(files.line_of({"key": key, **record}) for record in records))
             file.flush()
             running += [record["scores"][shown[1]] for record in records]
             bar.update(len(left))
@@ -143,7 +144,7 @@ def score_rows(path, key, order, predict, cfg, shown):
 
 def records_in(path):
     """The records `score_rows` left in a file, by row number."""
-    return sorted(jsonl.read(path), key=lambda record: record["row"])
+    return sorted(files.read_jsonl(path), key=lambda record: record["row"])
 
 
 def predictions(cfg, base=False):
@@ -160,7 +161,7 @@ def save_results(cfg, rows, scores, apart=False):
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     if results.get("held_out", {}).get("sha256") != digest:
         results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
-    manifest = run.read_manifest(cfg.model_save_dir)
+    manifest = read_manifest(cfg.model_save_dir)
     found = overlap.count(manifest, rows, apart) if manifest else None
     held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(_sampling(cfg)), "overlap": found}
     results |= {**scores, "held_out": held_out, "signature": metrics.signature()}
@@ -172,7 +173,7 @@ def save_results(cfg, rows, scores, apart=False):
     results["intervals"] = {name: intervals.intervals(found, cfg.seed) for name, found in each.items()}
     if len(each) == 2:
         results["intervals"]["change"] = intervals.change_intervals(each["base"], each["tuned"], cfg.seed)
-    run.write_json(Path(cfg.model_save_dir) / "all_results.json", results)
+    files.write_json(Path(cfg.model_save_dir) / "all_results.json", results)
     return results
 
 
@@ -255,10 +256,10 @@ def _gather(path, key):
     """Put the records made under `key` by all processes into `path`, without a line cut off by a kill; drop others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = sorted(path.parent.glob(f"{path.stem}.*.part"))
-    found = [record for file in [path, *parts] if file.exists() for record in jsonl.read(file)]
+    found = [record for file in [path, *parts] if file.exists() for record in files.read_jsonl(file)]
     records = {record["row"]: record for record in found if record.get("key") == key}
     draft = path.with_suffix(".draft")
-    jsonl.write(draft, records.values())
+    files.write_jsonl(draft, records.values())
     draft.replace(path)
     for part in parts:
         part.unlink()
@@ -284,10 +285,10 @@ def _decoding(sampling):
 
 def key_of(cfg, base, parts):
     """Names the model, and in `parts` the rows and settings, that a prediction depends on."""
-    trained = trained_with(cfg, run.read_manifest(cfg.model_save_dir), base)
+    trained = trained_with(cfg, read_manifest(cfg.model_save_dir), base)
     weights = [base_hash(trained["path_model_pretrain"])]
     adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
     if not base:
-        weights.append(dataset.file_hash(str(adapter)) if adapter.exists() else base_hash(cfg.model_save_dir))
+        weights.append(files.file_hash(str(adapter)) if adapter.exists() else base_hash(cfg.model_save_dir))
     parts = [weights, trained, cfg.dtype, cfg.seed, base, *parts]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -2,7 +2,8 @@
 
 from types import SimpleNamespace
 
-from common.data import dataset
+from common import files
+from common.data import conversations
 from common.errors import UserError
 
 
@@ -22,13 +23,13 @@ def count(manifest, rows, apart=False):
     knobs = SimpleNamespace(**{name: manifest["config"][name] for name in ("model_name", "model_author")})
     for source in manifest["data"]:
         try:
-            same = dataset.file_hash(source["path"]) == source["sha256"]
+            same = files.file_hash(source["path"]) == source["sha256"]
         except UserError:
             same = False
         if not same:
             unread.append(source["path"])
             continue
-        for where, turns, reason in dataset.conversations(source["path"], knobs):
+        for where, turns, reason in conversations.conversations(source["path"], knobs):
             if reason is None and where not in own:
                 trained |= _keys_of(turns) & wanted.keys()
     questions, whole = ({number for key in trained if key[0] == kind for number in wanted[key]} for kind in "qa")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from common.config import DATA
 from common.data import sources
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.errors import UserError
 
 LETTERS = "ABCD"

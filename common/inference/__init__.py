@@ -1,0 +1,11 @@
+"""Turns in, the text of an answer out: for console, evaluation and service alike.
+
+In reading order:
+
+tuned          a run's folder, opened to answer
+answerer       a model that answers conversations, in batches or as a stream
+text           ids as whole characters, while they arrive
+console        the chat of predict.py
+remote         the same questions, asked of a server
+likelihood     how likely a model finds given answers
+"""

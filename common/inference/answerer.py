@@ -1,8 +1,6 @@
 """The seam between a model and its users: turns in, answer text out, for console, evaluation and service alike."""
 
 import contextlib
-import itertools
-import re
 import threading
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,8 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from common.data import render
 from common.errors import UserError
-from common.model import loading
-from common.runs.run import check_fits, read_manifest
+from common.inference.text import decode
 
 
 @dataclass(frozen=True)
@@ -142,27 +139,6 @@ def _forget_generation_config(net):
     causal.generation_config = GenerationConfig()
 
 
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte piece of a SentencePiece vocabulary
-
-
-def decode(tokenizer, ids):
-    """Text of generated ids; bytes that make no whole character are left out."""
-    if not tokenizer.is_fast:
-        return tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
-    text = ""
-    for are_bytes, run_ids in itertools.groupby(ids, key=lambda id_: _byte(tokenizer, id_) is not None):
-        if are_bytes:  # the tokenizer would turn a whole run into U+FFFD for one byte that is missing
-            text += bytes(_byte(tokenizer, id_) for id_ in run_ids).decode("utf-8", "ignore")
-        else:
-            text += tokenizer.decode(list(run_ids), skip_special_tokens=True)
-    return text.replace("\ufffd", "")
-
-
-def _byte(tokenizer, id_):
-    match = BYTE.fullmatch(tokenizer.convert_ids_to_tokens(id_) or "")
-    return int(match[1], 16) if match else None
-
-
 class _Pieces(BaseStreamer):
     """Hands generated text from `generate`'s thread to an iterator, whole characters only."""
 
@@ -216,62 +192,3 @@ class _Pieces(BaseStreamer):
                 break
         if self.error:
             raise self.error
-
-
-def load(cfg, prompt, base=False):
-    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone. Errors: `open_run`."""
-    _, trained, tokenizer = open_run(cfg, prompt, base)
-    if "seed" in cfg.given:
-        torch.manual_seed(cfg.seed)
-
-    def load_base():
-        return loading.load_base(trained["path_model_pretrain"], cfg.dtype, trained["bits"])
-
-    net = load_base() if base else loading.load_tuned(trained, cfg.model_save_dir, cfg.dtype)
-    return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"], load_base)
-
-
-def open_run(cfg, prompt, base=False):
-    """(manifest, trained_with's dict, tokenizer) of the run in `cfg.model_save_dir`; base: its base model is enough.
-
-    Base model, prompt style and lengths are the run's own; UserError where the user asks for others, or where base,
-    tokenizer or template are no longer the ones trained with.
-    """
-    manifest = read_manifest(cfg.model_save_dir)
-    if manifest is None and not base:
-        raise UserError(f"{cfg.model_save_dir}: 还没有训练结果 no trained run here; run train.py first, or give --base")
-    if manifest is not None and manifest["state"] != "finished" and not base:
-        raise UserError(
-            f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; the same train.py command resumes it"
-        )
-    trained = trained_with(cfg, manifest, base)
-    tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
-    if manifest is not None and (not base or trained["path_model_pretrain"] == manifest["base"]["path"]):
-        check_fits(manifest, trained["path_model_pretrain"], tokenizer, prompt)
-    return manifest, trained, tokenizer
-
-
-def trained_with(cfg, manifest, base):
-    """{path_model_pretrain, prompt_style, max_length_q, tuning, bits} of the run in `manifest`, or the user's.
-
-    UserError where the user asks for another base model or style; the same weights in another folder are the same
-    base. base: the base model alone may be any.
-    """
-    knobs = ("prompt_style", "max_length_q")
-    asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base}
-    asked |= {"tuning": cfg.tuning, "bits": cfg.bits}
-    if manifest is None or base and "path_model_pretrain" in cfg.given:
-        return asked
-    config = {"tuning": "lora"} | manifest["config"]  # the first runs knew no other
-    trained = {name: config[name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
-    bits = config["quantization_bit"] if config["tuning"] == "qlora" else 0
-    trained |= {"tuning": config["tuning"], "bits": bits}
-    if manifest["base"]["sha256"] and loading.base_hash(cfg.base) == manifest["base"]["sha256"]:
-        trained["path_model_pretrain"] = cfg.base
-    for name in ("path_model_pretrain", "prompt_style"):
-        if name in cfg.given and asked[name] != trained[name]:
-            raise UserError(
-                f"--{name} {asked[name]}: 训练时用的是 the run in {cfg.model_save_dir} was trained "
-                f"with {trained[name]}; leave the flag out, or give another --model_save_dir"
-            )
-    return trained | ({"max_length_q": cfg.max_length_q} if "max_length_q" in cfg.given else {})

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from common.data import render
-from common.data.formats import Turn
+from common.data.turns import Turn
 from common.errors import UserError
 from common.model.loss import token_losses
 

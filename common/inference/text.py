@@ -1,6 +1,27 @@
-"""The text of an answer while its ids arrive: whole characters, cleaned, ended by a stop string that is left out."""
+"""Ids as text: at once, or while they arrive: whole characters, cleaned, ended by a stop string that is left out."""
 
-from common.inference.answerer import BYTE, decode
+import itertools
+import re
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte piece of a SentencePiece vocabulary
+
+
+def decode(tokenizer, ids):
+    """Text of generated ids; bytes that make no whole character are left out."""
+    if not tokenizer.is_fast:
+        return tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
+    text = ""
+    for are_bytes, run_ids in itertools.groupby(ids, key=lambda id_: _byte(tokenizer, id_) is not None):
+        if are_bytes:  # the tokenizer would turn a whole run into U+FFFD for one byte that is missing
+            text += bytes(_byte(tokenizer, id_) for id_ in run_ids).decode("utf-8", "ignore")
+        else:
+            text += tokenizer.decode(list(run_ids), skip_special_tokens=True)
+    return text.replace("\ufffd", "")
+
+
+def _byte(tokenizer, id_):
+    match = BYTE.fullmatch(tokenizer.convert_ids_to_tokens(id_) or "")
+    return int(match[1], 16) if match else None
 
 
 class Wording:

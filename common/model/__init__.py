@@ -1,0 +1,12 @@
+"""Weights in, a model that can be trained or asked out.
+
+In: a folder or hub id, and a run's adapter. Out: a transformers model, checked against what its files hold. In reading
+order:
+
+loading        tokenizer and base model, plain or quantised
+adapter        an adapter attached to its base
+verify         what was saved, reopened and compared
+layers         its linear layers and parameters, and how they are shown
+loss           cross entropy over supervised positions, a chunk of logits at a time
+frozen_layers  cheaper products and gated layers while training
+"""

@@ -1,0 +1,9 @@
+"""A run's folder: what training leaves and everything else starts from.
+
+In: a config and the rows to train on. Out: a locked folder, a checkpoint to go on from, and a manifest that predict,
+evaluation, service and export hold the world against. In reading order:
+
+manifest       what a run was trained on and with
+checkpoints    those that are whole
+run            start, resume, save, finish
+"""

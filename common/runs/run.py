@@ -1,29 +1,24 @@
 """A run's folder: its manifest, its lock, its whole checkpoints, and what of it may be resumed."""
 
 import contextlib
-import datetime
-import hashlib
-import importlib.metadata
 import json
 import os
 import re
 import shutil
-import subprocess
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from common import distributed, jsonl
-from common.config import ROOT
-from common.data import dataset, render
+from common import distributed, files
 from common.errors import UserError
+from common.files import write_json
 from common.launch import rank
-from common.model import loading
+from common.model import verify
+from common.runs.checkpoints import is_whole, last_whole_checkpoint
+from common.runs.manifest import MANIFEST, describe, read_manifest
 
-AROUND = 12  # characters shown before and after a difference
-MANIFEST, WHOLE, DRAFT = "run_manifest.json", "whole.json", "adapter.part"
+DRAFT = "adapter.part"
 DISK_FULL = re.compile(
     "No space left|File too large|Disk quota|os error (27|28|122)|PytorchStreamWriter|unexpected pos"
 )
@@ -38,7 +33,6 @@ SHAPING = set(
     "base tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules "
     "modules_to_save".split()
 )
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
 
 
 class Run(NamedTuple):
@@ -86,7 +80,7 @@ def _open(folder, manifest, resume, rows, resume_anyway):
         lock.release()
         raise
     write_json(folder / MANIFEST, manifest)
-    jsonl.write(folder / "rejected.jsonl", rows.rejected)
+    files.write_jsonl(folder / "rejected.jsonl", rows.rejected)
     return lock, checkpoint
 
 
@@ -100,110 +94,23 @@ def _seen_by_all(folder, manifest):
     return written
 
 
-def describe(cfg, tokenizer, prompt, rows):
-    """The manifest of a run about to start: all that decides what it learns, and what its users must match."""
-    template = render.template_text(tokenizer, prompt, cfg.prompt_style)
-    knobs = {name: value for name, value in asdict(cfg).items() if name != "given"}
-    return {
-        "state": "training",
-        "config": knobs,
-        "base": {"path": cfg.base, "sha256": loading.base_hash(cfg.base)},
-        "tokenizer_sha256": dataset.tokenizer_hash(tokenizer),
-        "template": {
-            "style": cfg.prompt_style,
-            "text": template,
-            "sha256": hashlib.sha256(template.encode()).hexdigest(),
-        },
-        "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
-        "data": rows.sources,
-        "processes": distributed.describe(cfg),
-        "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
-        "versions": {n: importlib.metadata.version(n) for n in (*PACKAGES, *(["bitsandbytes"] if cfg.bits else []))},
-        "git_commit": _git_commit(),
-        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-
-
-def read_manifest(folder):
-    """The manifest in `folder`, or None where there is none; UserError where it is damaged."""
-    try:
-        return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{Path(folder) / MANIFEST}: 文件损坏 is damaged; train again or restore it") from None
-
-
-def write_json(path, value):
-    """Write `value` as JSON so that `path` is either the old file or the whole new one."""
-    draft = Path(f"{path}.part")
-    draft.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-
-
-def mark_whole(checkpoint):
-    """Record the sha256 of a checkpoint's files: one without this record was cut off while being written."""
-    write_json(Path(checkpoint) / WHOLE, _hashes(checkpoint))
-
-
-def last_whole_checkpoint(folder):
-    """The newest checkpoint whose files are what was written, or None; those cut off or damaged are removed."""
-    found = Path(folder).glob("checkpoint-*")
-    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if _is_whole(checkpoint):
-            return checkpoint
-        print(f"删除不完整的检查点 removing a checkpoint that was cut off or damaged: {checkpoint}")
-        shutil.rmtree(checkpoint)
-    return None
-
-
 def save_tuned(net, tokenizer, folder):
     """Save adapter or whole model, and tokenizer, into `folder`; check them; each file appears whole or not at all.
 
     All processes call it, the first one writes.
     """
-    state = loading.whole_state(net) if distributed.is_sharded(net) else None
+    state = verify.whole_state(net) if distributed.is_sharded(net) else None
     if rank():
         return
     draft = Path(folder) / DRAFT
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
     net.save_pretrained(draft, **({"state_dict": state} if state else {}))
-    verify = loading.verify_adapter if hasattr(net, "peft_config") else loading.verify_whole
-    verify(net, draft, state)
+    check = verify.verify_adapter if hasattr(net, "peft_config") else verify.verify_whole
+    check(net, draft, state)
     tokenizer.save_pretrained(draft)
     for file in draft.iterdir():
         os.replace(file, Path(folder) / file.name)
     draft.rmdir()
-
-
-def check_fits(manifest, base, tokenizer, prompt):
-    """UserError where base (a path), tokenizer or template are not what the run in `manifest` was trained with."""
-    template = render.template_text(tokenizer, prompt, manifest["template"]["style"])
-    weights, ids = loading.base_hash(base), dataset.tokenizer_hash(tokenizer)
-    pairs = [
-        ("基座模型 base model", manifest["base"]["sha256"], weights, "give the base trained with"),
-        ("分词器 tokenizer", manifest["tokenizer_sha256"], ids, "restore the base's tokenizer files"),
-        ("提示模板 prompt template", manifest["template"]["text"], template, "restore prompt.py"),
-    ]
-    for what, trained, now, remedy in pairs:
-        if trained != now:
-            trained, now = differing_parts(trained, now)
-            raise UserError(
-                f"{what} 与训练时不同 is not the one trained with: trained {trained}, now {now}; "
-                f"{remedy}, or train again"
-            )
-
-
-def differing_parts(trained, now):
-    """Where two texts differ, as two short quotations with a few characters around."""
-    same = len(os.path.commonprefix([trained, now]))
-    ends = len(os.path.commonprefix([trained[same:][::-1], now[same:][::-1]]))
-    quoted = []
-    for text in (trained, now):
-        start, end = max(0, same - AROUND), len(text) - ends
-        part = text[start : min(end + AROUND, start + 5 * AROUND)]
-        quoted.append(f"{'…' if start else ''}{part!r}{'…' if start + len(part) < len(text) else ''}")
-    return quoted
 
 
 @contextlib.contextmanager
@@ -244,27 +151,12 @@ def _checkpoint_in(folder, manifest, resume, anyway):
 
 
 def _chosen_checkpoint(checkpoint, manifest, anyway):
-    if not _is_whole(checkpoint):
+    if not is_whole(checkpoint):
         raise UserError(f"--resume {checkpoint}: 不是完整的检查点 not a whole checkpoint")
     earlier = read_manifest(checkpoint.parent)
     if earlier:
         _check_same(earlier, manifest, checkpoint, anyway)
     return checkpoint
-
-
-def _is_whole(checkpoint):
-    try:
-        written, found = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8")), _hashes(checkpoint)
-    except (OSError, ValueError):
-        return False
-    return all(found.get(name) == value for name, value in written.items())
-
-
-def _hashes(checkpoint):
-    """{file: sha256 in hex} of a checkpoint's files, those in its folders too, the record of them left out."""
-    files = sorted(file for file in Path(checkpoint).rglob("*") if file.is_file())
-    relative = {file.relative_to(checkpoint).as_posix(): file for file in files}
-    return {name: dataset.file_hash(str(file)) for name, file in relative.items() if not name.startswith(WHOLE)}
 
 
 def _check_same(earlier, manifest, checkpoint, anyway):
@@ -306,11 +198,3 @@ def _move_aside(folder):
         if file.name != ".lock":
             file.rename(aside / file.name)
     print(f"旧的训练结果移到 the earlier run is kept in {aside}")
-
-
-def _git_commit():
-    try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

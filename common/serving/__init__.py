@@ -1,0 +1,16 @@
+"""HTTP around an engine: bodies in, JSON or events out. The only room that knows Flask; torch is not imported here.
+
+In reading order:
+
+server             waitress: limits, and an end that lets answers finish
+app                routes, who may use them, what each failure looks like
+middleware         around every request: id, log line, counts
+validation         bodies, read strictly
+openai_requests    OpenAI's bodies as what the engine is asked
+openai_responses   its parts as OpenAI's choices and chunks
+text_generate      the fields of POST /nlg/text_generate
+adapters           several adapters over one base
+openapi            the document of all this
+tracing            OpenTelemetry, where it is installed
+pages/             the chat page and the documentation page
+"""

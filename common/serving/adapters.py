@@ -3,8 +3,8 @@
 import re
 
 from common.errors import UserError
-from common.model import loading
-from common.runs import run
+from common.model import adapter, loading
+from common.runs.manifest import read_manifest
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -24,14 +24,14 @@ def load(answer, specs, alone="tuned"):
                 f"--adapters {spec}: 应为 must be name=folder, with a name not yet taken ({', '.join(models)})"
             )
         _check(answer, folder)
-        answer.net = loading.attach(answer.net, folder, name)
+        answer.net = adapter.attach(answer.net, folder, name)
         models[name] = name
     return models
 
 
 def _check(answer, folder):
     """UserError where the run in `folder` was trained on another base or prompt; a bare adapter says nothing of it."""
-    manifest = run.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         return
     net = answer.net.get_base_model() if hasattr(answer.net, "get_base_model") else answer.net

@@ -11,33 +11,21 @@ from pathlib import Path
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from common.data.formats import Turn
 from common.engine.batcher import Batcher, Full
 from common.engine.request import Ask, Failed, Gone, TimedOut
 from common.errors import UserError
 from common.inference.answerer import Sampling
-from common.serving import adapters, openai_api, tracing
+from common.serving import adapters, openai_requests, openai_responses, tracing
 from common.serving.middleware import Counts, Watch
 from common.serving.openapi import document
 from common.serving.server import Server, drain, log_to_stderr, until_told
-from common.serving.validation import LIMIT, Field, Refused, read_json, values
+from common.serving.text_generate import FIELDS, read_request
+from common.serving.validation import LIMIT, Refused, read_json
 
 PAGES = Path(__file__).with_name("pages")
 OPEN = ("/", "/docs", "/openapi.json", "/health")  # served without a key: nothing in them is anybody's
 GENERATING = ("/nlg/text_generate", "/v1/chat/completions", "/v1/completions")
 CSP = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-# POST /nlg/text_generate: the originals' fields and defaults
-FIELDS = {
-    "instruction": Field(str, "", about="the question, or what to do with text"),
-    "text": Field(str, "", about="put on the next line"),
-    "penalty_alpha": Field(float, 1.0, 0, 10, "accepted; contrastive search is gone from transformers"),
-    "max_new_tokens": Field(int, 128, 1, 4096, "most tokens of the answer"),
-    "temperature": Field(float, 0.8, 0.01, 10, "of sampling"),
-    "do_sample": Field(bool, True, about="false: greedy, or beams"),
-    "num_beams": Field(int, 1, 1, 8, "beams"),
-    "top_p": Field(float, 0.8, 0.01, 1, "nucleus"),
-    "top_k": Field(int, 50, 0, 1000, "candidates; 0: all"),
-}
 FAILURES = {  # what ends a request: (message, status, code)
     Failed: ("模型出错 the model failed; see the server's log", 500, "model_failed"),
     TimedOut: ("超时 the request took too long", 503, "timeout"),
@@ -90,7 +78,10 @@ def create_app(service):
     _add_pages(app, service, counts)
     _add_models(app, service)
     app.add_url_rule("/nlg/text_generate", view_func=lambda: _text_generate(service), methods=["POST"], endpoint="nlg")
-    for path, read in (("chat/completions", openai_api.read_chat), ("completions", openai_api.read_completion)):
+    for path, read in (
+        ("chat/completions", openai_requests.read_chat),
+        ("completions", openai_requests.read_completion),
+    ):
         app.add_url_rule(
             f"/v1/{path}", view_func=lambda read=read: _complete(service, read), methods=["POST"], endpoint=path
         )
@@ -191,7 +182,7 @@ def _add_pages(app, service, counts):
 
     @app.get("/openapi.json")
     def openapi():
-        return _json(document(FIELDS, openai_api.CHAT, openai_api.COMPLETION))
+        return _json(document(FIELDS, openai_requests.CHAT, openai_requests.COMPLETION))
 
     @app.get("/docs")
     def docs():
@@ -232,25 +223,10 @@ def _known(service, name, names):
     return name or service.model
 
 
-def read_request(body):
-    """(question's Turns, Sampling) of a text_generate body; Refused names the field and what is allowed."""
-    given = values(body, FIELDS)
-    question = "\n".join(part for part in (given.pop("instruction"), given.pop("text")) if part.strip())
-    if not question:
-        raise Refused("instruction 和 text 都是空的 are both empty", param="instruction", code="empty")
-    if given.pop("penalty_alpha") and "penalty_alpha" in body and not given["do_sample"] and given["num_beams"] == 1:
-        raise Refused(
-            "penalty_alpha: 对比搜索已不支持 contrastive search is gone from transformers; send 0, or do_sample true",
-            param="penalty_alpha",
-            code="unsupported_value",
-        )
-    return [Turn("user", question)], Sampling(**given)
-
-
 def _text_generate(service):
     turns, sampling = read_request(read_json(request))
     ids = service.batcher.cut_prompt_ids(turns)
-    ask = Ask(ids, openai_api.fitted(sampling, len(ids), service.batcher.context, asked=False))
+    ask = Ask(ids, openai_requests.fitted(sampling, len(ids), service.batcher.context, asked=False))
     ticket = _submit(service, service.model, [ask])
     return _json("".join(part.text for parts in ticket.parts(_gone()) for part in parts))
 
@@ -260,7 +236,7 @@ def _complete(service, read):
     wanted = read(read_json(request), service.batcher, service.defaults)
     model = _known(service, wanted.model, service.batcher.models)
     ticket = _submit(service, model, wanted.asks)
-    shape = openai_api.Shape(wanted, request.environ["service.record"]["id"], model, service.batcher)
+    shape = openai_responses.Shape(wanted, request.environ["service.record"]["id"], model, service.batcher)
     parts = ticket.parts(_gone())
     if wanted.stream:
         first = next(parts)  # what fails before has a status of its own
@@ -298,7 +274,7 @@ def _events(first, parts, ticket, shape):
         yield b"data: [DONE]\n\n"
     except (Failed, TimedOut) as error:
         message, status, code = FAILURES[type(error)]
-        yield _event(openai_api.error(message, status, code=code))
+        yield _event(openai_responses.error(message, status, code=code))
     except Gone:
         pass
     finally:
@@ -316,7 +292,7 @@ def _page(name):
 
 
 def _error(message, status, param=None, code=None, headers=()):
-    response = _json(openai_api.error(message, status, param, code), status)
+    response = _json(openai_responses.error(message, status, param, code), status)
     response.headers.update(headers)
     return response
 

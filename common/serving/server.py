@@ -14,7 +14,7 @@ from waitress.channel import HTTPChannel
 from waitress.task import ErrorTask
 
 from common.errors import UserError
-from common.serving.openai_api import error as error_object
+from common.serving.openai_responses import error as error_object
 from common.serving.validation import LIMIT
 
 HEADERS = 32 << 10  # bytes of a request's headers

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import numpy
 
-from common.data import dataset
+from common.data import conversations, dataset, tokenised
 from common.data.render import IGNORED
 from common.errors import UserError, is_out_of_memory
 from common.launch import world_size
-from common.training import memory, rehearsal, tuning
+from common.training import rehearsal, tuning
+from common.training.check_report import show_rows, show_step, show_verdict
 
 SAMPLES = 3  # rows shown with their mask
-SHOWN = 20  # lines printed of each kind of defect; --json has all
 PERCENTS = (50, 90, 95, 99, 100)
 STEPS = 2  # of a rehearsal; the first is not timed
 NO_END = "有的行不以停止符结尾 rows whose last supervised id is no stop id: the model would not stop"
@@ -126,10 +126,10 @@ def examine(cfg, tokenizer, prompt):
 
 def _files(cfg, tokenizer, prompt):
     """[(tokenised dataset, source, rejected)] of the readable files of data_path; the Findings of their rows."""
-    files, findings, tokenizer_id = [], [], dataset.tokenizer_hash(tokenizer)
-    for path in dict.fromkeys(dataset.split_sample(spec)[0] for spec in cfg.data_path):
+    files, findings, tokenizer_id = [], [], tokenised.tokenizer_hash(tokenizer)
+    for path in dict.fromkeys(conversations.split_sample(spec)[0] for spec in cfg.data_path):
         try:
-            files.append(dataset.tokenised(path, cfg, tokenizer, tokenizer_id, prompt))
+            files.append(tokenised.tokenised(path, cfg, tokenizer, tokenizer_id, prompt))
         except UserError as problem:
             findings.append(_unreadable(problem))
             continue
@@ -194,9 +194,9 @@ def _held_out_overlap(cfg, known, asked, findings):
     """{held_out: equal rows, held_out_questions: equal questions}; equal and unusable held-out rows join `findings`."""
     same_rows = same_questions = 0
     for spec in cfg.eval_data_path:
-        path = dataset.split_sample(spec)[0]
+        path = conversations.split_sample(spec)[0]
         try:
-            for where, found, reason in dataset.conversations(path, cfg):
+            for where, found, reason in conversations.conversations(path, cfg):
                 if reason:
                     findings.append(_left_out(where, reason))
                     continue
@@ -213,9 +213,9 @@ def _held_out_overlap(cfg, known, asked, findings):
 
 def _conversations(cfg):
     """(where, turns) of the usable rows of data_path; a file that breaks off has been reported already."""
-    for path in dict.fromkeys(dataset.split_sample(spec)[0] for spec in cfg.data_path):
+    for path in dict.fromkeys(conversations.split_sample(spec)[0] for spec in cfg.data_path):
         with contextlib.suppress(UserError):
-            for where, turns, reason in dataset.conversations(path, cfg):
+            for where, turns, reason in conversations.conversations(path, cfg):
                 if not reason:
                     yield where, turns
 
@@ -291,73 +291,3 @@ def rehearse(cfg, base, tokenizer, rows):
         if not is_out_of_memory(problem):
             raise
         return {}, [f"内存不足 out of memory on the heaviest micro batch; remedy: {OUT_OF_MEMORY}"]
-
-
-def show_rows(report):
-    """Print counts, shares, lengths, the defects by line, and the samples with their mask."""
-    rows, overlap = report["rows"], report["overlap"]
-    print(
-        f"数据 data: 读取 rows {rows['rows']}, 可用 kept {rows['kept']}, 截断 cut {rows['cut']}, "
-        f"剔除 dropped {rows['dropped']}, 重复 duplicates {rows['duplicates']}, "
-        f"训练 train {rows.get('train', 0)}, 验证 validation {rows.get('validation', 0)}"
-    )
-    print(
-        f"重叠 overlap: 与留出数据 with held-out {overlap['held_out']} 行 rows "
-        f"({overlap['held_out_questions']} 提问 questions), 训练与验证 train and validation {overlap['validation']}"
-    )
-    print(
-        f"计损失 supervised {report['supervised_share']:.1%} 的 token of the tokens; "
-        f"以停止符结尾 rows that end with a stop token {report['stop_share']:.1%}"
-    )
-    for name, values in report["lengths"].items():
-        print(f"长度 length ({name}): " + ", ".join(f"{key} {value}" for key, value in values.items()))
-    shown = Counter()
-    for finding in report["findings"]:
-        shown[finding["kind"]] += 1
-        if shown[finding["kind"]] <= SHOWN:
-            mark = "✗" if finding["bad"] else "!"
-            print(f"{mark} {finding['where']}: [{finding['kind']}] {finding['found']}")
-            print(f"    应为 expected: {finding['expected']}; 办法 remedy: {finding['remedy']}")
-    for kind, count in shown.items():
-        if count > SHOWN:
-            print(f"  [{kind}] 还有 {count - SHOWN} 行 more rows; --json 全部列出 lists all")
-    for sample in report["samples"]:
-        print(f"样本 sample {sample['where']}: {marked(sample['tokens'], sys.stdout.isatty())}")
-
-
-def marked(tokens, colour):
-    """One line of text: what the loss counts is green on a terminal and «so» elsewhere, tokens set apart by a space."""
-    shown = []
-    for text, counted in tokens:
-        text = text.replace("\n", "⏎").replace(" ", "␣")
-        if colour:
-            shown.append(f"\033[{'30;42' if counted else '2'}m{text}\033[0m")
-        else:
-            shown.append(f"«{text}»" if counted else text)
-    return " ".join(shown)
-
-
-def show_step(measured):
-    """Print what the rehearsal took, time and memory, and what the run will take."""
-    if not measured:
-        return
-    step, used = measured["step"], measured["memory"]
-    print(
-        f"最重的一批 heaviest micro batch: {step['rows']} × {step['length']} token, "
-        f"前向、反向、更新 forward, backward and step {step['seconds']:.3f} 秒 seconds; "
-        f"共 {step['total_steps']} 步 steps, 约 the run takes about {step['run_seconds'] / 60:.1f} 分钟 minutes"
-    )
-    print(
-        f"内存 memory: 峰值 peak {memory.shown(used['peak'])}; 这一步 the step itself: "
-        f"估计 estimate {memory.shown(used['estimate'])}, 实测 measured {memory.shown(used['measured'])}; "
-        f"可用 free {memory.shown(used['free'])}; "
-        f"gradient_checkpointing {'on' if used['gradient_checkpointing'] else 'off'}"
-    )
-
-
-def show_verdict(problems):
-    """Print the last line."""
-    if not problems:
-        print("结论 verdict: 可以训练 good")
-        return
-    print(f"结论 verdict: 有问题 bad: {'; '.join(f'{count} × {what}' for what, count in problems.items())}")

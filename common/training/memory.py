@@ -7,17 +7,23 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy
 import psutil
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.model.loading import device
+from common import distributed
+from common.data.dataset import lengths_of
+from common.device import device
 from common.model.loss import chunk_rows
+from common.training.batches import collate
 
 MIB = 1 << 20
 CGROUP = Path("/sys/fs/cgroup")
 HEAP = 1.6  # on a CPU the C library holds on to about so much of what a step uses (measured with glibc)
+PROBE = 512  # ids of the longest row on which memory is tried
 SPARE = 0.9  # of the free memory may be planned with: allocators need some room
 
 
@@ -158,3 +164,49 @@ def used():
 def shown(count):
     """Bytes as text, in MiB."""
     return f"{count / MIB:,.0f} MiB"
+
+
+def estimate_memory(net, rows, tokenizer, heaviest):
+    """Estimate of a step on `heaviest` (rows, length), tried on two pairs of shorter rows of `rows.train`."""
+    lengths = lengths_of(rows.train)
+    order = numpy.argsort(lengths, kind="stable")
+    short = order[lengths[order] <= PROBE].tolist() or order[:1].tolist()
+    pairs = [[short[0], short[len(short) // 4]], [short[0], short[-1]]]
+    tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
+    for batch in tried:
+        del batch["where"], batch["tokens"]
+    return estimate(net, *tried, *heaviest)
+
+
+class StepMemory(NamedTuple):
+    """What a step on the heaviest micro batch needs beside the model, what is free (bytes), and what follows."""
+
+    estimate: Estimate
+    free: int
+    checkpointing: bool  # activations are to be recomputed
+
+
+def step_memory(cfg, net, rows, tokenizer, heaviest):
+    """The StepMemory of `cfg`, `heaviest` the heaviest micro batch (rows, length); None where it cannot be tried."""
+    if distributed.shards_weights():
+        return None
+    needs, available = estimate_memory(net.train(), rows, tokenizer, heaviest), free()
+    too_much = needs.total(False) > SPARE * available
+    asked = cfg.gradient_checkpointing
+    return StepMemory(needs, available, too_much if asked == "auto" else asked == "true")
+
+
+def needs_checkpointing(cfg, net, rows, tokenizer, sampler):
+    """Whether activations are to be recomputed: what the knob says, or what the memory says, which is printed."""
+    if cfg.gradient_checkpointing != "auto":
+        return cfg.gradient_checkpointing == "true"
+    found = step_memory(cfg, net, rows, tokenizer, sampler.shape(sampler.by_weight(cfg.micro_batch_size, 1)[-1]))
+    if found is None:
+        print("内存 memory: 参数分片 the weights are sharded and cannot be tried: gradient_checkpointing on (auto)")
+        return True
+    print(
+        f"内存 memory: 最重的一步约需 the heaviest step needs about {shown(found.estimate.total(False))} beside "
+        f"the model ({shown(found.estimate.total(True))} recomputing), 可用 free {shown(found.free)}: "
+        f"gradient_checkpointing {'on' if found.checkpointing else 'off'} (auto)"
+    )
+    return found.checkpointing

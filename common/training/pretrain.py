@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from common import files
 from common.config import ROOT
-from common.data.formats import Turn
 from common.data.render import training_sample
+from common.data.turns import Turn
 from common.model.loss import use_supervised_loss
-from common.runs import run
 from common.training.batches import collate
 
 BATCH, SEED, WARMUP, LIMIT = 16, 42, 200, 2048
@@ -66,7 +66,7 @@ def build(make_tokenizer, make_model, prompt, folder, phases=PHASES, turns_of=as
     tokenizer.save_pretrained(folder)
     record = {"phases": phases, "inputs_sha256": inputs_hash(phases), "seed": SEED, "final_loss": round(loss, 4)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
-    run.write_json(Path(folder) / "inputs.json", record | {"versions": versions})
+    files.write_json(Path(folder) / "inputs.json", record | {"versions": versions})
 
 
 def tell_control_tokens_apart(model, unused):

@@ -28,7 +28,7 @@ def rehearse(net, rows, cfg, tokenizer, steps):
     plan, sampler = trainer.make_plan(cfg, len(data)), batches.sampler_of(lengths, cfg)
     micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
     heaviest, ordinary = micro[-1], micro[len(micro) // 2]
-    step = trainer.step_memory(cfg, net, rows, tokenizer, sampler.shape(heaviest))
+    step = memory.step_memory(cfg, net, rows, tokenizer, sampler.shape(heaviest))
     others = _seconds_a_step(net, cfg, tokenizer, data, ordinary * steps, step.checkpointing)
     with memory.Peak() as used:
         seconds = _seconds_a_step(net, cfg, tokenizer, data, heaviest * steps, step.checkpointing)

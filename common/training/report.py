@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from common import distributed, jsonl
-from common.config import BELONGS, LORA
+from common import distributed, files
+from common.cli import BELONGS
+from common.config import LORA
 from common.evaluation import evaluate, report
 from common.inference.answerer import Answerer
 from common.launch import rank
-from common.model.loading import load_base, load_tuned, merge_reasons
+from common.model.adapter import load_tuned, merge_reasons
+from common.model.loading import load_base
 from common.runs import run
 
 SMOOTHING = 0.9  # of the running mean in the picture
@@ -26,7 +28,7 @@ def leave(work, net, tokenizer, results):
     results = results | {"serving": serving(net)}
     with run.told_when_full(work.folder):
         draw_loss(work.folder)
-        run.write_json(work.folder / "all_results.json", results)
+        files.write_json(work.folder / "all_results.json", results)
         write_card(work, results)
         run.finish(work, results)
     print(f"部署 serving: {results['serving']}")
@@ -55,7 +57,7 @@ def draw_loss(folder):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = jsonl.read(folder / "trainer_log.jsonl")
+    records = files.read_jsonl(folder / "trainer_log.jsonl")
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="loss of a logged step")

@@ -3,7 +3,6 @@
 import contextlib
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -13,26 +12,18 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from common import distributed
 from common.data.dataset import lengths_of
+from common.device import device, resolve_dtype
 from common.errors import UserError
 from common.launch import world_size
 from common.model.frozen_layers import make_lean
-from common.model.loading import device, parameter_counts, resolve_dtype
+from common.model.layers import parameter_counts
 from common.model.loss import use_supervised_loss
 from common.runs import run
-from common.training import memory, packing, tuning
+from common.training import packing, tuning
 from common.training.batches import RowsAndBlanks, collate, sampler_of
-from common.training.callbacks import (
-    EarlyStop,
-    Guard,
-    NothingLeft,
-    Recorder,
-    StallWatch,
-    StopOnSignal,
-    Stopped,
-    WholeCheckpoints,
-)
-
-PROBE = 512  # ids of the longest row on which memory is tried
+from common.training.callbacks import EarlyStop, NothingLeft, Recorder, StopOnSignal, Stopped, WholeCheckpoints
+from common.training.guards import Guard, StallWatch
+from common.training.memory import needs_checkpointing
 
 
 def fit(net, rows, cfg, tokenizer, checkpoint=None):
@@ -120,18 +111,6 @@ def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
     return trainer
 
 
-def estimate_memory(net, rows, tokenizer, heaviest):
-    """memory.Estimate of a step on `heaviest` (rows, length), tried on two pairs of shorter rows of `rows.train`."""
-    lengths = lengths_of(rows.train)
-    order = numpy.argsort(lengths, kind="stable")
-    short = order[lengths[order] <= PROBE].tolist() or order[:1].tolist()
-    pairs = [[short[0], short[len(short) // 4]], [short[0], short[-1]]]
-    tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
-    for batch in tried:
-        del batch["where"], batch["tokens"]
-    return memory.estimate(net, *tried, *heaviest)
-
-
 def _keep_loss_exact(trainer):
     """FSDP2 would hand the loss over as bf16, three digits of it, and add up the processes' gradients in bf16."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
@@ -161,40 +140,6 @@ def show_plan(cfg, plan, padding):
         f"每轮 {plan['steps_per_epoch']} 步 steps per epoch, 共 {plan['total_steps']} 步 steps, "
         f"预热 warm-up {plan['warmup_steps']}, 填充 padding {padding:.1%}, 计损失 loss on {cfg.loss_on}"
     )
-
-
-class StepMemory(NamedTuple):
-    """What a step on the heaviest micro batch needs beside the model, what is free (bytes), and what follows."""
-
-    estimate: memory.Estimate
-    free: int
-    checkpointing: bool  # activations are to be recomputed
-
-
-def step_memory(cfg, net, rows, tokenizer, heaviest):
-    """The StepMemory of `cfg`, `heaviest` the heaviest micro batch (rows, length); None where it cannot be tried."""
-    if distributed.shards_weights():
-        return None
-    estimate, free = estimate_memory(net.train(), rows, tokenizer, heaviest), memory.free()
-    needed = estimate.total(False) > memory.SPARE * free
-    asked = cfg.gradient_checkpointing
-    return StepMemory(estimate, free, needed if asked == "auto" else asked == "true")
-
-
-def needs_checkpointing(cfg, net, rows, tokenizer, sampler):
-    """Whether activations are to be recomputed: what the knob says, or what the memory says, which is printed."""
-    if cfg.gradient_checkpointing != "auto":
-        return cfg.gradient_checkpointing == "true"
-    found = step_memory(cfg, net, rows, tokenizer, sampler.shape(sampler.by_weight(cfg.micro_batch_size, 1)[-1]))
-    if found is None:
-        print("内存 memory: 参数分片 the weights are sharded and cannot be tried: gradient_checkpointing on (auto)")
-        return True
-    print(
-        f"内存 memory: 最重的一步约需 the heaviest step needs about {memory.shown(found.estimate.total(False))} beside "
-        f"the model ({memory.shown(found.estimate.total(True))} recomputing), 可用 free {memory.shown(found.free)}: "
-        f"gradient_checkpointing {'on' if found.checkpointing else 'off'} (auto)"
-    )
-    return found.checkpointing
 
 
 def arguments(cfg, plan, validate, checkpointing):

@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from common import distributed
+from common.device import resolve_dtype
 from common.errors import UserError
 from common.launch import rank
-from common.model.loading import linear_layers, resolve_dtype
+from common.model.layers import linear_layers
 
 SAMPLE = 1024  # values of each trained tensor that are kept to tell whether it moved
 PISSA_START = "pissa_start.safetensors"

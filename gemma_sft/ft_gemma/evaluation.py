@@ -9,7 +9,8 @@ import sys
 if __name__ == "__main__":  # finds common/ from any directory
     sys.path[0] = __file__.rpartition("gemma_sft")[0] or "."
 
-from common.config import EvaluationFlags, parse
+from common.cli import parse
+from common.config import EvaluationFlags
 from common.errors import run_main
 from gemma_sft.ft_gemma.config import Config
 from gemma_sft.ft_gemma.predict import load_answer

@@ -9,7 +9,8 @@ import sys
 if __name__ == "__main__":  # finds common/ from any directory
     sys.path[0] = __file__.rpartition("qwen2_sft")[0] or "."
 
-from common.config import EvaluationFlags, parse
+from common.cli import parse
+from common.config import EvaluationFlags
 from common.errors import run_main
 from qwen2_sft.ft_qwen2.config import Config
 from qwen2_sft.ft_qwen2.predict import load_answer

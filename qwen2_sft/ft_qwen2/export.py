@@ -8,7 +8,8 @@ import sys
 if __name__ == "__main__":  # finds common/ from any directory
     sys.path[0] = __file__.rpartition("qwen2_sft")[0] or "."
 
-from common.config import ExportFlags, parse
+from common.cli import parse
+from common.config import ExportFlags
 from common.errors import run_main
 from qwen2_sft import prompt
 from qwen2_sft.ft_qwen2.config import Config

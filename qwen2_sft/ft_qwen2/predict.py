@@ -8,7 +8,8 @@ import sys
 if __name__ == "__main__":  # finds common/ from any directory
     sys.path[0] = __file__.rpartition("qwen2_sft")[0] or "."
 
-from common.config import PredictFlags, parse
+from common.cli import parse
+from common.config import PredictFlags
 from common.errors import run_main
 from qwen2_sft import prompt
 from qwen2_sft.ft_qwen2.config import Config
@@ -16,9 +17,9 @@ from qwen2_sft.ft_qwen2.config import Config
 
 def load_answer(cfg, base=False, base_url=""):
     """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
-    from common.inference import answerer, remote
+    from common.inference import remote, tuned
 
-    return remote.load(cfg, prompt, base_url) if base_url else answerer.load(cfg, prompt, base)
+    return remote.load(cfg, prompt, base_url) if base_url else tuned.load(cfg, prompt, base)
 
 
 def main(argv=None):

@@ -1,0 +1,310 @@
+"""The command line: defaults < config.py < --config file < flags; a wrong flag, type or value is one line, exit 2."""
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+import typing
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Literal
+
+from common.config import LORA, ROOT, TASKS, Names
+from common.launch import let_first_speak, world_size
+
+ALIASES = {
+    "model_name_or_path": "path_model_pretrain",
+    "output_dir": "model_save_dir",
+    "dataset": "data_path",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "lora_rank": "lora_r",
+    "lr": "learning_rate",
+    "finetuning_type": "tuning",
+    "quant_bits": "quantization_bit",
+    "pissa_init": "use_pissa",
+    "label_smoothing": "label_smoothing_factor",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "gradient_clipping": "max_grad_norm",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+# name: (test, what is allowed)
+_AT_LEAST_1 = (lambda v: v >= 1, "1 or more")
+_NOT_NEGATIVE = (lambda v: 0 <= v < float("inf"), "0 or more")
+_SHARE = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_ABOVE_0 = (lambda v: 0 < v < float("inf"), "above 0")
+RANGES = {
+    **dict.fromkeys(
+        "max_length_q max_length_a epochs freeze_trainable_layers micro_batch_size batch_size logging_steps save_steps "
+        "lora_r lora_alpha max_new_tokens num_beams eval_batch_size slots".split(),
+        _AT_LEAST_1,
+    ),
+    **dict.fromkeys(
+        "eval_rows val_set_size early_stopping_patience weight_decay top_k limit shots neftune_noise_alpha "
+        "queue request_tokens total_tokens drain_seconds".split(),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys("warmup_ratio lora_dropout adam_beta1 adam_beta2 label_smoothing_factor".split(), _SHARE),
+    **dict.fromkeys("learning_rate max_grad_norm temperature repetition_penalty request_seconds".split(), _ABOVE_0),
+    "max_steps": (lambda v: v == -1 or v >= 1, "-1 or at least 1"),
+    "save_total_limit": (lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "max_dropped": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "deepspeed": (lambda v: not v or os.path.isfile(os.path.expanduser(v)), "a JSON file that is there"),
+    "port": (lambda v: 0 <= v <= 65535, "a port number"),
+    "seed": (lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
+    **dict.fromkeys(("model_name", "model_author"), (lambda v: len(v) <= 2, "one value, or a Chinese and another")),
+    "report_to": (lambda v: set(v) <= {"tensorboard", "wandb"}, "tensorboard, wandb or both"),
+    "data_path": (lambda v: len(v) > 0, "at least one file"),
+    "target_modules": (lambda v: len(v) > 0, "at least one module"),
+    "tasks": (lambda v: set(v) <= set(TASKS), f"some of {' '.join(TASKS)}"),
+}
+BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belong to
+    "quantization_bit": ("qlora",),
+    "freeze_trainable_layers": ("freeze",),
+    **dict.fromkeys(
+        "lora_r lora_alpha lora_dropout use_rslora use_dora use_pissa target_modules modules_to_save".split(), LORA
+    ),
+}
+WHOLE_RATE = 0.1  # of the learning rate, where the user set none: all weights take smaller steps than an adapter does
+
+
+def parse(config_class, flags_class=None, argv=None):
+    """Read `argv` (default: the command line) into `config_class`, and into `flags_class` where one is given.
+
+    Returns the config, or (config, flags). `config.given` holds the names the user set in a file or by a flag.
+    A wrong flag, type or value prints one line and exits with code 2.
+    """
+    classes = [config_class] + ([flags_class] if flags_class else [])
+    knobs = {f.name: (f, _types(cls)[f.name]) for cls in classes for f in fields(cls) if not f.metadata.get("hidden")}
+    parser = _parser(classes, knobs)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"无法识别的参数 unrecognized argument {unknown[0]}{_nearest(unknown[0], knobs)}")
+    values = _read_config_file(args.config, knobs, parser.error) if args.config else {}
+    values |= {name: value for name, value in vars(args).items() if name in knobs and value is not None}
+    _check_values(values, parser.error)
+    config = _build(config_class, values, parser.error)
+    if flags_class is None:
+        return config
+    return config, flags_class(**{k: _absolute(k, v) for k, v in values.items() if k in _types(flags_class)})
+
+
+def _types(cls):
+    return typing.get_type_hints(cls)
+
+
+def _build(cls, values, error):
+    values = {k: v for k, v in values.items() if k in _types(cls)}
+    if "repo_id" in values and "path_model_pretrain" not in values:
+        values["path_model_pretrain"] = values["repo_id"]
+    given = frozenset(values)
+    if "data_path" in given and "eval_data_path" not in given:
+        values["eval_data_path"] = ()  # the shipped held-out rows say nothing about other data
+    values |= {name: (tuple(values[name]) * 2)[:2] for name in ("model_name", "model_author") if name in values}
+    for package in values.get("report_to", ()):
+        if not importlib.util.find_spec(package):
+            error(f"--report_to {package}: 没有安装 the package is not installed; remedy: pip install {package}")
+    config = cls(**{k: _absolute(k, v) for k, v in values.items()}, given=given)
+    if config.path_model_pretrain == "embedded":
+        config = replace(config, **{k: v for k, v in cls.EMBEDDED.items() if k not in given})
+    _check_tuning(config, error)
+    if config.tuning not in LORA and "learning_rate" not in given:
+        config = replace(config, learning_rate=config.learning_rate * WHOLE_RATE)
+    return _fit_batches(config, error)
+
+
+def _check_tuning(config, error):
+    """Knobs that would do nothing, or cannot go together, are errors."""
+    for name in sorted(config.given & BELONGS.keys()):
+        if config.tuning not in BELONGS[name]:
+            error(
+                f"--{name} 对 --tuning {config.tuning} 不起作用 has no effect with it: "
+                f"it belongs to --tuning {' or '.join(BELONGS[name])}"
+            )
+    if config.use_pissa and config.bits:
+        error("--use_pissa 需要未量化的基座 splits the base's weights, which qlora has quantised: use --tuning lora")
+    if config.use_pissa and config.use_dora:
+        error("--use_pissa 与 --use_dora 不能同用 cannot go together: DoRA's magnitudes would be of the split base")
+
+
+def _fit_batches(config, error):
+    """Whole micro batches in a batch: what the user left open gives way, what the user set is an error.
+
+    The micro batch gives way first: then several processes learn what one would.
+    """
+    micro = config.micro_batch_size * world_size()
+    whole = micro * -(-config.batch_size // micro)
+    if config.batch_size == whole:
+        return config
+    if "micro_batch_size" not in config.given and config.batch_size % world_size() == 0:
+        share = config.batch_size // world_size()
+        largest = max(n for n in range(1, config.micro_batch_size + 1) if share % n == 0)
+        return replace(config, micro_batch_size=largest)
+    if "batch_size" not in config.given:
+        return replace(config, batch_size=whole)
+    error(
+        f"--batch_size {config.batch_size} 不是 --micro_batch_size × 进程数 = {micro} 的倍数 "
+        f"is not a multiple of micro_batch_size × processes; use {whole}"
+    )
+
+
+def _absolute(name, value):
+    """Paths typed by a user are relative to where the command is called; hub ids and URLs stay."""
+    if name in ("data_path", "eval_data_path"):
+        return tuple(v if "://" in v else os.path.abspath(os.path.expanduser(v)) for v in value)
+    if name == "path_model_pretrain" and value != "embedded" and os.path.isdir(os.path.expanduser(value)):
+        return os.path.abspath(os.path.expanduser(value))
+    if name in ("model_save_dir", "output_dir", "deepspeed") and value:
+        return os.path.abspath(os.path.expanduser(value))
+    return value
+
+
+def _parser(classes, knobs):
+    doc = inspect.getdoc(sys.modules["__main__"]) or ""
+    parser = _Parser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with knobs; flags win over it")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
+    help_texts = {name: text for cls in classes for name, text in _comments(cls).items()}
+    spellings = {name: [f"--{name}"] for name in knobs}
+    for alias, name in ALIASES.items():
+        if name in spellings and alias not in knobs:
+            spellings[name].append(f"--{alias}")
+    for name, (knob, kind) in knobs.items():
+        default = "" if knob.default in ("", ()) else f" [{_shown(knob.default)}]"
+        parser.add_argument(
+            *spellings[name],
+            dest=name,
+            default=None,
+            help=(help_texts.get(name, "") + default).replace("%", "%%"),
+            **_argument(kind),
+        )
+    return parser
+
+
+def _argument(kind):
+    """argparse's keywords for a knob of type `kind`."""
+    if kind == Names:
+        return {"nargs": "+", "metavar": "TEXT", "type": str}
+    if typing.get_origin(kind) is tuple:
+        return {"nargs": "+", "action": _Listed, "metavar": "X"}
+    if typing.get_origin(kind) is Literal:
+        bare = {"nargs": "?", "const": "true"} if "true" in typing.get_args(kind) else {}
+        return {"choices": typing.get_args(kind), "type": type(typing.get_args(kind)[0]), **bare}
+    if kind is bool:
+        return {"nargs": "?", "const": True, "type": _boolean, "metavar": "true|false"}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+class _Listed(argparse.Action):
+    """Lists may be written with blanks or commas: `--target_modules q_proj,k_proj` or `q_proj k_proj`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, _split(values))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """Print one line and exit with code 2."""
+        let_first_speak()
+        print(f"{Path(sys.argv[0]).name}: 参数错误 error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _split(values):
+    return tuple(part for value in values for part in value.split(",") if part)
+
+
+def _boolean(text):
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} 应为 true 或 false must be true or false")
+    return values[text.lower()]
+
+
+def _shown(value):
+    if isinstance(value, tuple):
+        return " ".join(map(_shown, value))
+    text = str(value)
+    return os.path.relpath(text, ROOT) if text.startswith(str(ROOT)) else text
+
+
+def _nearest(flag, knobs):
+    name = flag.split("=")[0].lstrip("-")
+    near = difflib.get_close_matches(name, [*knobs, *ALIASES], n=1, cutoff=0.5)
+    return f"; 是否想写 did you mean --{near[0]} ?" if near else "; --help 列出全部参数 lists all"
+
+
+def _check_values(values, error):
+    for name, value in values.items():
+        test, allowed = RANGES.get(name, (None, None))
+        if test and not test(value):
+            error(f"--{name} {_shown(value)} 超出范围 out of range: must be {allowed}")
+
+
+def _read_config_file(path, knobs, error):
+    """Knobs from a YAML or JSON file, their types checked as flags are."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if path.endswith((".yaml", ".yml")):
+            import yaml
+
+            loaded = yaml.safe_load(text)
+        else:
+            loaded = json.loads(text)
+    except (OSError, ValueError) as problem:
+        error(f"--config {path}: 无法读取 cannot be read: {problem}")
+    except Exception as problem:  # yaml.YAMLError, whose module is only imported for YAML
+        if type(problem).__module__.partition(".")[0] != "yaml":
+            raise
+        error(f"--config {path}: 不是有效的 YAML not valid YAML: {problem}")
+    if not isinstance(loaded, dict):
+        error(f"--config {path}: 应为键值表 must be a mapping of knobs to values")
+    values = {}
+    for key, value in loaded.items():
+        name = ALIASES.get(key, key)
+        if name not in knobs:
+            error(f"--config {path}: 未知参数 unknown knob {key}{_nearest(str(key), knobs)}")
+        values[name] = _typed(value, knobs[name][1], lambda why, key=key: error(f"--config {path}: {key}: {why}"))
+    return values
+
+
+def _typed(value, kind, error):
+    """`value` from a file as a knob of type `kind`; an int is a good float, and 1e-4 in YAML is a string."""
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return tuple(items) if kind == Names else _split(items)
+    elif origin is Literal:
+        value = str(value).lower() if isinstance(value, bool) else value  # YAML reads true as a boolean
+        if value in typing.get_args(kind):
+            return value
+        kind = "|".join(map(str, typing.get_args(kind)))
+    elif kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is kind:
+        return value
+    error(f"{value!r} 类型不符 is not {getattr(kind, '__name__', kind)}")
+
+
+def _comments(cls):
+    """Each field's trailing comment in the class source and its parents': {name: text}."""
+    found = {}
+    for parent in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(parent).splitlines():
+            match = re.match(r"    (\w+): .*?  # (.+)$", line)
+            if match:
+                found[match[1]] = match[2]
+    return found

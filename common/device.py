@@ -1,0 +1,21 @@
+"""The device and the dtype one process computes with."""
+
+import torch
+
+
+def device():
+    """The device one process uses: its CUDA card, Apple's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resolve_dtype(name):
+    """torch dtype of the knob `dtype`. auto: bfloat16 on a GPU that has it, or float32; never float16 unasked.
+
+    Not chosen by timing: one command would then compute differently from run to run (benchmarks/README.md).
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    has_bf16 = device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32

@@ -1,0 +1,61 @@
+"""Files that are whole or not there: JSON, JSON lines, and the hashes that tell them apart.
+
+JSON lines: one object a line, UTF-8, lines ended by \\n alone (texts may hold other line separators).
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import fsspec
+
+from common.errors import UserError
+
+
+def write_json(path, value):
+    """Write `value` as JSON so that `path` is either the old file or the whole new one."""
+    draft = Path(f"{path}.part")
+    draft.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def read_jsonl(path):
+    """The objects of a file, in order; a last line cut off by a kill is left out."""
+    return list(stream_jsonl(path))
+
+
+def stream_jsonl(path):
+    """Yield what `read_jsonl` returns, one object at a time."""
+    with Path(path).open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def write_jsonl(path, records):
+    """Replace the file's content by `records`, which may be many: it is either the old file or the whole new one."""
+    draft = Path(f"{path}.part")
+    with draft.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(map(line_of, records))
+    os.replace(draft, path)
+
+
+def line_of(record):
+    """One line of a file, its end included."""
+    text = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def file_hash(path):
+    """sha256 of a file's bytes, hex; UserError where it cannot be opened."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path}: 文件不存在 no such file; check --data_path") from None
+    except (OSError, ImportError, ValueError) as problem:
+        raise UserError(f"{path}: 无法打开 cannot be opened: {problem}") from None

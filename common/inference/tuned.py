@@ -1,0 +1,67 @@
+"""A run's folder, opened to answer: base, prompt style and lengths are the run's own."""
+
+import torch
+
+from common.errors import UserError
+from common.inference.answerer import Answerer
+from common.model import adapter, loading
+from common.runs.manifest import check_fits, read_manifest
+
+
+def load(cfg, prompt, base=False):
+    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone. Errors: `open_run`."""
+    _, trained, tokenizer = open_run(cfg, prompt, base)
+    if "seed" in cfg.given:
+        torch.manual_seed(cfg.seed)
+
+    def load_base():
+        return loading.load_base(trained["path_model_pretrain"], cfg.dtype, trained["bits"])
+
+    net = load_base() if base else adapter.load_tuned(trained, cfg.model_save_dir, cfg.dtype)
+    return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"], load_base)
+
+
+def open_run(cfg, prompt, base=False):
+    """(manifest, trained_with's dict, tokenizer) of the run in `cfg.model_save_dir`; base: its base model is enough.
+
+    Base model, prompt style and lengths are the run's own; UserError where the user asks for others, or where base,
+    tokenizer or template are no longer the ones trained with.
+    """
+    manifest = read_manifest(cfg.model_save_dir)
+    if manifest is None and not base:
+        raise UserError(f"{cfg.model_save_dir}: 还没有训练结果 no trained run here; run train.py first, or give --base")
+    if manifest is not None and manifest["state"] != "finished" and not base:
+        raise UserError(
+            f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; the same train.py command resumes it"
+        )
+    trained = trained_with(cfg, manifest, base)
+    tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
+    if manifest is not None and (not base or trained["path_model_pretrain"] == manifest["base"]["path"]):
+        check_fits(manifest, trained["path_model_pretrain"], tokenizer, prompt)
+    return manifest, trained, tokenizer
+
+
+def trained_with(cfg, manifest, base):
+    """{path_model_pretrain, prompt_style, max_length_q, tuning, bits} of the run in `manifest`, or the user's.
+
+    UserError where the user asks for another base model or style; the same weights in another folder are the same
+    base. base: the base model alone may be any.
+    """
+    knobs = ("prompt_style", "max_length_q")
+    asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base}
+    asked |= {"tuning": cfg.tuning, "bits": cfg.bits}
+    if manifest is None or base and "path_model_pretrain" in cfg.given:
+        return asked
+    config = {"tuning": "lora"} | manifest["config"]  # the first runs knew no other
+    trained = {name: config[name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
+    bits = config["quantization_bit"] if config["tuning"] == "qlora" else 0
+    trained |= {"tuning": config["tuning"], "bits": bits}
+    if manifest["base"]["sha256"] and loading.base_hash(cfg.base) == manifest["base"]["sha256"]:
+        trained["path_model_pretrain"] = cfg.base
+    for name in ("path_model_pretrain", "prompt_style"):
+        if name in cfg.given and asked[name] != trained[name]:
+            raise UserError(
+                f"--{name} {asked[name]}: 训练时用的是 the run in {cfg.model_save_dir} was trained "
+                f"with {trained[name]}; leave the flag out, or give another --model_save_dir"
+            )
+    return trained | ({"max_length_q": cfg.max_length_q} if "max_length_q" in cfg.given else {})

@@ -1,0 +1,48 @@
+"""What a model is made of: its linear layers, its parameters, and how they are shown."""
+
+import math
+
+import torch
+
+
+def linear_layers(model):
+    """{name: [(full name, shape [out, in])]} of the linear layers LoRA can attach to, the output head left out."""
+    head = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            found.setdefault(name.rpartition(".")[2], []).append((name, (module.out_features, module.in_features)))
+    return found
+
+
+def show_targets(model):
+    """Print the linear layers LoRA can attach to."""
+    print("可训练的线性层 linear layers for --target_modules (name, [out, in], count):")
+    for name, layers in linear_layers(model).items():
+        shapes = " ".join(sorted({str(list(shape)) for _, shape in layers}))
+        print(f"  {name:<16} {shapes}  × {len(layers)}")
+
+
+def show_parameters(model):
+    """Print name, shape, dtype and trainability of each kind of parameter, and the trainable share."""
+    kinds = {}
+    for name, parameter in model.named_parameters():
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        key = (kind, _shape(parameter), str(parameter.dtype).removeprefix("torch."), parameter.requires_grad)
+        kinds[key] = kinds.get(key, 0) + 1
+    for (kind, shape, dtype, trained), count in kinds.items():
+        print(f"  {'训练 train' if trained else '冻结 frozen'} {kind} {list(shape)} {dtype} × {count}")
+    trained, total = parameter_counts(model)
+    print(f"可训练参数 trainable params: {trained:,} / {total:,} = {trained / total:.4%}")
+
+
+def parameter_counts(model):
+    """(trainable, all) parameters; two that 4 bits each put into one byte are two."""
+    sizes = [(math.prod(_shape(p)), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _shape(parameter):
+    """Its whole shape, also where this process holds a part (ZeRO-3 leaves an empty tensor), or 4 bits share a byte."""
+    quantised = getattr(parameter, "quant_state", None)
+    return tuple(quantised.shape if quantised else getattr(parameter, "ds_shape", parameter.shape))

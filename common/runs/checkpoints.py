@@ -1,0 +1,40 @@
+"""Checkpoints that are whole: their files are what was written."""
+
+import json
+import shutil
+from pathlib import Path
+
+from common.files import file_hash, write_json
+
+WHOLE = "whole.json"
+
+
+def mark_whole(checkpoint):
+    """Record the sha256 of a checkpoint's files: one without this record was cut off while being written."""
+    write_json(Path(checkpoint) / WHOLE, _hashes(checkpoint))
+
+
+def last_whole_checkpoint(folder):
+    """The newest checkpoint whose files are what was written, or None; those cut off or damaged are removed."""
+    found = Path(folder).glob("checkpoint-*")
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if is_whole(checkpoint):
+            return checkpoint
+        print(f"删除不完整的检查点 removing a checkpoint that was cut off or damaged: {checkpoint}")
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def is_whole(checkpoint):
+    try:
+        written, found = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8")), _hashes(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return all(found.get(name) == value for name, value in written.items())
+
+
+def _hashes(checkpoint):
+    """{file: sha256 in hex} of a checkpoint's files, those in its folders too, the record of them left out."""
+    files = sorted(file for file in Path(checkpoint).rglob("*") if file.is_file())
+    relative = {file.relative_to(checkpoint).as_posix(): file for file in files}
+    return {name: file_hash(str(file)) for name, file in relative.items() if not name.startswith(WHOLE)}

@@ -1,0 +1,92 @@
+"""run_manifest.json: what a run was trained on and with, and what its users must match."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+from common import distributed
+from common.config import ROOT
+from common.data import render, tokenised
+from common.errors import UserError
+from common.model import loading
+
+AROUND = 12  # characters shown before and after a difference
+MANIFEST = "run_manifest.json"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
+
+
+def describe(cfg, tokenizer, prompt, rows):
+    """The manifest of a run about to start: all that decides what it learns, and what its users must match."""
+    template = render.template_text(tokenizer, prompt, cfg.prompt_style)
+    knobs = {name: value for name, value in asdict(cfg).items() if name != "given"}
+    return {
+        "state": "training",
+        "config": knobs,
+        "base": {"path": cfg.base, "sha256": loading.base_hash(cfg.base)},
+        "tokenizer_sha256": tokenised.tokenizer_hash(tokenizer),
+        "template": {
+            "style": cfg.prompt_style,
+            "text": template,
+            "sha256": hashlib.sha256(template.encode()).hexdigest(),
+        },
+        "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
+        "data": rows.sources,
+        "processes": distributed.describe(cfg),
+        "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
+        "versions": {n: importlib.metadata.version(n) for n in (*PACKAGES, *(["bitsandbytes"] if cfg.bits else []))},
+        "git_commit": _git_commit(),
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def read_manifest(folder):
+    """The manifest in `folder`, or None where there is none; UserError where it is damaged."""
+    try:
+        return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{Path(folder) / MANIFEST}: 文件损坏 is damaged; train again or restore it") from None
+
+
+def check_fits(manifest, base, tokenizer, prompt):
+    """UserError where base (a path), tokenizer or template are not what the run in `manifest` was trained with."""
+    template = render.template_text(tokenizer, prompt, manifest["template"]["style"])
+    weights, ids = loading.base_hash(base), tokenised.tokenizer_hash(tokenizer)
+    pairs = [
+        ("基座模型 base model", manifest["base"]["sha256"], weights, "give the base trained with"),
+        ("分词器 tokenizer", manifest["tokenizer_sha256"], ids, "restore the base's tokenizer files"),
+        ("提示模板 prompt template", manifest["template"]["text"], template, "restore prompt.py"),
+    ]
+    for what, trained, now, remedy in pairs:
+        if trained != now:
+            trained, now = differing_parts(trained, now)
+            raise UserError(
+                f"{what} 与训练时不同 is not the one trained with: trained {trained}, now {now}; "
+                f"{remedy}, or train again"
+            )
+
+
+def differing_parts(trained, now):
+    """Where two texts differ, as two short quotations with a few characters around."""
+    same = len(os.path.commonprefix([trained, now]))
+    ends = len(os.path.commonprefix([trained[same:][::-1], now[same:][::-1]]))
+    quoted = []
+    for text in (trained, now):
+        start, end = max(0, same - AROUND), len(text) - ends
+        part = text[start : min(end + AROUND, start + 5 * AROUND)]
+        quoted.append(f"{'…' if start else ''}{part!r}{'…' if start + len(part) < len(text) else ''}")
+    return quoted
+
+
+def _git_commit():
+    try:
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,33 @@
+"""POST /nlg/text_generate: the fields and defaults of the original projects."""
+
+from common.data.turns import Turn
+from common.inference.answerer import Sampling
+from common.serving.validation import Field, Refused, values
+
+# POST /nlg/text_generate: the originals' fields and defaults
+FIELDS = {
+    "instruction": Field(str, "", about="the question, or what to do with text"),
+    "text": Field(str, "", about="put on the next line"),
+    "penalty_alpha": Field(float, 1.0, 0, 10, "accepted; contrastive search is gone from transformers"),
+    "max_new_tokens": Field(int, 128, 1, 4096, "most tokens of the answer"),
+    "temperature": Field(float, 0.8, 0.01, 10, "of sampling"),
+    "do_sample": Field(bool, True, about="false: greedy, or beams"),
+    "num_beams": Field(int, 1, 1, 8, "beams"),
+    "top_p": Field(float, 0.8, 0.01, 1, "nucleus"),
+    "top_k": Field(int, 50, 0, 1000, "candidates; 0: all"),
+}
+
+
+def read_request(body):
+    """(question's Turns, Sampling) of a text_generate body; Refused names the field and what is allowed."""
+    given = values(body, FIELDS)
+    question = "\n".join(part for part in (given.pop("instruction"), given.pop("text")) if part.strip())
+    if not question:
+        raise Refused("instruction 和 text 都是空的 are both empty", param="instruction", code="empty")
+    if given.pop("penalty_alpha") and "penalty_alpha" in body and not given["do_sample"] and given["num_beams"] == 1:
+        raise Refused(
+            "penalty_alpha: 对比搜索已不支持 contrastive search is gone from transformers; send 0, or do_sample true",
+            param="penalty_alpha",
+            code="unsupported_value",
+        )
+    return [Turn("user", question)], Sampling(**given)

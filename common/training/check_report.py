@@ -1,0 +1,78 @@
+"""What --check prints: counts, defects by line, samples with their mask, the heaviest step, the verdict."""
+
+import sys
+from collections import Counter
+
+from common.training import memory
+
+SHOWN = 20  # lines printed of each kind of defect; --json has all
+
+
+def show_rows(report):
+    """Print counts, shares, lengths, the defects by line, and the samples with their mask."""
+    rows, overlap = report["rows"], report["overlap"]
+    print(
+        f"数据 data: 读取 rows {rows['rows']}, 可用 kept {rows['kept']}, 截断 cut {rows['cut']}, "
+        f"剔除 dropped {rows['dropped']}, 重复 duplicates {rows['duplicates']}, "
+        f"训练 train {rows.get('train', 0)}, 验证 validation {rows.get('validation', 0)}"
+    )
+    print(
+        f"重叠 overlap: 与留出数据 with held-out {overlap['held_out']} 行 rows "
+        f"({overlap['held_out_questions']} 提问 questions), 训练与验证 train and validation {overlap['validation']}"
+    )
+    print(
+        f"计损失 supervised {report['supervised_share']:.1%} 的 token of the tokens; "
+        f"以停止符结尾 rows that end with a stop token {report['stop_share']:.1%}"
+    )
+    for name, values in report["lengths"].items():
+        print(f"长度 length ({name}): " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    shown = Counter()
+    for finding in report["findings"]:
+        shown[finding["kind"]] += 1
+        if shown[finding["kind"]] <= SHOWN:
+            mark = "✗" if finding["bad"] else "!"
+            print(f"{mark} {finding['where']}: [{finding['kind']}] {finding['found']}")
+            print(f"    应为 expected: {finding['expected']}; 办法 remedy: {finding['remedy']}")
+    for kind, count in shown.items():
+        if count > SHOWN:
+            print(f"  [{kind}] 还有 {count - SHOWN} 行 more rows; --json 全部列出 lists all")
+    for sample in report["samples"]:
+        print(f"样本 sample {sample['where']}: {marked(sample['tokens'], sys.stdout.isatty())}")
+
+
+def marked(tokens, colour):
+    """One line of text: what the loss counts is green on a terminal and «so» elsewhere, tokens set apart by a space."""
+    shown = []
+    for text, counted in tokens:
+        text = text.replace("\n", "⏎").replace(" ", "␣")
+        if colour:
+            shown.append(f"\033[{'30;42' if counted else '2'}m{text}\033[0m")
+        else:
+            shown.append(f"«{text}»" if counted else text)
+    return " ".join(shown)
+
+
+def show_step(measured):
+    """Print what the rehearsal took, time and memory, and what the run will take."""
+    if not measured:
+        return
+    step, used = measured["step"], measured["memory"]
+    print(
+        f"最重的一批 heaviest micro batch: {step['rows']} × {step['length']} token, "
+        f"前向、反向、更新 forward, backward and step {step['seconds']:.3f} 秒 seconds; "
+        f"共 {step['total_steps']} 步 steps, 约 the run takes about {step['run_seconds'] / 60:.1f} 分钟 minutes"
+    )
+    print(
+        f"内存 memory: 峰值 peak {memory.shown(used['peak'])}; 这一步 the step itself: "
+        f"估计 estimate {memory.shown(used['estimate'])}, 实测 measured {memory.shown(used['measured'])}; "
+        f"可用 free {memory.shown(used['free'])}; "
+        f"gradient_checkpointing {'on' if used['gradient_checkpointing'] else 'off'}"
+    )
+
+
+def show_verdict(problems):
+    """Print the last line."""
+    if not problems:
+        print("结论 verdict: 可以训练 good")
+        return
+    print(f"结论 verdict: 有问题 bad: {'; '.join(f'{count} × {what}' for what, count in problems.items())}")
