@@ -7,6 +7,7 @@ sources        a file's records, each with its line: JSON, JSON lines, CSV, TSV,
 formats        a record of any known shape as turns
 turns          what a conversation is, and what is done to one before it is rendered
 conversations  a file's rows as conversations, or unusable for a reason
+family         what a prompt.py provides
 render         turns to ids by the family's prompt.py, cut to length, labels by part
 tokenised      all rows of a file as ids and labels, in a cache under a hash of all that shapes them
 dataset        several files mixed, sampled, split; what was read and lost, shown

@@ -1,0 +1,48 @@
+"""What a model family's prompt.py provides: the one place that knows its template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from common.data.render import Piece
+from common.data.turns import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Family(Protocol):
+    """A module such as gemma_sft/prompt.py; mypy checks each against it where a recipe hands it to common/."""
+
+    __name__: str
+    __file__: str
+
+    @property
+    def STYLES(self) -> tuple[str, ...]:
+        """Values of --prompt_style."""
+
+    @property
+    def ONE_ANSWER(self) -> bool:
+        """Whether a sequence can teach its last answer only, as where a prompt sees itself in both directions."""
+
+    @property
+    def ENGINES(self) -> tuple[str, ...]:
+        """What runs an exported folder besides transformers: keys of export.show_engines."""
+
+    @property
+    def UNTIED_ENGINES(self) -> tuple[str, ...]:
+        """Those of them that run a head which is not tied to the embeddings."""
+
+    @property
+    def CHAT_TEMPLATE(self) -> str:
+        """Jinja chat template for tokenizers that have none of their own."""
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
+        """The pieces of a conversation: FRAME, QUESTION (may be cut), ANSWER (learnt, its last id is a stop id)."""
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
+        """Ids that end an answer, the trained one first; ValueError where the tokenizer lacks one."""
+
+    def clean(self, text: str, ended: bool = True) -> str:
+        """An answer as it is shown; until it has `ended`, what later text could change is kept back."""
