@@ -179,7 +179,7 @@ def _parser(classes, knobs):
         if name in spellings and alias not in knobs:
             spellings[name].append(f"--{alias}")
     for name, (knob, kind) in knobs.items():
-        default = "" if knob.default in ("", ()) else f" [{_shown(knob.default)}]"
+        default = "" if knob.default in ("", ()) else f" [{as_text(knob.default)}]"
         parser.add_argument(
             *spellings[name],
             dest=name,
@@ -230,9 +230,10 @@ def _boolean(text):
     return values[text.lower()]
 
 
-def _shown(value):
+def as_text(value):
+    """A knob's value as help and errors show it: paths relative to the project, lists with blanks."""
     if isinstance(value, tuple):
-        return " ".join(map(_shown, value))
+        return " ".join(map(as_text, value))
     text = str(value)
     return os.path.relpath(text, ROOT) if text.startswith(str(ROOT)) else text
 
@@ -247,7 +248,7 @@ def _check_values(values, error):
     for name, value in values.items():
         test, allowed = RANGES.get(name, (None, None))
         if test and not test(value):
-            error(f"--{name} {_shown(value)} 超出范围 out of range: must be {allowed}")
+            error(f"--{name} {as_text(value)} 超出范围 out of range: must be {allowed}")
 
 
 def _read_config_file(path, knobs, error):

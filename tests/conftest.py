@@ -120,6 +120,16 @@ def small_chatglm(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_models(small_gemma, small_qwen, small_chatglm):
+    """{hub id: folder of a small random model of that family}, as commands.Project wants it."""
+    return {
+        "google/gemma-2b-it": small_gemma,
+        "Qwen/Qwen1.5-0.5B-Chat": small_qwen,
+        "THUDM/chatglm-6b": small_chatglm,
+    }
+
+
+@pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """The environment recipes run in: no hub, and a home of their own, so that caches start empty."""
     home = tmp_path_factory.mktemp("home")
