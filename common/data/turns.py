@@ -1,6 +1,9 @@
 """A conversation as a list of turns, and what is done to one before it is rendered."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -11,6 +14,21 @@ class Turn(NamedTuple):
     text: str
 
 
+class Conversation(NamedTuple):
+    """A row that can be used. `where` is file:line; one line may hold several conversations."""
+
+    where: str
+    turns: list[Turn]
+
+
+class Unusable(NamedTuple):
+    """A row that cannot be used, as rejected.jsonl keeps it: file:line, the reason for people, what was read."""
+
+    where: str
+    reason: str
+    row: object
+
+
 class FormatError(ValueError):
     """A row that cannot be read: what was found and what was expected."""
 
@@ -19,15 +37,15 @@ CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003
 PLACEHOLDER = re.compile(r"\{\{((?i:name|author))\}\}|<(NAME|AUTHOR)>")
 
 
-def fill_identity(turns, name, author):
-    """Put `name` and `author` for {{name}}, {{AUTHOR}}, <NAME>, …; ShapeError where one is needed and empty.
+def fill_identity(turns: Sequence[Turn], name: Sequence[str], author: Sequence[str]) -> list[Turn]:
+    """Put `name` and `author` for {{name}}, {{AUTHOR}}, <NAME>, …; FormatError where one is needed and empty.
 
     Each is (Chinese, other) or (); a conversation with Chinese characters takes the first form, any other the second.
     """
     values = {"name": name, "author": author}
     form = 0 if any(CHINESE.search(turn.text) for turn in turns) else 1
 
-    def value(match):
+    def value(match: re.Match[str]) -> str:
         key = (match[1] or match[2]).lower()
         if not values[key] or not values[key][form].strip():
             raise FormatError(f"{match[0]} 没有填 is not filled: give --model_name and --model_author")
@@ -36,7 +54,7 @@ def fill_identity(turns, name, author):
     return [Turn(turn.role, PLACEHOLDER.sub(value, turn.text)) for turn in turns]
 
 
-def fold_system(turns):
+def fold_system(turns: Sequence[Turn]) -> Sequence[Turn]:
     """The turns with the system text before the first question, an empty line between: for models without that role."""
     if turns[0].role != "system":
         return turns
@@ -44,8 +62,8 @@ def fold_system(turns):
     return [first._replace(text=f"{system.text.strip()}\n\n{first.text.lstrip()}"), *rest]
 
 
-def check_order(turns):
-    """Turns that can be trained on: [system], user, assistant, user, assistant …, or one text."""
+def check_order(turns: Sequence[Turn]) -> None:
+    """FormatError unless the turns can be trained on: [system], user, assistant, user, assistant …, or one text."""
     if len(turns) == 1 and turns[0].role == "text":
         return
     roles = [turn.role for turn in turns]

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from common import files
 from common.data import conversations
+from common.data.turns import Conversation
 from common.errors import UserError
 
 
@@ -29,9 +30,9 @@ def count(manifest, rows, apart=False):
         if not same:
             unread.append(source["path"])
             continue
-        for where, turns, reason in conversations.conversations(source["path"], knobs):
-            if reason is None and where not in own:
-                trained |= _keys_of(turns) & wanted.keys()
+        for row in conversations.conversations(source["path"], knobs):
+            if isinstance(row, Conversation) and row.where not in own:
+                trained |= _keys_of(row.turns) & wanted.keys()
     questions, whole = ({number for key in trained if key[0] == kind for number in wanted[key]} for kind in "qa")
     return {"questions": len(questions), "rows": len(whole), "unread": unread}
 

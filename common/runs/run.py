@@ -80,7 +80,7 @@ def _open(folder, manifest, resume, rows, resume_anyway):
         lock.release()
         raise
     write_json(folder / MANIFEST, manifest)
-    files.write_jsonl(folder / "rejected.jsonl", rows.rejected)
+    files.write_jsonl(folder / "rejected.jsonl", (row._asdict() for row in rows.rejected))
     return lock, checkpoint
 
 

@@ -14,6 +14,7 @@ import numpy
 
 from common.data import conversations, dataset, tokenised
 from common.data.render import IGNORED
+from common.data.turns import Conversation, Unusable
 from common.errors import UserError, is_out_of_memory
 from common.launch import world_size
 from common.training import rehearsal, tuning
@@ -93,10 +94,10 @@ def run(cfg, flags, base, tokenizer, prompt):
 
 
 def examine(cfg, tokenizer, prompt):
-    """(Rows or None where nothing can be trained on, the report about every row of data_path and eval_data_path)."""
+    """(what there is to train on or None, the report about every row of data_path and eval_data_path)."""
     cfg = replace(cfg, strict=False, max_dropped=1.0)
     files, findings = _files(cfg, tokenizer, prompt)
-    lost = {row["where"] for _, _, rejected in files for row in rejected}
+    lost = {row.where for file in files for row in file.rejected}
     known, asked, same = {}, set(), []
     findings += _judge_texts(cfg, lost, tokenizer, known, asked, same)
     overlap = _held_out_overlap(cfg, known, asked, findings)
@@ -109,8 +110,9 @@ def examine(cfg, tokenizer, prompt):
     validation = set(rows.validation["where"]) if rows else set()
     straddling = [pair for pair in same if len(validation & set(pair)) == 1]
     findings += [_on_both_sides(first, second) for first, second in straddling]
-    sources = [source for _, source, _ in files]
-    totals = {name: sum(source[name] for source in sources) for name in ("rows", "kept", "cut", "tokens", "supervised")}
+    totals = {
+        name: sum(file.source[name] for file in files) for name in ("rows", "kept", "cut", "tokens", "supervised")
+    }
     report = {
         "rows": {name: totals[name] for name in ("rows", "kept", "cut")}
         | {"dropped": totals["rows"] - totals["kept"], "duplicates": len(same)}
@@ -125,7 +127,7 @@ def examine(cfg, tokenizer, prompt):
 
 
 def _files(cfg, tokenizer, prompt):
-    """[(tokenised dataset, source, rejected)] of the readable files of data_path; the Findings of their rows."""
+    """The Tokenised of the readable files of data_path; the Findings of their rows."""
     files, findings, tokenizer_id = [], [], tokenised.tokenizer_hash(tokenizer)
     for path in dict.fromkeys(conversations.split_sample(spec)[0] for spec in cfg.data_path):
         try:
@@ -133,17 +135,18 @@ def _files(cfg, tokenizer, prompt):
         except UserError as problem:
             findings.append(_unreadable(problem))
             continue
-        rows, _, rejected = files[-1]
-        findings += [_left_out(row["where"], row["reason"]) for row in rejected]
+        rows = files[-1].rows
+        findings += [_left_out(row) for row in files[-1].rejected]
         findings += [_cut(cfg, where) for where, cut in zip(rows["where"], rows["cut"], strict=True) if cut]
     return files, findings
 
 
-def _left_out(where, reason):
+def _left_out(row):
     kind, expected, remedy = next(
-        (said for words, said in REASONS.items() if words in reason), ("unusable", "a known shape", "see README, Data")
+        (said for words, said in REASONS.items() if words in row.reason),
+        ("unusable", "a known shape", "see README, Data"),
     )
-    return Finding(where, kind, reason, expected, remedy)
+    return Finding(row.where, kind, row.reason, expected, remedy)
 
 
 def _unreadable(problem):
@@ -196,15 +199,15 @@ def _held_out_overlap(cfg, known, asked, findings):
     for spec in cfg.eval_data_path:
         path = conversations.split_sample(spec)[0]
         try:
-            for where, found, reason in conversations.conversations(path, cfg):
-                if reason:
-                    findings.append(_left_out(where, reason))
+            for row in conversations.conversations(path, cfg):
+                if isinstance(row, Unusable):
+                    findings.append(_left_out(row))
                     continue
-                same_questions += _digest(found[:-1]) in asked
-                twin = known.get(_digest(found))
+                same_questions += _digest(row.turns[:-1]) in asked
+                twin = known.get(_digest(row.turns))
                 if twin:
                     same_rows += 1
-                    said = f"也是留出数据 {where} also a held-out row: {where}"
+                    said = f"也是留出数据 {row.where} also a held-out row: {row.where}"
                     findings.append(Finding(twin, "held-out overlap", said, "rows of one file only", "delete one"))
         except UserError as problem:
             findings.append(_unreadable(problem))
@@ -212,12 +215,12 @@ def _held_out_overlap(cfg, known, asked, findings):
 
 
 def _conversations(cfg):
-    """(where, turns) of the usable rows of data_path; a file that breaks off has been reported already."""
+    """The usable rows of data_path; a file that breaks off has been reported already."""
     for path in dict.fromkeys(conversations.split_sample(spec)[0] for spec in cfg.data_path):
         with contextlib.suppress(UserError):
-            for where, turns, reason in conversations.conversations(path, cfg):
-                if not reason:
-                    yield where, turns
+            for row in conversations.conversations(path, cfg):
+                if isinstance(row, Conversation):
+                    yield row
 
 
 def _digest(turns):
@@ -232,7 +235,7 @@ def _place(finding):
 
 def _shares(files, totals, stop_ids):
     """Supervised and stop-token share of the kept rows, and percentiles of ids and supervised ids a row."""
-    counts = [_counts(batch, stop_ids) for rows, _, _ in files for batch in rows.with_format("arrow").iter(1000)]
+    counts = [_counts(batch, stop_ids) for file in files for batch in file.rows.with_format("arrow").iter(1000)]
     lengths, supervised, ends = (
         (numpy.concatenate(column) for column in zip(*counts, strict=True)) if counts else [[]] * 3
     )
