@@ -189,7 +189,7 @@ def test_rejected_rows_are_listed(tmp_path, prepare):
         (f"{path}:7", {"问": "答"}),
     ]
     kept = read_jsonl(rows.rejected.files[0][0])
-    assert [set(row) for row in kept] == [{"where", "reason", "row"}] * 3
+    assert [set(row) for row in kept] == [{"where", "reason", "row", "kind"}] * 3
     reasons = [row.reason for row in rows.rejected]
     assert reasons[0] == "answer 是空的 is empty" and "broken JSON line" in reasons[1] and "unknown keys" in reasons[2]
     source = rows.sources[0]

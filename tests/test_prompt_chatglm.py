@@ -90,7 +90,11 @@ def test_plain_text_rows_have_an_empty_prompt(chatglm_tokenizer):
 
 def test_every_answer_of_a_conversation_is_taught_in_a_row_of_its_own():
     talk = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
-    rows = [Conversation("f:1", talk), Unusable("f:2", "unknown", {"x": 1}), Conversation("f:3", [Turn("text", "t")])]
+    rows = [
+        Conversation("f:1", talk),
+        Unusable("f:2", "unknown", {"x": 1}, "unknown-keys"),
+        Conversation("f:3", [Turn("text", "t")]),
+    ]
     assert list(tokenised.lessons(rows, True)) == [("f:1", talk[:2]), ("f:1", talk), *rows[1:]]
     assert list(tokenised.lessons(rows, False)) == rows
 

@@ -37,12 +37,12 @@ def conversations_in(record: Record, path: str, cfg: SFTConfig) -> Iterator[Conv
     """Yield the conversations of one record, or the one Unusable that says why it has none."""
     where = f"{path}:{record.line}"
     if record.problem:
-        yield Unusable(where, record.problem, record.value)
+        yield Unusable(where, record.problem, record.value, record.kind)
         return
     try:
         found = [fill_identity(turns, cfg.model_name, cfg.model_author) for turns in formats.turns_of(record.value)]
     except FormatError as problem:
-        yield Unusable(where, str(problem), record.value)
+        yield Unusable(where, problem.reason, record.value, problem.kind)
         return
     for turns in found:
         yield Conversation(where, turns)
@@ -52,7 +52,7 @@ def questions(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
     """Yield what `conversations` does; a text that asks nothing is unusable."""
     for row in conversations(path, cfg):
         if isinstance(row, Conversation) and row.turns[-1].role == "text":
-            yield Unusable(row.where, "没有提问 there is no question to ask", row.turns)
+            yield Unusable(row.where, "没有提问 there is no question to ask", row.turns, kind="no-question")
         else:
             yield row
 

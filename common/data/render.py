@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from common.data.defects import RowError
 from common.data.turns import Turn
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Sample(NamedTuple):
     cut: bool
 
 
-class TooLongError(ValueError):
+class TooLongError(RowError):
     """A row that cannot be cut to the limits without losing a header, an answer or its stop token."""
 
 
@@ -93,7 +94,8 @@ def training_sample(
         )
         pieces = prompt.render(tokenizer, [*asked, turns[-1]], style)
     if len(pieces[-1].ids) > max_length_a:
-        raise TooLongError(f"回答有 {len(pieces[-1].ids)} 个 token, the answer is over --max_length_a {max_length_a}")
+        length = len(pieces[-1].ids)
+        raise TooLongError("long-answer", f"回答有 {length} 个 token, the answer is over --max_length_a {max_length_a}")
     return Sample(_joined(pieces), _labels(pieces, loss_on), cut)
 
 
@@ -116,7 +118,9 @@ def fit_turns(length: Callable[[Sequence[Turn]], int], turns: Sequence[Turn], li
 
     longest = _largest(lambda kept: length(shortened(kept)) <= limit, len(question.text))
     if longest < 1:
-        raise TooLongError(f"提问放不下 not even one character of the question fits in --max_length_q {limit}")
+        raise TooLongError(
+            "long-prompt", f"提问放不下 not even one character of the question fits in --max_length_q {limit}"
+        )
     return shortened(longest), True
 
 

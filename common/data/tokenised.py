@@ -194,7 +194,8 @@ def _sample_of(
             tokenizer, prompt, row.turns, cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a
         )
     except render.TooLongError as problem:
-        return Unusable(row.where, str(problem), row.turns)
+        return Unusable(row.where, problem.reason, row.turns, problem.kind)
     if sample.labels.count(render.IGNORED) == len(sample.labels):
-        return Unusable(row.where, "没有可训练的 token no id of the row is supervised", row.turns)
+        reason = "没有可训练的 token no id of the row is supervised"
+        return Unusable(row.where, reason, row.turns, kind="unsupervised")
     return sample

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from common.data.defects import RowError
+
 
 class Turn(NamedTuple):
     """One utterance. `role` is system, user, assistant, or text (pre-training text without a question)."""
@@ -22,14 +24,18 @@ class Conversation(NamedTuple):
 
 
 class Unusable(NamedTuple):
-    """A row that cannot be used, as rejected.jsonl keeps it: file:line, the reason for people, what was read."""
+    """A row that cannot be used, as rejected.jsonl keeps it.
+
+    `where` is file:line, `reason` a line for people, `row` what was read, `kind` a key of DEFECTS.
+    """
 
     where: str
     reason: str
     row: object
+    kind: str
 
 
-class FormatError(ValueError):
+class FormatError(RowError):
     """A row that cannot be read: what was found and what was expected."""
 
 
@@ -48,7 +54,7 @@ def fill_identity(turns: Sequence[Turn], name: Sequence[str], author: Sequence[s
     def value(match: re.Match[str]) -> str:
         key = (match[1] or match[2]).lower()
         if not values[key] or not values[key][form].strip():
-            raise FormatError(f"{match[0]} 没有填 is not filled: give --model_name and --model_author")
+            raise FormatError("identity", f"{match[0]} 没有填 is not filled: give --model_name and --model_author")
         return values[key][form]
 
     return [Turn(turn.role, PLACEHOLDER.sub(value, turn.text)) for turn in turns]
@@ -69,11 +75,13 @@ def check_order(turns: Sequence[Turn]) -> None:
     roles = [turn.role for turn in turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if not spoken:
-        raise FormatError("没有问答 there is no question and answer")
+        raise FormatError("no-turns", "没有问答 there is no question and answer")
     if spoken[0] != "user":
-        raise FormatError(f"第一轮应是 user the first turn must be the user's, found {spoken[0]}")
+        raise FormatError("first-turn", f"第一轮应是 user the first turn must be the user's, found {spoken[0]}")
     if spoken[-1] != "assistant":
-        raise FormatError(f"最后一轮应是 assistant the last turn must be an answer, found {spoken[-1]}")
+        raise FormatError("last-turn", f"最后一轮应是 assistant the last turn must be an answer, found {spoken[-1]}")
     for number, (role, expected) in enumerate(zip(spoken, ("user", "assistant") * len(spoken), strict=False), 1):
         if role != expected:
-            raise FormatError(f"第 {number} 轮应是 {expected} turn {number} must be {expected}, found {role}")
+            raise FormatError(
+                "turn-order", f"第 {number} 轮应是 {expected} turn {number} must be {expected}, found {role}"
+            )
