@@ -17,6 +17,7 @@ from common.data.render import TooLongError, encode_text, frame_ids, prompt_ids,
 from common.data.turns import Turn
 from common.errors import UserError
 from common.files import read_jsonl
+from common.knobs import IDS
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 
@@ -323,6 +324,61 @@ def test_what_changes_the_ids_is_tokenised_again(tmp_path, prepare, arrows, knob
     first, second = prepare(path, **filled), prepare(path, **filled | knobs)
     assert len(arrows()) == 2
     assert (first.train[:], list(first.rejected)) != (second.train[:], list(second.rejected))
+
+
+OTHER = {
+    "prompt_style": "plain",
+    "loss_on": "all",
+    "max_length_q": 7,
+    "max_length_a": 7,
+    "model_name": ("小明", "Ming"),
+    "model_author": ("实验室", "Lab"),
+}
+
+
+def key_of(tmp_path, path="a.jsonl", content="1", tokenizer_id="2", **knobs):
+    return tokenised.cache_key(path, content, settings(tmp_path, "a.jsonl", **knobs), tokenizer_id, prompt)
+
+
+def test_the_cache_key_holds_every_knob_that_decides_ids_and_no_other(tmp_path):
+    assert OTHER.keys() == IDS
+    keys = [key_of(tmp_path), *(key_of(tmp_path, **{name: value}) for name, value in OTHER.items())]
+    keys += [key_of(tmp_path, path="b.jsonl"), key_of(tmp_path, content="3"), key_of(tmp_path, tokenizer_id="4")]
+    assert len(set(keys)) == len(keys)
+    assert key_of(tmp_path / "elsewhere", seed=1, epochs=9, lora_r=4, model_save_dir="b") == key_of(tmp_path)
+
+
+class Watched:
+    """A config that remembers which knobs were asked for."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.asked = set()
+
+    def __getattr__(self, name):
+        self.asked.add(name)
+        return getattr(self.cfg, name)
+
+
+def test_tokenising_asks_for_no_knob_that_the_cache_key_leaves_out(tmp_path, tokenizer):
+    rows = [QA, EMPTY, "broken", {"question": "问", "answer": "答" * 9}, {"question": "你是谁", "answer": "{{name}}"}]
+    path = write(tmp_path, "a.jsonl", rows)
+    cfg = Watched(settings(tmp_path, path, max_length_a=8))
+    tokenised.tokenised(path, cfg, tokenizer, tokenised.tokenizer_hash(tokenizer), prompt)
+    assert cfg.asked == IDS | {"cache_dir", "strict"}
+
+
+def reads_as_changed(file, read=Path.read_text):
+    """Path.read_text as if a line had been added to `file`."""
+    return lambda path, *args, **more: read(path, *args, **more) + ("#\n" if path == file else "")
+
+
+def test_the_cache_key_holds_the_code_of_the_room_and_of_the_prompt(tmp_path, monkeypatch):
+    key, files = key_of(tmp_path), [*Path(tokenised.__file__).parent.rglob("*.py"), Path(prompt.__file__)]
+    assert len(files) > 10
+    for file in files:
+        monkeypatch.setattr(Path, "read_text", reads_as_changed(file))
+        assert key_of(tmp_path) != key, file
 
 
 def test_changed_content_is_tokenised_again(tmp_path, prepare, arrows):

@@ -159,9 +159,9 @@ def check_chatglm(folder):
 
 def test_what_the_readmes_promise_is_in_the_code():
     """Shapes shown as JSON are read; knobs named as flags exist."""
-    from common.cli import ALIASES
     from common.config import EvaluationFlags, ExportFlags, PredictFlags, ServeFlags, TrainFlags
     from common.data.formats import turns_of
+    from common.knobs import ALIASES
     from gemma_sft.ft_gemma.config import Config
 
     known = {*ALIASES, "config", "help"}

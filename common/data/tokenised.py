@@ -20,6 +20,7 @@ from common.data.sources import Record, read_records
 from common.data.turns import Conversation, Unusable
 from common.errors import UserError
 from common.files import file_hash, line_of, stream_jsonl
+from common.knobs import IDS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -97,7 +98,7 @@ def cache_key(path: str, content: str, cfg: SFTConfig, tokenizer_id: str, prompt
     """Name of a file's folder in the cache: a hash of all that its rows' ids, labels and reasons depend on."""
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(prompt.__file__)]
     code = [file.read_text(encoding="utf-8") for file in files]
-    knobs = [cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a, cfg.model_name, cfg.model_author]
+    knobs = {name: getattr(cfg, name) for name in sorted(IDS)}
     parts = [path, content, tokenizer_id, code, knobs]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
