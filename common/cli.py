@@ -241,17 +241,24 @@ def _read_config_file(path: str, knobs: Knobs, error: Fail) -> dict[str, Any]:
         name = ALIASES.get(key, key)
         if name not in knobs:
             error(f"--config {path}: 未知参数 unknown knob {key}{_nearest(str(key), knobs)}")
-        values[name] = _typed(value, knobs[name][1], lambda why, key=key: error(f"--config {path}: {key}: {why}"))
+        try:
+            values[name] = _typed(value, knobs[name][1])
+        except TypeError as problem:
+            error(f"--config {path}: {key}: {problem}")
     return values
 
 
-def _typed(value: Any, kind: Any, error: Fail) -> Any:
-    """`value` from a file as a knob of type `kind`; an int is a good float, and 1e-4 in YAML is a string."""
+def _typed(value: Any, kind: Any) -> Any:
+    """`value` from a file as a knob of type `kind`; an int is a good float, and 1e-4 in YAML is a string.
+
+    Raises TypeError, whose text ends a line.
+    """
     origin = typing.get_origin(kind)
-    if origin is tuple:
+    if origin is tuple or kind == Names:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list) and all(isinstance(item, str) for item in items):
             return tuple(items) if kind == Names else _split(items)
+        kind = tuple
     elif origin is Literal:
         value = str(value).lower() if isinstance(value, bool) else value  # YAML reads true as a boolean
         if value in typing.get_args(kind):
@@ -264,7 +271,7 @@ def _typed(value: Any, kind: Any, error: Fail) -> Any:
             pass
     elif type(value) is kind:
         return value
-    error(f"{value!r} 类型不符 is not {getattr(kind, '__name__', kind)}")
+    raise TypeError(f"{value!r} 类型不符 is not {getattr(kind, '__name__', kind)}")
 
 
 def _comments(cls: type) -> dict[str, str]:

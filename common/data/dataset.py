@@ -44,11 +44,11 @@ def prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) 
 def _prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> TrainingData:
     from datasets import concatenate_datasets
 
-    sources = []
+    sources: list[dict[str, Any]] = []
     rejected = Rejected()
     datasets: list[Dataset] = []
     offsets: dict[str, int] = {}  # of each file: where its rows begin among all rows
-    drawn = []  # of each spec: row numbers among all rows
+    drawn: list[numpy.ndarray] = []  # of each spec: row numbers among all rows
     rng = random.Random(cfg.seed)
     tokenizer_id = tokenizer_hash(tokenizer)
     for spec in cfg.data_path:

@@ -111,6 +111,11 @@ def _list(row: Row, key: str) -> list:
     return value
 
 
+def _role(said: object) -> str | None:
+    """A role by any of its names; None where it is unknown."""
+    return ROLES.get(said) if isinstance(said, str) else None
+
+
 def _opening(row: Row) -> list[Turn]:
     """System text (and the tools on offer, which are part of it), then the history's pairs."""
     tools = _text(row, "tools", required=False)
@@ -154,7 +159,7 @@ def _messages(key: str) -> Reader:
                     f"{key}: 应有 role, content 或 from, value expected, found {str(message)[:60]!r}",
                 )
             role_key, text_key = found[0]
-            role = ROLES.get(message[role_key] if isinstance(message[role_key], str) else None)
+            role = _role(message[role_key])
             if role is None:
                 raise FormatError(
                     "unknown-role", f"{key}: 未知角色 unknown role {message[role_key]!r}; known: {', '.join(ROLES)}"
@@ -222,7 +227,7 @@ def _best_thread(row: Row) -> list[list[Turn]]:
                 "not-an-utterance", f"prompt: 应有 role, text 和 replies expected, found {str(messages)[:60]!r}"
             )
         best = min(messages, key=lambda message: (message.get("rank") is None, message.get("rank") or 0))
-        role = ROLES.get(best["role"] if isinstance(best["role"], str) else None)
+        role = _role(best["role"])
         if role is None:
             raise FormatError(
                 "unknown-role", f"prompt: 未知角色 unknown role {best['role']!r}; known: prompter, assistant"

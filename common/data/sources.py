@@ -15,7 +15,7 @@ import fsspec
 
 from common.errors import UserError
 
-BLANKS = re.compile(r"[ \t\n\r]*")
+BLANKS = re.compile(r"[ \t\n\r]+")
 DECODER = json.JSONDecoder()
 BLOCK = 1 << 18  # bytes of a JSON array read at a time
 LONGEST_TOKEN = 16  # characters; a JSON error farther from the end of what was read does not go away by reading on
@@ -162,7 +162,8 @@ def _json_array(blocks: _Blocks) -> Iterator[Record]:
     text, start, line = "", 0, 1
     place = "before"  # the array; then at an "element", "after" one, and "behind" the array
     while True:
-        skipped = BLANKS.match(text, start).end()
+        blanks = BLANKS.match(text, start)
+        skipped = blanks.end() if blanks else start
         line += text.count("\n", start, skipped)
         start = skipped
         if start == len(text):

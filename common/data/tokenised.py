@@ -96,7 +96,7 @@ def tokenised(
 
 def cache_key(path: str, content: str, cfg: SFTConfig, tokenizer_id: str, prompt: Family) -> str:
     """Name of a file's folder in the cache: a hash of all that its rows' ids, labels and reasons depend on."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(prompt.__file__)]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(str(prompt.__file__))]
     code = [file.read_text(encoding="utf-8") for file in files]
     knobs = {name: getattr(cfg, name) for name in sorted(IDS)}
     parts = [path, content, tokenizer_id, code, knobs]

@@ -1,8 +1,7 @@
 """Rows to be scored that the training files hold too: such a score says what was remembered, not what was learnt."""
 
-from types import SimpleNamespace
-
 from common import files
+from common.config import SFTConfig
 from common.data import conversations
 from common.data.turns import Conversation
 from common.errors import UserError
@@ -21,7 +20,8 @@ def count(manifest, rows, apart=False):
             wanted.setdefault(_key(kept), set()).add(number)
     own = {where for where, _ in rows} if apart else set()
     trained, unread = set(), []
-    knobs = SimpleNamespace(**{name: manifest["config"][name] for name in ("model_name", "model_author")})
+    trained_with = manifest["config"]
+    knobs = SFTConfig(model_name=tuple(trained_with["model_name"]), model_author=tuple(trained_with["model_author"]))
     for source in manifest["data"]:
         try:
             same = files.file_hash(source["path"]) == source["sha256"]
