@@ -6,7 +6,7 @@ ones (tests/test_rooms.py holds this):
 launch, device  <  errors  <  config, files  <  knobs  <  distributed  <  data  <  model  <  runs  <  inference
     <  evaluation, engine  <  training, serving, export
 
-cli is beside them: recipes alone import it.
+cli stands beside them: only recipes import it.
 """
 
 import logging

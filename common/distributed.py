@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(hours=24)  # the others may wait so long while the first reads and tokenises
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by DeepSpeed's names
-_own: dict[str, Any] = {}  # our gloo group: with PATIENCE, which training's own has not, and off the GPU
+# our own gloo group: unlike the training's it waits for PATIENCE, and its messages stay off the GPU
+_own: dict[str, Any] = {}
 
 
 def join(cfg: SFTConfig) -> None:
@@ -35,7 +36,7 @@ def join(cfg: SFTConfig) -> None:
     Raises UserError where --deepspeed is asked for without a launcher, or without DeepSpeed.
     """
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would guess, and warn on the console
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed guesses and warns on the console
     if cfg.deepspeed:
         _prepare_deepspeed(cfg)
     if strategy(cfg) == "FSDP2" and os.environ.get("FSDP_VERSION") != "2":
@@ -58,7 +59,7 @@ def part() -> None:
     if importlib.util.find_spec("deepspeed"):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # or loading a model would still shard it
+        unset_hf_deepspeed_config()  # else a model loaded from now on would still be sharded
 
 
 def together() -> bool:
@@ -123,7 +124,7 @@ def first(work: Callable[[], T]) -> T | None:
 
 
 def in_turn(work: Callable[[], T]) -> T:
-    """What `work()` returns, in the first process before the others: what it leaves in a cache they find."""
+    """What `work()` returns, in all; the first process works before the others, which find what it left in a cache."""
     value = first(work)
     if together() and rank():
         return work()
@@ -131,7 +132,7 @@ def in_turn(work: Callable[[], T]) -> T:
 
 
 def share(value: Any) -> Any:
-    """The first process's `value`, in all."""
+    """The first process's `value`, in all processes."""
     box = [value]
     if together():
         dist.broadcast_object_list(box, 0, _own["group"])
@@ -139,7 +140,7 @@ def share(value: Any) -> Any:
 
 
 def gather(value: T) -> list[T]:
-    """Every process's `value`, in all, in order."""
+    """The values of all processes in their order, in all of them."""
     if not together():
         return [value]
     found: list[Any] = [None] * world_size()
@@ -148,7 +149,7 @@ def gather(value: T) -> list[T]:
 
 
 def largest(number: int) -> int:
-    """The largest of the processes' whole numbers, in all."""
+    """The largest of the processes' whole numbers, in all of them."""
     if not together():
         return number
     box = torch.tensor(number)
@@ -157,7 +158,7 @@ def largest(number: int) -> int:
 
 
 def wait() -> None:
-    """Go on when all processes are here."""
+    """Wait until all processes have called this."""
     if together():
         dist.barrier(_own["group"])
 
@@ -173,8 +174,8 @@ def _prepare_deepspeed(cfg: SFTConfig) -> None:
         )
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would compile what gloo does as well
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # it calls functions by their old names
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, and gloo does the same
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed uses old names of functions
 
 
 def _json(path: str) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def _json(path: str) -> dict[str, Any]:
         raise UserError(f"--deepspeed {path}: 无法读取 cannot be read: {problem}") from None
 
 
-@functools.cache  # transformers looks at it through a weak reference, for as long as it lives
+@functools.cache  # transformers keeps a weak reference only: the cache keeps the object alive
 def _zero3(path: str, micro_batch_size: int, dtype: str) -> HfDeepSpeedConfig:
     """Tell transformers to load a model in shards from now on."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig

@@ -19,7 +19,7 @@ class UserError(Exception):
     """Something the user can put right. Its text is one line: Chinese first, then the key facts in English."""
 
     exit_code = 1
-    everywhere = False  # whether all processes are known to raise it, so that the first alone has to say it
+    everywhere = False  # whether all processes raise it; then only the first one says it
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -48,7 +48,7 @@ def _end_of(error: Exception) -> NoReturn:
     if line is None and launch.world_size() == 1:
         raise error
     if launch.world_size() > 1 and _lost_another(error):
-        time.sleep(launch.GRACE)  # its launcher ends this one too
+        time.sleep(launch.GRACE)  # the launcher ends this one too
     else:
         launch.let_first_speak()
     if line is None:

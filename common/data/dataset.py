@@ -63,7 +63,7 @@ def _prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family)
         drawn.append(offsets[path] + picked)
     _check_counts(cfg, sources, rejected)
     everything, chosen = concatenate_datasets(datasets), numpy.concatenate(drawn)
-    lines = _line_ranks(everything)[chosen]  # several answers to a question stand in one line and stay on one side
+    lines = _line_ranks(everything)[chosen]  # rows of one line (HC3's answers to a question) stay on one side
     is_held = numpy.isin(lines, _held_lines(numpy.unique(lines), cfg.val_set_size, rng))
     validation = numpy.unique(chosen[is_held])
     return TrainingData(everything.select(chosen[~is_held]), everything.select(validation), sources, rejected)
@@ -75,7 +75,7 @@ def lengths_of(dataset: Dataset) -> numpy.ndarray:
 
 
 def _line_ranks(dataset: Dataset) -> numpy.ndarray:
-    """For each row, in which of the dataset's lines it stands: the line's rank in the order of their names, [N]."""
+    """For each row the number of its line, [N]: the rank of its `where` (file:line) among all, sorted."""
     import pyarrow.compute
 
     where = dataset.data.column("where").dictionary_encode().combine_chunks()

@@ -130,7 +130,7 @@ def _apart(turns: Sequence[Turn]) -> tuple[Sequence[Turn], Sequence[Turn]]:
 
 
 def _without_middle(text: str, kept: int) -> str:
-    """`kept` characters from both ends: a question's task stands at its start, what it is about at its end."""
+    """`kept` characters, from both ends: the task of a question is mostly at its start or at its end."""
     head = kept - kept // 2
     return text[:head] + text[len(text) - kept // 2 :]
 

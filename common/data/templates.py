@@ -38,7 +38,7 @@ class Layout(NamedTuple):
     header: str  # before any later question
     ask: str  # between question and answer
     end: str  # behind an answer
-    default: str  # the system text that `first` holds, as some families' templates have one
+    default: str  # the system text in `first`: some templates give one to conversations without
 
 
 def layout(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> Layout | None:
@@ -72,7 +72,7 @@ def layout(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> La
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> str | None:
-    """A Jinja chat template that gives this style's very ids: the tokenizer's own, one made here, or None."""
+    """A Jinja chat template that gives exactly the ids of this style: the tokenizer's own, one made here, or None."""
     made = layout(tokenizer, prompt, style)
     candidates = [tokenizer.chat_template] + ([_jinja(made)] if made else [])
     return next((found for found in candidates if found and _renders_alike(tokenizer, prompt, style, found)), None)

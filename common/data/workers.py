@@ -16,7 +16,7 @@ from typing import Any
 
 from common.errors import UserError
 
-ALONE = 8  # chunks this process works through before it starts others, which takes seconds
+ALONE = 8  # chunks this process works through before it starts others: starting them takes seconds
 MOST = 16  # processes
 
 _arguments: Sequence[Any] = ()  # of a worker: what `function` takes after the chunk
