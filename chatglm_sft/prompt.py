@@ -9,10 +9,17 @@ is put before the first question with an empty line between.
 Source: `build_prompt`, `stream_chat` and `process_response` of THUDM/chatglm-6b, as described in FACTS of its port.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text
-from common.data.turns import fold_system
+from common.data.turns import Turn, fold_system
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STYLES = ("chat",)
 ONE_ANSWER = True
@@ -28,7 +35,7 @@ CHAT_TEMPLATE = (  # the prompt's text; calling the tokenizer on it adds [gMASK]
 )
 
 
-def render(tokenizer, turns, style):
+def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
     """The Pieces of a conversation (Turns), in order: the prompt, [gMASK] and <sop>, and the answer if it is there."""
     ask = Piece([tokenizer.gmask_token_id, tokenizer.bos_token_id], FRAME)
     if turns[0].role == "text":
@@ -39,7 +46,7 @@ def render(tokenizer, turns, style):
     return [Piece(encode_text(tokenizer, prompt_text(asked)), QUESTION), ask, *answered]
 
 
-def prompt_text(turns):
+def prompt_text(turns: Sequence[Turn]) -> str:
     """The text that asks for the answer to `turns`, user and assistant in turn, the last one a question."""
     if len(turns) == 1:
         return turns[0].text
@@ -49,12 +56,12 @@ def prompt_text(turns):
     return text
 
 
-def stop_ids(tokenizer, style):
+def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     """Ids that end an answer."""
     return [tokenizer.eos_token_id]
 
 
-def clean(text, ended=True):
+def clean(text: str, ended: bool = True) -> str:
     """An answer as the original's chat shows it: punctuation beside Chinese is full-width, [[训练时间]] is a year.
 
     Until the answer has `ended`, its last characters are kept back where what follows could change them.
@@ -65,7 +72,7 @@ def clean(text, ended=True):
     return HALF_WIDTH.sub(lambda found: FULL_WIDTH[found[0]], text)
 
 
-def _answer(tokenizer, text):
+def _answer(tokenizer: PreTrainedTokenizerBase, text: str) -> Piece:
     return Piece([*encode_text(tokenizer, text), tokenizer.eos_token_id], ANSWER)
 
 

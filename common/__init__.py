@@ -3,10 +3,10 @@
 Each room's docstring says what comes in, what goes out, and in what order to read its files. A room imports only lower
 ones (tests/test_rooms.py holds this):
 
-launch, device  <  errors  <  config, files  <  distributed  <  data  <  model  <  runs  <  inference
+launch, device  <  errors  <  config, files  <  knobs  <  distributed  <  data  <  model  <  runs  <  inference
     <  evaluation, engine  <  training, serving, export
 
-cli is beside them: recipes alone import it.
+cli stands beside them: only recipes import it.
 """
 
 import logging

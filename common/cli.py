@@ -1,5 +1,7 @@
 """The command line: defaults < config.py < --config file < flags; a wrong flag, type or value is one line, exit 2."""
 
+from __future__ import annotations
+
 import argparse
 import difflib
 import importlib.util
@@ -9,73 +11,34 @@ import os
 import re
 import sys
 import typing
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import Field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
-from common.config import LORA, ROOT, TASKS, Names
+from common.config import LORA, ROOT, Names, SFTConfig
+from common.knobs import ALIASES, BELONGS, PATH_LISTS, PATHS, RANGES
 from common.launch import let_first_speak, world_size
 
-ALIASES = {
-    "model_name_or_path": "path_model_pretrain",
-    "output_dir": "model_save_dir",
-    "dataset": "data_path",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "per_device_train_batch_size": "micro_batch_size",
-    "lora_rank": "lora_r",
-    "lr": "learning_rate",
-    "finetuning_type": "tuning",
-    "quant_bits": "quantization_bit",
-    "pissa_init": "use_pissa",
-    "label_smoothing": "label_smoothing_factor",
-    "lora_target": "target_modules",
-    "lora_target_modules": "target_modules",
-    "gradient_clipping": "max_grad_norm",
-    "activation_checkpointing": "gradient_checkpointing",
-}
-# name: (test, what is allowed)
-_AT_LEAST_1 = (lambda v: v >= 1, "1 or more")
-_NOT_NEGATIVE = (lambda v: 0 <= v < float("inf"), "0 or more")
-_SHARE = (lambda v: 0 <= v < 1, "at least 0 and below 1")
-_ABOVE_0 = (lambda v: 0 < v < float("inf"), "above 0")
-RANGES = {
-    **dict.fromkeys(
-        "max_length_q max_length_a epochs freeze_trainable_layers micro_batch_size batch_size logging_steps save_steps "
-        "lora_r lora_alpha max_new_tokens num_beams eval_batch_size slots".split(),
-        _AT_LEAST_1,
-    ),
-    **dict.fromkeys(
-        "eval_rows val_set_size early_stopping_patience weight_decay top_k limit shots neftune_noise_alpha "
-        "queue request_tokens total_tokens drain_seconds".split(),
-        _NOT_NEGATIVE,
-    ),
-    **dict.fromkeys("warmup_ratio lora_dropout adam_beta1 adam_beta2 label_smoothing_factor".split(), _SHARE),
-    **dict.fromkeys("learning_rate max_grad_norm temperature repetition_penalty request_seconds".split(), _ABOVE_0),
-    "max_steps": (lambda v: v == -1 or v >= 1, "-1 or at least 1"),
-    "save_total_limit": (lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),
-    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "max_dropped": (lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "deepspeed": (lambda v: not v or os.path.isfile(os.path.expanduser(v)), "a JSON file that is there"),
-    "port": (lambda v: 0 <= v <= 65535, "a port number"),
-    "seed": (lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
-    **dict.fromkeys(("model_name", "model_author"), (lambda v: len(v) <= 2, "one value, or a Chinese and another")),
-    "report_to": (lambda v: set(v) <= {"tensorboard", "wandb"}, "tensorboard, wandb or both"),
-    "data_path": (lambda v: len(v) > 0, "at least one file"),
-    "target_modules": (lambda v: len(v) > 0, "at least one module"),
-    "tasks": (lambda v: set(v) <= set(TASKS), f"some of {' '.join(TASKS)}"),
-}
-BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belong to
-    "quantization_bit": ("qlora",),
-    "freeze_trainable_layers": ("freeze",),
-    **dict.fromkeys(
-        "lora_r lora_alpha lora_dropout use_rslora use_dora use_pissa target_modules modules_to_save".split(), LORA
-    ),
-}
 WHOLE_RATE = 0.1  # of the learning rate, where the user set none: all weights take smaller steps than an adapter does
 
+Config = TypeVar("Config", bound=SFTConfig)  # a family's
+Flags = TypeVar("Flags")  # a recipe's, such as TrainFlags
+Knobs = dict[str, tuple[Field, Any]]  # by name: field and type, of the config and of the flags
+Fail = Callable[[str], NoReturn]  # ends the program with one line
 
-def parse(config_class, flags_class=None, argv=None):
+
+@overload
+def parse(config_class: type[Config], flags_class: None = None, argv: Sequence[str] | None = None) -> Config: ...
+
+
+@overload
+def parse(
+    config_class: type[Config], flags_class: type[Flags], argv: Sequence[str] | None = None
+) -> tuple[Config, Flags]: ...
+
+
+def parse(config_class: Any, flags_class: Any = None, argv: Sequence[str] | None = None) -> Any:
     """Read `argv` (default: the command line) into `config_class`, and into `flags_class` where one is given.
 
     Returns the config, or (config, flags). `config.given` holds the names the user set in a file or by a flag.
@@ -96,11 +59,13 @@ def parse(config_class, flags_class=None, argv=None):
     return config, flags_class(**{k: _absolute(k, v) for k, v in values.items() if k in _types(flags_class)})
 
 
-def _types(cls):
+def _types(cls: type) -> dict[str, Any]:
+    """{name: type} of a dataclass's fields."""
     return typing.get_type_hints(cls)
 
 
-def _build(cls, values, error):
+def _build(cls: type[Config], values: dict[str, Any], error: Fail) -> Config:
+    """The config with the user's `values`, and what follows from them where the user left it open."""
     values = {k: v for k, v in values.items() if k in _types(cls)}
     if "repo_id" in values and "path_model_pretrain" not in values:
         values["path_model_pretrain"] = values["repo_id"]
@@ -120,7 +85,7 @@ def _build(cls, values, error):
     return _fit_batches(config, error)
 
 
-def _check_tuning(config, error):
+def _check_tuning(config: SFTConfig, error: Fail) -> None:
     """Knobs that would do nothing, or cannot go together, are errors."""
     for name in sorted(config.given & BELONGS.keys()):
         if config.tuning not in BELONGS[name]:
@@ -134,7 +99,7 @@ def _check_tuning(config, error):
         error("--use_pissa 与 --use_dora 不能同用 cannot go together: DoRA's magnitudes would be of the split base")
 
 
-def _fit_batches(config, error):
+def _fit_batches(config: Config, error: Fail) -> Config:
     """Whole micro batches in a batch: what the user left open gives way, what the user set is an error.
 
     The micro batch gives way first: then several processes learn what one would.
@@ -155,18 +120,18 @@ def _fit_batches(config, error):
     )
 
 
-def _absolute(name, value):
+def _absolute(name: str, value: Any) -> Any:
     """Paths typed by a user are relative to where the command is called; hub ids and URLs stay."""
-    if name in ("data_path", "eval_data_path"):
+    if name in PATH_LISTS:
         return tuple(v if "://" in v else os.path.abspath(os.path.expanduser(v)) for v in value)
     if name == "path_model_pretrain" and value != "embedded" and os.path.isdir(os.path.expanduser(value)):
         return os.path.abspath(os.path.expanduser(value))
-    if name in ("model_save_dir", "output_dir", "deepspeed") and value:
+    if name in PATHS and value:
         return os.path.abspath(os.path.expanduser(value))
     return value
 
 
-def _parser(classes, knobs):
+def _parser(classes: list[type], knobs: Knobs) -> _Parser:
     doc = inspect.getdoc(sys.modules["__main__"]) or ""
     parser = _Parser(
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True
@@ -190,7 +155,7 @@ def _parser(classes, knobs):
     return parser
 
 
-def _argument(kind):
+def _argument(kind: Any) -> dict[str, Any]:
     """argparse's keywords for a knob of type `kind`."""
     if kind == Names:
         return {"nargs": "+", "metavar": "TEXT", "type": str}
@@ -207,51 +172,53 @@ def _argument(kind):
 class _Listed(argparse.Action):
     """Lists may be written with blanks or commas: `--target_modules q_proj,k_proj` or `q_proj k_proj`."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
         setattr(namespace, self.dest, _split(values))
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
         let_first_speak()
         print(f"{Path(sys.argv[0]).name}: 参数错误 error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
 
-def _split(values):
+def _split(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(part for value in values for part in value.split(",") if part)
 
 
-def _boolean(text):
+def _boolean(text: str) -> bool:
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} 应为 true 或 false must be true or false")
     return values[text.lower()]
 
 
-def as_text(value):
-    """A knob's value as help and errors show it: paths relative to the project, lists with blanks."""
+def as_text(value: Any) -> str:
+    """A value as help texts and errors give it; paths of this project are relative to it."""
     if isinstance(value, tuple):
         return " ".join(map(as_text, value))
     text = str(value)
     return os.path.relpath(text, ROOT) if text.startswith(str(ROOT)) else text
 
 
-def _nearest(flag, knobs):
+def _nearest(flag: str, knobs: Knobs) -> str:
+    """What an unknown flag may have been meant to be, as the end of a line."""
     name = flag.split("=")[0].lstrip("-")
     near = difflib.get_close_matches(name, [*knobs, *ALIASES], n=1, cutoff=0.5)
     return f"; 是否想写 did you mean --{near[0]} ?" if near else "; --help 列出全部参数 lists all"
 
 
-def _check_values(values, error):
+def _check_values(values: dict[str, Any], error: Fail) -> None:
     for name, value in values.items():
-        test, allowed = RANGES.get(name, (None, None))
-        if test and not test(value):
-            error(f"--{name} {as_text(value)} 超出范围 out of range: must be {allowed}")
+        if name in RANGES and not RANGES[name].allows(value):
+            error(f"--{name} {as_text(value)} 超出范围 out of range: must be {RANGES[name].words}")
 
 
-def _read_config_file(path, knobs, error):
+def _read_config_file(path: str, knobs: Knobs, error: Fail) -> dict[str, Any]:
     """Knobs from a YAML or JSON file, their types checked as flags are."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -274,17 +241,24 @@ def _read_config_file(path, knobs, error):
         name = ALIASES.get(key, key)
         if name not in knobs:
             error(f"--config {path}: 未知参数 unknown knob {key}{_nearest(str(key), knobs)}")
-        values[name] = _typed(value, knobs[name][1], lambda why, key=key: error(f"--config {path}: {key}: {why}"))
+        try:
+            values[name] = _typed(value, knobs[name][1])
+        except TypeError as problem:
+            error(f"--config {path}: {key}: {problem}")
     return values
 
 
-def _typed(value, kind, error):
-    """`value` from a file as a knob of type `kind`; an int is a good float, and 1e-4 in YAML is a string."""
+def _typed(value: Any, kind: Any) -> Any:
+    """`value` from a file as a knob of type `kind`; an int is a good float, and 1e-4 in YAML is a string.
+
+    Raises TypeError, whose text ends a line.
+    """
     origin = typing.get_origin(kind)
-    if origin is tuple:
+    if origin is tuple or kind == Names:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list) and all(isinstance(item, str) for item in items):
             return tuple(items) if kind == Names else _split(items)
+        kind = tuple
     elif origin is Literal:
         value = str(value).lower() if isinstance(value, bool) else value  # YAML reads true as a boolean
         if value in typing.get_args(kind):
@@ -297,10 +271,10 @@ def _typed(value, kind, error):
             pass
     elif type(value) is kind:
         return value
-    error(f"{value!r} 类型不符 is not {getattr(kind, '__name__', kind)}")
+    raise TypeError(f"{value!r} 类型不符 is not {getattr(kind, '__name__', kind)}")
 
 
-def _comments(cls):
+def _comments(cls: type) -> dict[str, str]:
     """Each field's trailing comment in the class source and its parents': {name: text}."""
     found = {}
     for parent in reversed(cls.__mro__[:-1]):

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from common.launch import world_size
 
-Names = tuple[str, str]  # typed as one value or two, kept as two: in Chinese, in other languages
+Names = tuple[str, str] | tuple[()]  # typed as one value or two, kept as two: in Chinese, in other languages
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 Scheduler = Literal[
@@ -100,19 +100,19 @@ class SFTConfig:
     EMBEDDED: ClassVar[dict] = {}  # values for it, where the user set nothing
 
     @property
-    def base(self):
+    def base(self) -> str:
         """The base model's folder or hub id."""
         if self.path_model_pretrain == "embedded":
             return str(self.EMBEDDED_DIR)
         return self.path_model_pretrain
 
     @property
-    def bits(self):
+    def bits(self) -> int:
         """Bits of a quantised base's weights; 0 where it is not quantised."""
         return self.quantization_bit if self.tuning == "qlora" else 0
 
     @property
-    def accumulation(self):
+    def accumulation(self) -> int:
         """Micro batches per optimizer step and process."""
         return self.batch_size // (self.micro_batch_size * world_size())
 

@@ -3,14 +3,14 @@
 import torch
 
 
-def device():
+def device() -> torch.device:
     """The device one process uses: its CUDA card, Apple's GPU, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def resolve_dtype(name):
+def resolve_dtype(name: str) -> torch.dtype:
     """torch dtype of the knob `dtype`. auto: bfloat16 on a GPU that has it, or float32; never float16 unasked.
 
     Not chosen by timing: one command would then compute differently from run to run (benchmarks/README.md).

@@ -1,12 +1,16 @@
 """Processes that train together: the first one speaks and writes, all see its errors, all stop together."""
 
+from __future__ import annotations
+
 import datetime
 import functools
 import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,18 +18,25 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.launch import rank, world_size
 
+if TYPE_CHECKING:
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from common.config import SFTConfig
+
+T = TypeVar("T")
 PATIENCE = datetime.timedelta(hours=24)  # the others may wait so long while the first reads and tokenises
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by DeepSpeed's names
-_own = {}  # our gloo group: PATIENCE is not for the training's collectives, and its messages stay off the GPU
+# our own gloo group: unlike the training's it waits for PATIENCE, and its messages stay off the GPU
+_own: dict[str, Any] = {}
 
 
-def join(cfg):
+def join(cfg: SFTConfig) -> None:
     """Form the group that torchrun, accelerate or deepspeed started; nothing to do for a process on its own.
 
     Raises UserError where --deepspeed is asked for without a launcher, or without DeepSpeed.
     """
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would guess, and warn on the console
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed guesses and warns on the console
     if cfg.deepspeed:
         _prepare_deepspeed(cfg)
     if strategy(cfg) == "FSDP2" and os.environ.get("FSDP_VERSION") != "2":
@@ -40,7 +51,7 @@ def join(cfg):
         _zero3(cfg.deepspeed, cfg.micro_batch_size, cfg.dtype)
 
 
-def part():
+def part() -> None:
     """Leave the group, in all processes; from now on each is on its own."""
     if together():
         dist.barrier(_own.pop("group"))
@@ -48,15 +59,15 @@ def part():
     if importlib.util.find_spec("deepspeed"):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # or loading a model would still shard it
+        unset_hf_deepspeed_config()  # else a model loaded from now on would still be sharded
 
 
-def together():
+def together() -> bool:
     """Whether there is a group to talk to."""
     return "group" in _own
 
 
-def strategy(cfg):
+def strategy(cfg: SFTConfig) -> str:
     """How the work is shared: "" (one process), "DDP", "FSDP2", "ZeRO-1", "ZeRO-2" or "ZeRO-3"."""
     if cfg.deepspeed:
         return f"ZeRO-{_json(cfg.deepspeed).get('zero_optimization', {}).get('stage', 0)}"
@@ -65,24 +76,24 @@ def strategy(cfg):
     return "DDP" if world_size() > 1 else ""
 
 
-def describe(cfg):
+def describe(cfg: SFTConfig) -> str:
     """Number of processes and how they share the work, for console and manifest: "1", "2 DDP", "4 ZeRO-3"."""
     return f"{world_size()} {strategy(cfg)}".strip()
 
 
-def shards_weights():
+def shards_weights() -> bool:
     """Whether each process will hold only a part of the weights, so that none should put all of them on its card."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or is_deepspeed_zero3_enabled()
 
 
-def is_sharded(net):
+def is_sharded(net: torch.nn.Module) -> bool:
     """Whether this process holds only parts of `net`'s parameters."""
     return any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in net.parameters())
 
 
-def whole(parameter):
+def whole(parameter: torch.Tensor) -> torch.Tensor:
     """A copy of `parameter` on the CPU, put together from all processes, which call this at the same time."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         import deepspeed
@@ -94,11 +105,12 @@ def whole(parameter):
     return parameter.detach().cpu()
 
 
-def first(work):
+def first(work: Callable[[], T]) -> T | None:
     """What `work()` returns in the first process, None in the others, which wait; its UserError is raised in all."""
     if not together():
         return work()
-    value = error = None
+    value: T | None = None
+    error: UserError | None = None
     if rank() == 0:
         try:
             value = work()
@@ -111,31 +123,33 @@ def first(work):
     return value
 
 
-def in_turn(work):
-    """What `work()` returns, in the first process before the others: what it leaves in a cache they find."""
+def in_turn(work: Callable[[], T]) -> T:
+    """What `work()` returns, in all; the first process works before the others, which find what it left in a cache."""
     value = first(work)
-    return work() if together() and rank() else value
+    if together() and rank():
+        return work()
+    return cast("T", value)
 
 
-def share(value):
-    """The first process's `value`, in all."""
+def share(value: Any) -> Any:
+    """The first process's `value`, in all processes."""
     box = [value]
     if together():
         dist.broadcast_object_list(box, 0, _own["group"])
     return box[0]
 
 
-def gather(value):
-    """Every process's `value`, in all, in order."""
+def gather(value: T) -> list[T]:
+    """The values of all processes in their order, in all of them."""
     if not together():
         return [value]
-    found = [None] * world_size()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value, _own["group"])
     return found
 
 
-def largest(number):
-    """The largest of the processes' whole numbers, in all."""
+def largest(number: int) -> int:
+    """The largest of the processes' whole numbers, in all of them."""
     if not together():
         return number
     box = torch.tensor(number)
@@ -143,13 +157,14 @@ def largest(number):
     return int(box)
 
 
-def wait():
-    """Go on when all processes are here."""
+def wait() -> None:
+    """Wait until all processes have called this."""
     if together():
         dist.barrier(_own["group"])
 
 
-def _prepare_deepspeed(cfg):
+def _prepare_deepspeed(cfg: SFTConfig) -> None:
+    """UserError where DeepSpeed is not installed, or no launcher started this process."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("--deepspeed: 没有安装 DeepSpeed is not installed: pip install -r requirements-deepspeed.txt")
     if "RANK" not in os.environ:
@@ -159,19 +174,19 @@ def _prepare_deepspeed(cfg):
         )
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would compile what gloo does as well
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # it calls functions by their old names
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, and gloo does the same
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed uses old names of functions
 
 
-def _json(path):
+def _json(path: str) -> dict[str, Any]:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as problem:
         raise UserError(f"--deepspeed {path}: 无法读取 cannot be read: {problem}") from None
 
 
-@functools.cache  # transformers looks at it through a weak reference, for as long as it lives
-def _zero3(path, micro_batch_size, dtype):
+@functools.cache  # transformers keeps a weak reference only: the cache keeps the object alive
+def _zero3(path: str, micro_batch_size: int, dtype: str) -> HfDeepSpeedConfig:
     """Tell transformers to load a model in shards from now on."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 

@@ -1,10 +1,14 @@
 """Errors a user can act on: one line that says what, where and how to mend it, whatever the number of processes."""
 
+from __future__ import annotations
+
 import errno
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 from common import launch
 
@@ -15,13 +19,13 @@ class UserError(Exception):
     """Something the user can put right. Its text is one line: Chinese first, then the key facts in English."""
 
     exit_code = 1
-    everywhere = False  # whether all processes are known to raise it, so that the first alone has to say it
+    everywhere = False  # whether all processes raise it; then only the first one says it
 
 
-def run_main(main):
+def run_main(main: Callable[[], object]) -> None:
     """Call `main()` as a script: a UserError or a full disk becomes one line on stderr, Ctrl-C exit code 130.
 
-    Of several processes the first prints; another one only an error that the first does not have.
+    Of several processes the first one prints; another prints only an error that the first does not have.
     """
     if launch.rank():
         launch.hush()
@@ -38,13 +42,13 @@ def run_main(main):
         _end_of(error)
 
 
-def _end_of(error):
+def _end_of(error: Exception) -> NoReturn:
     """End with what is to be said of an error that is no UserError: a line the user can act on, or its traceback."""
     line = _line_of(error)
     if line is None and launch.world_size() == 1:
         raise error
     if launch.world_size() > 1 and _lost_another(error):
-        time.sleep(launch.GRACE)  # its launcher ends this one too
+        time.sleep(launch.GRACE)  # the launcher ends this one too
     else:
         launch.let_first_speak()
     if line is None:
@@ -54,8 +58,8 @@ def _end_of(error):
     _end(1)
 
 
-def _line_of(error):
-    """What, where and how to mend it, or None."""
+def _line_of(error: Exception) -> str | None:
+    """A line that says what, where and how to mend it; None where only the traceback says it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or ''}: 磁盘已满 the disk is full ({error.strerror}); make room"
     if is_out_of_memory(error):
@@ -70,12 +74,12 @@ def _line_of(error):
     return None
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, the machine's or a GPU's."""
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
 
 
-def _end(code):
+def _end(code: int) -> NoReturn:
     """Exit; one of several processes without tidying up, which takes time and may wait for those that are gone."""
     if launch.world_size() == 1:
         sys.exit(code)
@@ -84,7 +88,7 @@ def _end(code):
     os._exit(code)
 
 
-def _lost_another(error):
+def _lost_another(error: Exception) -> bool:
     """Whether `error` only says that another process is gone."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in kinds or any(text in str(error) for text in ("closed by peer", "reset by peer"))

@@ -7,8 +7,16 @@ Source of chat: the chat template in google/gemma-2b-it's tokenizer_config.json.
 here it is put before the first question with an empty line between, as Gemma 3's own template does.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
-from common.data.turns import fold_system
+from common.data.turns import Turn, fold_system
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STYLES = ("chat", "log", "plain")
 ONE_ANSWER = False
@@ -23,7 +31,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def render(tokenizer, turns, style):
+def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
     """The Pieces of a conversation (Turns), in order; after a question comes the header that asks for an answer.
 
     Exactly one bos, at the start. Each answer's last id is one of `stop_ids`. Typed control tokens stay text.
@@ -38,19 +46,19 @@ def render(tokenizer, turns, style):
     return pieces + render_turn(tokenizer, last, last=True)
 
 
-def clean(text, ended=True):
+def clean(text: str, ended: bool = True) -> str:
     """An answer as it is shown: as generated."""
     return text.strip()
 
 
-def stop_ids(tokenizer, style):
+def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     """Ids that end an answer, the trained one first."""
     if style == "chat":
         return [special_id(tokenizer, "<end_of_turn>"), tokenizer.eos_token_id]
     return [tokenizer.eos_token_id]
 
 
-def _chat_turn(tokenizer, turn, last):
+def _chat_turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, last: bool) -> list[Piece]:
     start, end = special_id(tokenizer, "<start_of_turn>"), special_id(tokenizer, "<end_of_turn>")
     text = encode_text(tokenizer, turn.text.strip())
     if turn.role == "user":
@@ -60,6 +68,6 @@ def _chat_turn(tokenizer, turn, last):
     return [Piece([*text, end], ANSWER)] + ([] if last else [Piece([*frame_ids(tokenizer, "\n")], FRAME)])
 
 
-def _plain_turn(tokenizer, turn, last):
+def _plain_turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, last: bool) -> list[Piece]:
     text = encode_text(tokenizer, turn.text)
     return [Piece(text, QUESTION) if turn.role == "user" else Piece([*text, tokenizer.eos_token_id], ANSWER)]

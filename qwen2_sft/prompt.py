@@ -9,10 +9,17 @@ Source of chat: the chat template in Qwen/Qwen1.5-0.5B-Chat's tokenizer_config.j
 without one is what the tokenizer's own template puts there: Qwen2.5 has another than Qwen1.5, Qwen3 has none.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.data.turns import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STYLES = ("chat", "log", "plain")
 ONE_ANSWER = False
@@ -27,7 +34,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def render(tokenizer, turns, style):
+def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
     """The Pieces of a conversation (Turns), in order; after a question comes the header that asks for an answer.
 
     Qwen has no bos. Each answer's last id is one of `stop_ids`. Typed control tokens stay text.
@@ -43,18 +50,18 @@ def render(tokenizer, turns, style):
     return pieces + _chat_turn(tokenizer, last, style, last=True)
 
 
-def stop_ids(tokenizer, style):
+def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     """Ids that end an answer, the trained one first."""
     ends = [special_id(tokenizer, token) for token in ("<|im_end|>", "<|endoftext|>")]
     return ends[::-1] if style == "plain" else ends
 
 
-def clean(text, ended=True):
+def clean(text: str, ended: bool = True) -> str:
     """An answer as it is shown: as generated."""
     return text.strip()
 
 
-def _chat_turn(tokenizer, turn, style, last):
+def _chat_turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, style: str, last: bool) -> list[Piece]:
     start, end = special_id(tokenizer, "<|im_start|>"), special_id(tokenizer, "<|im_end|>")
     newline = frame_ids(tokenizer, "\n")
     if turn.role == "assistant":
@@ -68,14 +75,14 @@ def _chat_turn(tokenizer, turn, style, last):
     return [Piece(said, QUESTION), Piece([start, *header], FRAME)]
 
 
-def _plain_turn(tokenizer, turn):
+def _plain_turn(tokenizer: PreTrainedTokenizerBase, turn: Turn) -> Piece:
     if turn.role == "assistant":
         return Piece([*encode_text(tokenizer, turn.text), special_id(tokenizer, "<|endoftext|>")], ANSWER)
     return Piece(encode_text(tokenizer, turn.text + ("\n" if turn.role == "system" else "")), QUESTION)
 
 
 @lru_cache(maxsize=8)
-def _default_system(tokenizer, style):
+def _default_system(tokenizer: PreTrainedTokenizerBase, style: str) -> tuple[Turn, ...]:
     """The system turn of a conversation without one, as a tuple: none, or one Turn."""
     if style == "log":
         return (Turn("system", SYSTEM),)

@@ -52,8 +52,8 @@ def flags_in(text):
 
 def known_flags():
     """Names of all flags: knobs, what each recipe takes beside them, aliases, the launchers'."""
-    from common.cli import ALIASES
     from common.config import EvaluationFlags, ExportFlags, PredictFlags, ServeFlags, TrainFlags
+    from common.knobs import ALIASES
     from gemma_sft.ft_gemma.config import Config
 
     classes = (Config, TrainFlags, PredictFlags, EvaluationFlags, ServeFlags, ExportFlags)

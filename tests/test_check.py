@@ -95,6 +95,26 @@ def test_each_of_twelve_defects_is_found_at_its_line(report, tmp_path):
     assert found["overlap"] == {"held_out": 1, "held_out_questions": 1, "validation": 0}
 
 
+# rows whose own text holds what is said of other defects: (row, kind)
+MISLEADING = [
+    ({"broken JSON line": "问", "empty": "答"}, "unknown keys"),
+    ({"an object expected": "问", "columns expected": "答"}, "unknown keys"),
+    ({"messages": [{"role": "the last turn must be unknown keys", "content": "问"}]}, "wrong type"),
+    ({"question": "问", "answer": ["there is no question"]}, "wrong type"),
+    ({"question": "问", "answer": {"is not filled": "multiple-choice"}}, "wrong type"),
+    ({"query": "问", "response": "答", "history": [["ambiguous keys"]]}, "wrong type"),
+    ({"messages": ["is not filled", "--max_length_a"]}, "wrong type"),
+    ({"dialogue": "is not filled", "reference": "书"}, "wrong type"),
+    ({"num_turns": 1, "chat": {"turn_1": {"Commands": "must be empty"}}}, "unusable"),
+    ({"question": "unknown role", "answer": "--max_length_q" * 9}, "over-long"),
+]
+
+
+def test_a_rows_own_text_does_not_decide_its_kind(report):
+    found, _ = report([row for row, _ in MISLEADING])
+    assert [finding["kind"] for finding in found["findings"]] == [kind for _, kind in MISLEADING]
+
+
 def test_the_report_for_people_names_every_line(flags, capsys):
     with pytest.raises(SystemExit) as ended:
         train.main(flags([row for row, _, _ in DEFECTS.values()]))

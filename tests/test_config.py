@@ -9,14 +9,16 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from common.cli import ALIASES, parse
-from common.config import EvaluationFlags, PredictFlags, ServeFlags, SFTConfig, TrainFlags
+from common.cli import parse
+from common.config import EvaluationFlags, ExportFlags, PredictFlags, ServeFlags, SFTConfig, TrainFlags
+from common.knobs import ALIASES, BELONGS, FREE, IDS, LEARNING, PATH_LISTS, PATHS, RANGES, SHAPING
 from gemma_sft.ft_gemma.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +181,19 @@ def test_aliases_as_flags_and_in_files(tmp_path, alias, typed, name, value):
 def test_every_alias_leads_to_a_knob():
     knobs = {field.name for field in fields(SFTConfig)}
     assert set(ALIASES.values()) <= knobs and not set(ALIASES) & knobs
+
+
+def test_every_knob_is_of_one_class():
+    """What a change of a knob affects is said once: a new knob has to be put into one of the four classes."""
+    knobs = {field.name for field in fields(SFTConfig) if not field.metadata.get("hidden")}
+    classes = Counter(name for names in (IDS, SHAPING, LEARNING, FREE) for name in names)
+    assert classes == Counter(knobs)
+
+
+def test_tables_of_knobs_name_knobs_or_flags():
+    flags = {field.name for cls in (SFTConfig, *RECIPES.values(), ExportFlags) for field in fields(cls)}
+    assert (RANGES.keys() | PATHS | PATH_LISTS) <= flags
+    assert BELONGS.keys() <= SHAPING | LEARNING
 
 
 @pytest.mark.parametrize("typed", [["q,k,v"], ["q", "k", "v"], ["q,k", "v"], ["q,", "k", ",v"]])

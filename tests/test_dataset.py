@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from common.data import conversations, dataset, tokenised, workers
-from common.data.render import TooLong, encode_text, frame_ids, prompt_ids, special_id, training_sample
+from common.data.render import TooLongError, encode_text, frame_ids, prompt_ids, special_id, training_sample
 from common.data.turns import Turn
 from common.errors import UserError
+from common.files import read_jsonl
+from common.knobs import IDS
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 
@@ -60,7 +62,7 @@ def settings(folder, *specs, **knobs):
 
 @pytest.fixture
 def prepare(tmp_path, tokenizer):
-    """prepare(path, …, knob=value): the Rows, cached in tmp_path/cache, no validation split unless asked for."""
+    """prepare(path, …, knob=value): the TrainingData, cached in tmp_path/cache; no validation split unless asked."""
 
     def run(*specs, tokenizer=tokenizer, prompt=prompt, **knobs):
         return dataset.prepare(settings(tmp_path, *specs, **knobs), tokenizer, prompt)
@@ -182,13 +184,14 @@ def test_rejected_rows_are_listed(tmp_path, prepare):
     path = write(tmp_path, "a.jsonl", [QA, EMPTY, QA, '{"question": 坏', "", QA, {"问": "答"}])
     rows = prepare(path)
     assert lines(rows.train) == [1, 3, 6]
-    assert [(row["where"], row["row"]) for row in rows.rejected] == [
+    assert [(row.where, row.row) for row in rows.rejected] == [
         (f"{path}:2", EMPTY),
         (f"{path}:4", '{"question": 坏'),
         (f"{path}:7", {"问": "答"}),
     ]
-    assert [set(row) for row in rows.rejected] == [{"where", "reason", "row"}] * 3
-    reasons = [row["reason"] for row in rows.rejected]
+    kept = read_jsonl(rows.rejected.files[0][0])
+    assert [set(row) for row in kept] == [{"where", "reason", "row", "kind"}] * 3
+    reasons = [row.reason for row in rows.rejected]
     assert reasons[0] == "answer 是空的 is empty" and "broken JSON line" in reasons[1] and "unknown keys" in reasons[2]
     source = rows.sources[0]
     assert (source["rows"], source["kept"], source["used"]) == (6, 3, 3)
@@ -229,13 +232,13 @@ def test_nothing_to_train_on(tmp_path, prepare):
 def test_half_an_emoji_is_a_row_left_out(tmp_path, prepare):
     path = write(tmp_path, "a.jsonl", [QA, r'{"question": "问", "answer": "好\ud83d"}', QA, QA])
     rows = prepare(path)
-    assert lines(rows.train) == [1, 3, 4] and [row["where"] for row in rows.rejected] == [f"{path}:2"]
+    assert lines(rows.train) == [1, 3, 4] and [row.where for row in rows.rejected] == [f"{path}:2"]
 
 
 def test_a_rejected_row_may_hold_half_an_emoji(tmp_path, prepare):
     path = write(tmp_path, "a.jsonl", [QA, r'{"question": "问", "answer": "", "note": "\ud83d"}', QA])
     rows = prepare(path)
-    assert lines(rows.train) == [1, 3] and [row["where"] for row in rows.rejected] == [f"{path}:2"]
+    assert lines(rows.train) == [1, 3] and [row.where for row in rows.rejected] == [f"{path}:2"]
 
 
 def test_a_rejected_parquet_row_may_hold_a_date(tmp_path, prepare):
@@ -245,7 +248,7 @@ def test_a_rejected_parquet_row_may_hold_a_date(tmp_path, prepare):
     rows = [row | {"day": datetime.date(2024, 5, 6), "raw": b"\xff"} for row in (QA, EMPTY, QA)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = prepare(str(tmp_path / "a.parquet"))
-    assert lines(found.train) == [1, 3] and [row["where"][-2:] for row in found.rejected] == [":2"]
+    assert lines(found.train) == [1, 3] and [row.where[-2:] for row in found.rejected] == [":2"]
     assert "2024" in json.dumps(list(found.rejected))
 
 
@@ -264,8 +267,8 @@ def test_identity_rows_are_filled_or_reported(tmp_path, prepare, tokenizer):
     ]
     rows = prepare(path, model_name=("小明",) * 2)
     assert answers(rows) == ["我是小明", "小明", "答"]
-    assert [(row["where"], row["row"]) for row in rows.rejected] == [(f"{path}:2", asked[1])]
-    assert "{{AUTHOR}}" in rows.rejected[0]["reason"] and "--model_author" in rows.rejected[0]["reason"]
+    assert [(row.where, row.row) for row in rows.rejected] == [(f"{path}:2", asked[1])]
+    assert "{{AUTHOR}}" in rows.rejected[0].reason and "--model_author" in rows.rejected[0].reason
     with pytest.raises(UserError, match="3 / 4 .*--max_dropped"):
         prepare(path)
 
@@ -278,7 +281,7 @@ def test_held_out_rows(tmp_path):
     kept, left_out = conversations.held_out(cfg, [path], 0)
     assert [where for where, _ in kept] == [f"{path}:{line}" for line in (1, 4, 5, 6, 7, 8, 9)]
     assert kept[0][1] == talk("问", "答")
-    assert [row["where"] for row in left_out] == [f"{path}:2", f"{path}:3"]
+    assert [row.where for row in left_out] == [f"{path}:2", f"{path}:3"]
     assert conversations.held_out(cfg, [path], 3)[0] == kept[:3]
     drawn = conversations.held_out(cfg, [f"{path}#3"], 0)[0]
     assert drawn == conversations.held_out(cfg, [f"{path}#3"], 0)[0] and len({where for where, _ in drawn}) == 3
@@ -321,6 +324,61 @@ def test_what_changes_the_ids_is_tokenised_again(tmp_path, prepare, arrows, knob
     first, second = prepare(path, **filled), prepare(path, **filled | knobs)
     assert len(arrows()) == 2
     assert (first.train[:], list(first.rejected)) != (second.train[:], list(second.rejected))
+
+
+OTHER = {
+    "prompt_style": "plain",
+    "loss_on": "all",
+    "max_length_q": 7,
+    "max_length_a": 7,
+    "model_name": ("小明", "Ming"),
+    "model_author": ("实验室", "Lab"),
+}
+
+
+def key_of(tmp_path, path="a.jsonl", content="1", tokenizer_id="2", **knobs):
+    return tokenised.cache_key(path, content, settings(tmp_path, "a.jsonl", **knobs), tokenizer_id, prompt)
+
+
+def test_the_cache_key_holds_every_knob_that_decides_ids_and_no_other(tmp_path):
+    assert OTHER.keys() == IDS
+    keys = [key_of(tmp_path), *(key_of(tmp_path, **{name: value}) for name, value in OTHER.items())]
+    keys += [key_of(tmp_path, path="b.jsonl"), key_of(tmp_path, content="3"), key_of(tmp_path, tokenizer_id="4")]
+    assert len(set(keys)) == len(keys)
+    assert key_of(tmp_path / "elsewhere", seed=1, epochs=9, lora_r=4, model_save_dir="b") == key_of(tmp_path)
+
+
+class Watched:
+    """A config that remembers which knobs were asked for."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.asked = set()
+
+    def __getattr__(self, name):
+        self.asked.add(name)
+        return getattr(self.cfg, name)
+
+
+def test_tokenising_asks_for_no_knob_that_the_cache_key_leaves_out(tmp_path, tokenizer):
+    rows = [QA, EMPTY, "broken", {"question": "问", "answer": "答" * 9}, {"question": "你是谁", "answer": "{{name}}"}]
+    path = write(tmp_path, "a.jsonl", rows)
+    cfg = Watched(settings(tmp_path, path, max_length_a=8))
+    tokenised.tokenised(path, cfg, tokenizer, tokenised.tokenizer_hash(tokenizer), prompt)
+    assert cfg.asked == IDS | {"cache_dir", "strict"}
+
+
+def reads_as_changed(file, read=Path.read_text):
+    """Path.read_text as if a line had been added to `file`."""
+    return lambda path, *args, **more: read(path, *args, **more) + ("#\n" if path == file else "")
+
+
+def test_the_cache_key_holds_the_code_of_the_room_and_of_the_prompt(tmp_path, monkeypatch):
+    key, files = key_of(tmp_path), [*Path(tokenised.__file__).parent.rglob("*.py"), Path(prompt.__file__)]
+    assert len(files) > 10
+    for file in files:
+        monkeypatch.setattr(Path, "read_text", reads_as_changed(file))
+        assert key_of(tmp_path) != key, file
 
 
 def test_changed_content_is_tokenised_again(tmp_path, prepare, arrows):
@@ -445,7 +503,7 @@ def test_several_processes_make_what_one_makes(tmp_path, tokenizer, request):
     assert together.train[:] == alone.train[:] and len(alone.train) == 21
     assert together.sources == alone.sources and alone.sources[0]["rows"] == 24 and alone.sources[0]["cut"] > 0
     assert list(together.rejected) == list(alone.rejected)
-    assert [int(row["where"].rpartition(":")[2]) for row in alone.rejected] == [2, 4, 5]
+    assert [int(row.where.rpartition(":")[2]) for row in alone.rejected] == [2, 4, 5]
 
 
 def test_a_sentencepiece_tokenizer_can_be_handed_to_a_process():
@@ -546,7 +604,7 @@ def test_the_middle_of_the_question_goes(tokenizer, longest, kept):
 
 
 def test_no_room_for_a_question(tokenizer):
-    with pytest.raises(TooLong, match=f"--max_length_q {FRAME}"):
+    with pytest.raises(TooLongError, match=f"--max_length_q {FRAME}"):
         sample_of(tokenizer, talk("abcdef", "答"), FRAME)
 
 
@@ -571,7 +629,7 @@ def test_the_oldest_turns_go_first_and_the_system_text_stays(tokenizer, room, ke
 
 
 def test_system_text_that_fills_the_prompt_is_refused(tokenizer):
-    with pytest.raises(TooLong, match="--max_length_q 40"):
+    with pytest.raises(TooLongError, match="--max_length_q 40"):
         sample_of(tokenizer, talk("a", "b", system="abcdef" * 10), 40)
 
 
@@ -579,7 +637,7 @@ def test_system_text_that_fills_the_prompt_is_refused(tokenizer):
 def test_an_answer_that_is_too_long_is_never_cut(tokenizer, style):
     turns = talk("a", "abcd")
     assert sample_of(tokenizer, turns, 512, 5, style).input_ids[-5:-1] == [A, B, C, D]
-    with pytest.raises(TooLong, match="5 个 token.*--max_length_a 4"):
+    with pytest.raises(TooLongError, match="5 个 token.*--max_length_a 4"):
         sample_of(tokenizer, turns, 512, 4, style)
 
 
@@ -598,8 +656,8 @@ def test_over_long_rows_are_cut_or_dropped_and_counted(tmp_path, prepare, capsys
         [BOS, *USER, A, B, F, *MODEL, C, D, END],
         [BOS, *USER, A, B, C, *MODEL, C, END],
     ]
-    assert [row["where"] for row in rows.rejected] == [f"{path}:3", f"{path}:5"]
-    assert "--max_length_a 3" in rows.rejected[0]["reason"] and "abcd" in json.dumps(rows.rejected[0]["row"])
+    assert [row.where for row in rows.rejected] == [f"{path}:3", f"{path}:5"]
+    assert "--max_length_a 3" in rows.rejected[0].reason and "abcd" in json.dumps(rows.rejected[0].row)
     source = rows.sources[0]
     assert (source["rows"], source["kept"], source["cut"], source["used"]) == (5, 3, 2, 3)
     assert (source["tokens"], source["supervised"]) == (21 + 22 + 21, 3 + 3 + 2)
@@ -615,7 +673,7 @@ def test_counts_add_up(tmp_path, prepare, val_set_size):
     one, two = write(tmp_path, "a.jsonl", asked * 5), numbered(tmp_path, 7, "b.jsonl")
     rows = prepare(one, f"{two}#4", max_length_q=FRAME + 20, max_length_a=20, val_set_size=val_set_size)
     for source in rows.sources:
-        rejected = [row for row in rows.rejected if row["where"].startswith(source["path"])]
+        rejected = [row for row in rows.rejected if row.where.startswith(source["path"])]
         assert source["rows"] == source["kept"] + len(rejected)
     assert [source["rows"] for source in rows.sources] == [30, 7]
     assert [source["kept"] for source in rows.sources] == [15, 7]
@@ -643,8 +701,8 @@ def test_a_row_without_a_supervised_id_never_reaches_training(tmp_path, prepare)
     path = write(tmp_path, "a.jsonl", [{"question": "q", "answer": text} for text in ("b", "ab", "c")])
     rows = prepare(path, prompt=family)
     assert lines(rows.train) == [1, 3] and rows.sources[0]["kept"] == 2
-    assert [row["where"] for row in rows.rejected] == [f"{path}:2"]
-    assert "no id of the row is supervised" in rows.rejected[0]["reason"]
+    assert [row.where for row in rows.rejected] == [f"{path}:2"]
+    assert "no id of the row is supervised" in rows.rejected[0].reason
 
 
 # ---------------------------------------------------------------- one renderer for training and answering

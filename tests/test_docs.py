@@ -54,7 +54,7 @@ def test_every_row_shown_is_read(page):
 @pytest.mark.parametrize("page", ["docs/knobs.md", "docs/knobs_zh.md"])
 def test_the_tables_of_knobs_are_those_of_the_code(page):
     """Every knob and flag, with its default; every alias."""
-    from common import cli, config
+    from common import config, knobs
 
     classes = (config.SFTConfig, config.TrainFlags, config.PredictFlags, config.EvaluationFlags)
     classes += (config.ServeFlags, config.ExportFlags)
@@ -67,7 +67,7 @@ def test_the_tables_of_knobs_are_those_of_the_code(page):
         if not field.metadata.get("hidden")
     ]
     assert sorted(found) == sorted(expected)
-    assert all(f"| `{alias}` | `{name}` |" in text_of(page) for alias, name in cli.ALIASES.items())
+    assert all(f"| `{alias}` | `{name}` |" in text_of(page) for alias, name in knobs.ALIASES.items())
 
 
 def shown(default):

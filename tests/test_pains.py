@@ -18,8 +18,8 @@ from common import export
 from common.cli import parse
 from common.config import TrainFlags
 from common.data import conversations, dataset, formats, render, sources, tokenised
-from common.data.render import TooLong
-from common.data.turns import FormatError, Turn
+from common.data.render import TooLongError
+from common.data.turns import Conversation, FormatError, Turn
 from common.device import resolve_dtype
 from common.errors import UserError
 from common.evaluation import evaluate, metrics
@@ -74,7 +74,7 @@ def small_net(small_gemma):
 
 
 def prepared(tmp_path, rows, tokenizer, **knobs):
-    """dataset.Rows of a file of `rows` (dicts, or lines as they are)."""
+    """TrainingData of a file of `rows` (dicts, or lines as they are)."""
     path = tmp_path / "data.jsonl"
     path.write_text(
         "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
@@ -126,7 +126,7 @@ def test_pain_01_without_the_guard_it_trains_on_to_the_end(flags, tmp_path, monk
 def test_pain_02_a_row_without_a_supervised_id_is_dropped_and_listed(tmp_path, tokenizer, monkeypatch):
     filled = {"system": "规则" * 300, "query": "问", "response": "答"}  # the prompt alone fills the length
     rows = prepared(tmp_path, [filled, {"query": "问", "response": "答"}], tokenizer, max_length_q=60)
-    assert len(rows.train) == 1 and [row["where"][-2:] for row in rows.rejected] == [":1"]
+    assert len(rows.train) == 1 and [row.where[-2:] for row in rows.rejected] == [":1"]
     assert any(label != IGNORED for label in rows.train[0]["labels"])
     monkeypatch.setattr(render, "_labels", lambda found, loss_on: [IGNORED] * len(render._joined(found)))
     with pytest.raises(UserError, match="no row can be trained on.*no id of the row is supervised"):
@@ -151,7 +151,7 @@ def test_pain_04_only_what_a_user_wrote_is_cut(tokenizer, style):
     assert [i for i in cut.input_ids if i in (BOS, START, END)] == [
         i for i in whole.input_ids if i in (BOS, START, END)
     ]
-    with pytest.raises(TooLong):
+    with pytest.raises(TooLongError):
         render.training_sample(tokenizer, prompt, turns, style, "answer", 60, 20)
 
 
@@ -362,9 +362,9 @@ def test_pain_18_what_is_wrong_is_named_with_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "1", "response": "2"}\n{"query": "1", "response": \n{"query": "1", "respnse": "2"}\n')
     found = list(conversations.conversations(str(path), Config()))
-    assert [where for where, _, _ in found] == [f"{path}:{line}" for line in (1, 2, 3)]
-    assert "broken JSON line" in found[1][2] and '"response": ' in found[1][1]
-    assert "unknown keys: query+respnse; nearest known shape: query+response" in found[2][2]
+    assert [row.where for row in found] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert "broken JSON line" in found[1].reason and '"response": ' in found[1].row
+    assert "unknown keys: query+respnse; nearest known shape: query+response" in found[2].reason
 
 
 BROKEN = [{"query": "1", "response": "2"}, "{broken", {"query": "3", "response": "4"}, {"a": "b"}]
@@ -372,7 +372,7 @@ BROKEN = [{"query": "1", "response": "2"}, "{broken", {"query": "3", "response":
 
 def test_pain_19_every_row_is_accounted_for(tmp_path, tokenizer):
     rows = prepared(tmp_path, BROKEN, tokenizer)
-    assert [row["where"][-2:] for row in rows.rejected] == [":2", ":4"]
+    assert [row.where[-2:] for row in rows.rejected] == [":2", ":4"]
     assert rows.sources[0]["rows"] == 4 == len(rows.train) + len(rows.rejected)
     with pytest.raises(UserError, match="data.jsonl:2: .*--strict"):
         prepared(tmp_path, BROKEN, tokenizer, strict=True)
@@ -382,7 +382,7 @@ def test_pain_19_without_the_guard_rows_vanish(tmp_path, tokenizer, monkeypatch)
     whole = conversations.conversations_in
 
     def warn_and_continue(record, path, cfg):
-        return (row for row in whole(record, path, cfg) if not row[2])
+        return (row for row in whole(record, path, cfg) if isinstance(row, Conversation))
 
     monkeypatch.setattr(tokenised, "conversations_in", warn_and_continue)
     rows = prepared(tmp_path, BROKEN, tokenizer, strict=True)

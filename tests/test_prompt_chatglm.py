@@ -9,7 +9,7 @@ import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the 
 from chatglm_sft import prompt
 from common.data import render, tokenised
 from common.data.render import IGNORED
-from common.data.turns import Turn
+from common.data.turns import Conversation, Turn, Unusable
 
 GMASK, SOP, EOP = 130001, 130004, 130005
 FAMILY = "chatglm_sft/ft_chatglm"
@@ -90,9 +90,13 @@ def test_plain_text_rows_have_an_empty_prompt(chatglm_tokenizer):
 
 def test_every_answer_of_a_conversation_is_taught_in_a_row_of_its_own():
     talk = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
-    rows = [("f:1", talk, None), ("f:2", {"x": 1}, "unknown"), ("f:3", [Turn("text", "t")], None)]
-    assert list(tokenised._lessons(rows, True)) == [("f:1", talk[:2], None), ("f:1", talk, None), *rows[1:]]
-    assert list(tokenised._lessons(rows, False)) == rows
+    rows = [
+        Conversation("f:1", talk),
+        Unusable("f:2", "unknown", {"x": 1}, "unknown-keys"),
+        Conversation("f:3", [Turn("text", "t")]),
+    ]
+    assert list(tokenised.lessons(rows, True)) == [("f:1", talk[:2]), ("f:1", talk), *rows[1:]]
+    assert list(tokenised.lessons(rows, False)) == rows
 
 
 def test_a_system_text_stands_before_the_first_question():

@@ -1,14 +1,18 @@
 """Files as conversations: every shape is read with no row lost, every defect is named with its line."""
 
+import ast
 import bz2
 import gzip
 import json
 import lzma
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
 from common.data import formats, sources
+from common.data.defects import DEFECTS, RowError
+from common.data.render import TooLongError
 from common.data.sources import read_records
 from common.data.turns import FormatError, Turn, fill_identity
 from common.errors import UserError
@@ -30,7 +34,7 @@ def read(path):
     for record in read_records(str(path)):
         try:
             if record.problem:
-                raise FormatError(record.problem)
+                raise FormatError(record.kind, record.problem)
             found += [(record.line, turns) for turns in formats.turns_of(record.value)]
         except FormatError as problem:
             problems.append((record.line, str(problem)))
@@ -399,11 +403,31 @@ def test_a_bad_row_is_named_and_its_neighbours_are_kept(tmp_path, row, words):
     assert missing(words, problems[0][1]) == [], problems
 
 
+def kinds_given():
+    """Every kind that a file of common/data gives to an error, a Record or an Unusable."""
+    for file in Path(sources.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name, keywords = ast.unparse(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
+            if name in {error.__name__ for error in RowError.__subclasses__()}:
+                yield ast.literal_eval(call.args[0])
+            elif isinstance(keywords.get("kind"), ast.Constant):
+                yield ast.literal_eval(keywords["kind"])
+            assert name != "Record" or len(call.args) < 3 or "kind" in keywords, "a problem without its kind"
+
+
+def test_every_kind_is_in_the_table_and_all_of_the_table_occurs():
+    assert RowError.__subclasses__() == [FormatError, TooLongError]
+    assert set(kinds_given()) == set(DEFECTS)
+    assert all(part for defect in DEFECTS.values() for part in defect)
+
+
 def test_a_broken_line_is_kept_as_text(tmp_path):
     records = list(read_records(write(tmp_path, "a.jsonl", f'{QA}\n{{"question": 坏\n')))
-    assert [(record.line, record.value, bool(record.problem)) for record in records] == [
-        (1, {"question": "问", "answer": "答"}, False),
-        (2, '{"question": 坏', True),
+    assert [(record.line, record.value, record.kind) for record in records] == [
+        (1, {"question": "问", "answer": "答"}, ""),
+        (2, '{"question": 坏', "broken-json"),
     ]
 
 

@@ -16,7 +16,7 @@ from common.config import EvaluationFlags
 from common.errors import run_main
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, EvaluationFlags, argv)
     from common import distributed
     from common.evaluation import benchmark, evaluate, tasks

@@ -15,7 +15,7 @@ from common.config import ServeFlags
 from common.errors import run_main
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ServeFlags, argv)
     from common.serving import app
 

@@ -3,7 +3,10 @@
 python chatglm_sft/ft_chatglm/predict.py --model_save_dir out
 """
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # finds common/ from any directory
     sys.path[0] = __file__.rpartition("chatglm_sft")[0] or "."
@@ -14,8 +17,12 @@ from common.cli import parse
 from common.config import PredictFlags
 from common.errors import run_main
 
+if TYPE_CHECKING:
+    from common.inference.answerer import Answerer
+    from common.inference.remote import Remote
 
-def load_answer(cfg, base=False, base_url=""):
+
+def load_answer(cfg: Config, base: bool = False, base_url: str = "") -> Answerer | Remote:
     """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
     import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
     from common.inference import remote, tuned
@@ -23,7 +30,7 @@ def load_answer(cfg, base=False, base_url=""):
     return remote.load(cfg, prompt, base_url) if base_url else tuned.load(cfg, prompt, base)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, PredictFlags, argv)
     import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
     from common.inference import console

@@ -15,7 +15,7 @@ from common.config import TrainFlags
 from common.errors import run_main
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, TrainFlags, argv)
     import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
     from common import distributed

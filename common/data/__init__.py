@@ -6,6 +6,7 @@ Torch is not imported here. In reading order:
 sources        a file's records, each with its line: JSON, JSON lines, CSV, TSV, Parquet, told by content
 formats        a record of any known shape as turns
 turns          what a conversation is, and what is done to one before it is rendered
+defects        kinds of rows that cannot be used, with what is expected and the remedy
 conversations  a file's rows as conversations, or unusable for a reason
 family         what a prompt.py provides
 render         turns to ids by the family's prompt.py, cut to length, labels by part

@@ -1,16 +1,23 @@
 """Files as conversations: every row is one, or is unusable for a reason."""
 
+from __future__ import annotations
+
 import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy
 
 from common.data import formats
-from common.data.sources import read_records
-from common.data.turns import FormatError, fill_identity
+from common.data.sources import Record, read_records
+from common.data.turns import Conversation, FormatError, Unusable, fill_identity
 from common.errors import UserError
 
+if TYPE_CHECKING:
+    from common.config import SFTConfig
 
-def split_sample(spec):
+
+def split_sample(spec: str) -> tuple[str, int | None]:
     """`path#N` as (path, N); N is None where it is not given."""
     path, mark, count = spec.rpartition("#")
     if mark and count.isdigit():
@@ -20,51 +27,54 @@ def split_sample(spec):
     return spec, None
 
 
-def conversations(path, cfg):
-    """Yield (where, turns, None) for each conversation of a file and (where, row, reason) for each unusable row."""
+def conversations(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
+    """Yield what the rows of a file are, in order. Of `cfg`, model_name and model_author are used."""
     for record in read_records(path):
         yield from conversations_in(record, path, cfg)
 
 
-def conversations_in(record, path, cfg):
+def conversations_in(record: Record, path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
+    """Yield the conversations of one record, or the one Unusable that says why it has none."""
     where = f"{path}:{record.line}"
     if record.problem:
-        yield where, record.value, record.problem
+        yield Unusable(where, record.problem, record.value, record.kind)
         return
     try:
         found = [fill_identity(turns, cfg.model_name, cfg.model_author) for turns in formats.turns_of(record.value)]
     except FormatError as problem:
-        yield where, record.value, str(problem)
+        yield Unusable(where, problem.reason, record.value, problem.kind)
         return
     for turns in found:
-        yield where, turns, None
+        yield Conversation(where, turns)
 
 
-def questions(path, cfg):
+def questions(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
     """Yield what `conversations` does; a text that asks nothing is unusable."""
-    for where, found, reason in conversations(path, cfg):
-        if reason is None and found[-1].role == "text":
-            reason = "没有提问 there is no question to ask"
-        yield where, found, reason
+    for row in conversations(path, cfg):
+        if isinstance(row, Conversation) and row.turns[-1].role == "text":
+            yield Unusable(row.where, "没有提问 there is no question to ask", row.turns, kind="no-question")
+        else:
+            yield row
 
 
-def held_out(cfg, specs, limit):
-    """(where, turns) of held-out rows, `limit` at most (0: all), and the rows left out as dicts."""
-    kept, left_out = [], []
+def held_out(cfg: SFTConfig, specs: Sequence[str], limit: int) -> tuple[list[Conversation], list[Unusable]]:
+    """The conversations of held-out files, `limit` at most (0: all), and the rows left out."""
+    kept: list[Conversation] = []
+    left_out: list[Unusable] = []
     for spec in specs:
         path, wanted = split_sample(spec)
         rows = []
-        for where, found, reason in questions(path, cfg):
-            if reason is None:
-                rows.append((where, found))
+        for row in questions(path, cfg):
+            if isinstance(row, Conversation):
+                rows.append(row)
             else:
-                left_out.append({"where": where, "reason": reason, "row": found})
+                left_out.append(row)
         kept += [rows[number] for number in draw_rows(len(rows), wanted, random.Random(cfg.seed))]
     return kept[: limit or None], left_out
 
 
-def draw_rows(available, wanted, rng):
-    """Row numbers: all in order, or `wanted` drawn without repetition until the file is used up, then again."""
+def draw_rows(available: int, wanted: int | None, rng: random.Random) -> numpy.ndarray:
+    """Row numbers [N]: all in order, or `wanted` drawn without repetition until the file is used up, then again."""
     everything = numpy.arange(available)
     if wanted is None or not available:
         return everything

@@ -16,7 +16,7 @@ class Family(Protocol):
     """A module such as gemma_sft/prompt.py; mypy checks each against it where a recipe hands it to common/."""
 
     __name__: str
-    __file__: str
+    __file__: str | None
 
     @property
     def STYLES(self) -> tuple[str, ...]:

@@ -1,9 +1,18 @@
 """Conversations as ids: pieces with a part each, limits that only cut what a user wrote, labels by part."""
 
-from functools import lru_cache
-from typing import NamedTuple
+from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from common.data.defects import RowError
 from common.data.turns import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.data.family import Family
 
 FRAME, QUESTION, ANSWER = "frame", "question", "answer"
 IGNORED = -100  # the label of an id the loss does not count
@@ -12,40 +21,41 @@ IGNORED = -100  # the label of an id the loss does not count
 class Piece(NamedTuple):
     """Some ids of a conversation and what they are: FRAME (headers), QUESTION, or ANSWER (its stop id included)."""
 
-    ids: list
+    ids: list[int]
     part: str
 
 
 class Sample(NamedTuple):
     """A row as the model trains on it: ids and labels of equal length, and whether the prompt had to be cut."""
 
-    input_ids: list
-    labels: list
+    input_ids: list[int]
+    labels: list[int]
     cut: bool
 
 
-class TooLong(ValueError):
+class TooLongError(RowError):
     """A row that cannot be cut to the limits without losing a header, an answer or its stop token."""
 
 
-def encode_text(tokenizer, text):
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text as text: no special tokens are added, and control tokens typed in it stay ordinary characters."""
     if not tokenizer.is_fast:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     backend = tokenizer.backend_tokenizer  # the same ids in a third of the time
-    backend.no_padding(), backend.no_truncation()
+    backend.no_padding()
+    backend.no_truncation()
     backend.encode_special_tokens = True
     return backend.encode(text, add_special_tokens=False).ids
 
 
 @lru_cache(maxsize=64)
-def frame_ids(tokenizer, text):
+def frame_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Ids of a template's own words, as a tuple; the same few texts are asked for in every row."""
     return tuple(encode_text(tokenizer, text))
 
 
 @lru_cache(maxsize=64)
-def special_id(tokenizer, token):
+def special_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """The id of a control token; ValueError where the tokenizer has none."""
     found = tokenizer.convert_tokens_to_ids(token)
     if found is None or found == tokenizer.unk_token_id:
@@ -53,19 +63,29 @@ def special_id(tokenizer, token):
     return found
 
 
-def prompt_ids(tokenizer, prompt, turns, style, max_length):
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Family, turns: Sequence[Turn], style: str, max_length: int
+) -> tuple[list[int], bool]:
     """Ids that ask for the answer to `turns` (the last one a question), at most `max_length`: (ids, cut).
 
-    Raises TooLong where headers and system text alone exceed the limit.
+    Raises TooLongError where headers and system text alone exceed the limit.
     """
     turns, cut = fit_turns(lambda turns: len(_joined(prompt.render(tokenizer, turns, style))), turns, max_length)
     return _joined(prompt.render(tokenizer, turns, style)), cut
 
 
-def training_sample(tokenizer, prompt, turns, style, loss_on, max_length_q, max_length_a):
+def training_sample(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Family,
+    turns: Sequence[Turn],
+    style: str,
+    loss_on: str,
+    max_length_q: int,
+    max_length_a: int,
+) -> Sample:
     """The Sample of a conversation whose last turn is an answer. Its ids up to the answer are `prompt_ids` of the rest.
 
-    loss_on: "all" ids but the first, every "answer", or the "last" answer. Raises TooLong.
+    loss_on: "all" ids but the first, every "answer", or the "last" answer. Raises TooLongError.
     """
     pieces, cut = prompt.render(tokenizer, turns, style), False
     if len(_joined(pieces[:-1])) > max_length_q:
@@ -74,11 +94,12 @@ def training_sample(tokenizer, prompt, turns, style, loss_on, max_length_q, max_
         )
         pieces = prompt.render(tokenizer, [*asked, turns[-1]], style)
     if len(pieces[-1].ids) > max_length_a:
-        raise TooLong(f"回答有 {len(pieces[-1].ids)} 个 token, the answer is over --max_length_a {max_length_a}")
+        length = len(pieces[-1].ids)
+        raise TooLongError("long-answer", f"回答有 {length} 个 token, the answer is over --max_length_a {max_length_a}")
     return Sample(_joined(pieces), _labels(pieces, loss_on), cut)
 
 
-def fit_turns(length, turns, limit):
+def fit_turns(length: Callable[[Sequence[Turn]], int], turns: Sequence[Turn], limit: int) -> tuple[list[Turn], bool]:
     """Turns whose `length(turns)` is at most `limit`, and whether something was cut: (turns, cut).
 
     The oldest question and answer go first, then the middle of the last question; the system text stays.
@@ -92,26 +113,29 @@ def fit_turns(length, turns, limit):
         return [*system, *spoken], True
     question = spoken[0]
 
-    def shortened(kept):
+    def shortened(kept: int) -> list[Turn]:
         return [*system, question._replace(text=_without_middle(question.text, kept))]
 
     longest = _largest(lambda kept: length(shortened(kept)) <= limit, len(question.text))
     if longest < 1:
-        raise TooLong(f"提问放不下 not even one character of the question fits in --max_length_q {limit}")
+        raise TooLongError(
+            "long-prompt", f"提问放不下 not even one character of the question fits in --max_length_q {limit}"
+        )
     return shortened(longest), True
 
 
-def _apart(turns):
+def _apart(turns: Sequence[Turn]) -> tuple[Sequence[Turn], Sequence[Turn]]:
+    """(the system turn or none, the other turns)."""
     return (turns[:1], turns[1:]) if turns[0].role == "system" else ([], turns)
 
 
-def _without_middle(text, kept):
-    """`kept` characters from both ends: a question's task stands at its start, what it is about at its end."""
+def _without_middle(text: str, kept: int) -> str:
+    """`kept` characters, from both ends: the task of a question is mostly at its start or at its end."""
     head = kept - kept // 2
     return text[:head] + text[len(text) - kept // 2 :]
 
 
-def _largest(fits, upper):
+def _largest(fits: Callable[[int], bool], upper: int) -> int:
     """The largest n in 0..upper for which `fits(n)`, by bisection."""
     low, high = 0, upper
     while low < high:
@@ -120,21 +144,21 @@ def _largest(fits, upper):
     return low
 
 
-def _joined(pieces):
+def _joined(pieces: Sequence[Piece]) -> list[int]:
     return [id_ for piece in pieces for id_ in piece.ids]
 
 
-def _labels(pieces, loss_on):
+def _labels(pieces: Sequence[Piece], loss_on: str) -> list[int]:
     """Labels aligned with the ids. The very first id is predicted from nothing and never counts."""
     last = len(pieces) - 1
-    labels = []
+    labels: list[int] = []
     for number, (ids, part) in enumerate(pieces):
         counted = loss_on == "all" or part == ANSWER and (loss_on == "answer" or number == last)
         labels += ids if counted else [IGNORED] * len(ids)
     return [IGNORED, *labels[1:]]
 
 
-def shown(tokenizer, ids):
+def shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of ids with their control tokens, also those that the tokenizer's own decode leaves out."""
     tokens = tokenizer.convert_ids_to_tokens(ids)
     hidden = [bool(token.strip("▁")) and not tokenizer.decode([id_]) for token, id_ in zip(tokens, ids, strict=True)]
@@ -145,7 +169,7 @@ def shown(tokenizer, ids):
     return text + tokenizer.decode(ids[start:])
 
 
-def template_text(tokenizer, prompt, style):
+def template_text(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> str:
     """A fixed conversation as this style renders it: what the manifest keeps, and what must not change."""
     turns = [
         Turn("system", "{system}"),

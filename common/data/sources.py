@@ -1,32 +1,40 @@
 """Records out of files, each with its line number: JSON array, JSON lines, CSV, TSV or Parquet, told by content."""
 
+from __future__ import annotations
+
 import codecs
 import csv
 import json
 import lzma
 import re
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
 from common.errors import UserError
 
-BLANKS = re.compile(r"[ \t\n\r]*")
+BLANKS = re.compile(r"[ \t\n\r]+")
 DECODER = json.JSONDecoder()
 BLOCK = 1 << 18  # bytes of a JSON array read at a time
-LONGEST_TOKEN = 16  # characters; a JSON error farther from the end of what was read is no matter of reading on
+LONGEST_TOKEN = 16  # characters; a JSON error farther from the end of what was read does not go away by reading on
 
 
 class Record(NamedTuple):
-    """One row as the file has it. `problem` says why it could not be read; then `value` is the raw text."""
+    """One row as the file has it.
+
+    `problem` says why it could not be read, and `kind` (a key of DEFECTS) of which kind it is; then `value` is the raw
+    text or the raw cells.
+    """
 
     line: int
-    value: object
+    value: Any
     problem: str = ""
+    kind: str = ""
 
 
-def read_records(path):
+def read_records(path: str) -> Iterator[Record]:
     """Yield the Records of a local file or any fsspec URL, compressed or not, with a BOM or not.
 
     One unreadable line becomes a Record with a problem; a file that cannot be trusted beyond a point (not UTF-8, a
@@ -41,7 +49,8 @@ def read_records(path):
         raise UserError(f"{path}: 无法打开 cannot be opened: {problem}") from None
 
 
-def _records(file, path):
+def _records(file: BinaryIO, path: str) -> Iterator[Record]:
+    """The Records of an open file, by a reader of its format."""
     head = file.read(4)
     file.seek(0)
     if head == b"PAR1":
@@ -58,7 +67,7 @@ def _records(file, path):
     return _table(lines, path)
 
 
-def _first_byte(file):
+def _first_byte(file: BinaryIO) -> bytes:
     """The first byte of a file that is neither BOM nor blank; the file is at its start afterwards."""
     found = b""
     while not found and (block := file.read(4096)):
@@ -70,18 +79,22 @@ def _first_byte(file):
 class _Lines:
     """Text lines of a binary file, decoded one by one; `number` counts the lines handed out."""
 
-    def __init__(self, file, path):
-        self.file, self.path, self.number, self.pushed = iter(file), path, 0, []
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self.file = iter(file)
+        self.path = path
+        self.number = 0
+        self.pushed: list[str] = []
 
-    def push_back(self, line):
+    def push_back(self, line: str) -> None:
+        """Hand out the last line once more."""
         if line:
             self.pushed.append(line)
             self.number -= 1
 
-    def __iter__(self):
+    def __iter__(self) -> _Lines:
         return self
 
-    def __next__(self):
+    def __next__(self) -> str:
         self.number += 1
         if self.pushed:
             return self.pushed.pop()
@@ -95,11 +108,13 @@ class _Lines:
 class _Blocks:
     """Text of a binary file, decoded a block at a time: one line may be the whole file."""
 
-    def __init__(self, file, path):
-        self.file, self.path, self.line = file, path, 1
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self.file = file
+        self.path = path
+        self.line = 1  # of the end of what was read
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
-    def read(self, size):
+    def read(self, size: int) -> str:
         """The text of up to `size` further bytes; "" at the end."""
         text = ""
         while not text and (raw := self.file.read(size)):
@@ -110,13 +125,14 @@ class _Blocks:
             self.line += raw.count(b"\n")
         return text
 
-    def _not_utf8(self, problem):
+    def _not_utf8(self, problem: UnicodeDecodeError) -> UserError:
         line = self.line + problem.object.count(b"\n", 0, problem.start)
         raw = problem.object[problem.object.rfind(b"\n", 0, problem.start) + 1 :].split(b"\n")[0]
         return UserError(f"{self.path}:{line}: {_encoding_of(raw)}")
 
 
-def _encoding_of(raw):
+def _encoding_of(raw: bytes) -> str:
+    """What is said of bytes that are not UTF-8: which encoding they may be in."""
     for name in ("gb18030", "big5"):
         try:
             codecs.getincrementaldecoder(name)().decode(raw)  # the last character may be cut off
@@ -126,22 +142,28 @@ def _encoding_of(raw):
     return f"不是 UTF-8 not UTF-8: {raw[:40]!r}"
 
 
-def _json_lines(lines):
+def _json_lines(lines: _Lines) -> Iterator[Record]:
     for text in lines:
         if not text.strip():
             continue
         try:
             yield Record(lines.number, json.loads(text))
         except ValueError as problem:
-            yield Record(lines.number, text.rstrip("\n"), f"JSON 行有误 broken JSON line: {problem}; one object a line")
+            reason = f"JSON 行有误 broken JSON line: {problem}; one object a line"
+            yield Record(lines.number, text.rstrip("\n"), reason, kind="broken-json")
 
 
-def _json_array(blocks):
-    """The elements of one JSON array, decoded one at a time, so that the file is never a tree in memory."""
+def _json_array(blocks: _Blocks) -> Iterator[Record]:
+    """The elements of one JSON array, decoded one at a time, so that the file is never a tree in memory.
+
+    ijson 3.6 would be as fast. It does not tell an element's line, its fast reader fails at integers over 64 bits and
+    reads half a character (a lone surrogate) as "?", and its own words about an error name no line.
+    """
     text, start, line = "", 0, 1
     place = "before"  # the array; then at an "element", "after" one, and "behind" the array
     while True:
-        skipped = BLANKS.match(text, start).end()
+        blanks = BLANKS.match(text, start)
+        skipped = blanks.end() if blanks else start
         line += text.count("\n", start, skipped)
         start = skipped
         if start == len(text):
@@ -171,7 +193,7 @@ def _json_array(blocks):
             line, start, place = line + text.count("\n", start, end), end, "after"
 
 
-def _element(text, start, blocks, line):
+def _element(text: str, start: int, blocks: _Blocks, line: int) -> tuple[Any, str, int, int]:
     """(value, text, start, end) of the element at text[start:end]; more is read where it is not whole."""
     size = BLOCK
     while True:
@@ -191,13 +213,13 @@ def _element(text, start, blocks, line):
         text, start, size = text[start:] + added, 0, size * 2
 
 
-def _is_broken(problem, text):
+def _is_broken(problem: ValueError, text: str) -> bool:
     """Whether a JSON error stays an error whatever follows `text`."""
     at = getattr(problem, "pos", len(text))
     return at < len(text) - LONGEST_TOKEN and "Unterminated string" not in str(problem)
 
 
-def _table(lines, path):
+def _table(lines: _Lines, path: str) -> Iterator[Record]:
     """Rows of a CSV or TSV file as dicts of text, by its header."""
     csv.field_size_limit(2**31 - 1)
     header_line = next(lines, "")
@@ -216,12 +238,13 @@ def _table(lines, path):
             if len(cells) == len(header):
                 yield Record(where, dict(zip(header, cells, strict=True)))
             elif cells:
-                yield Record(where, cells, f"{len(header)} 列 columns expected, {len(cells)} found")
+                reason = f"{len(header)} 列 columns expected, {len(cells)} found"
+                yield Record(where, cells, reason, kind="columns")
     except csv.Error as problem:
         raise UserError(f"{path}:{line + 1}: CSV 有误 broken CSV: {problem}") from None
 
 
-def _parquet(file):
+def _parquet(file: BinaryIO) -> Iterator[Record]:
     import pyarrow.parquet
 
     number = 0

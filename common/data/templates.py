@@ -1,10 +1,18 @@
 """A prompt style as other programs' templates, read off the family's own renderer and compared with it."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
 from common.data.turns import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.data.family import Family
 
 SYSTEM, ASKED, ANSWERED, AGAIN = "{system}", "{question 1}", "{answer 1}", "{question 2}"
 MODELFILE = (
@@ -30,13 +38,14 @@ class Layout(NamedTuple):
     header: str  # before any later question
     ask: str  # between question and answer
     end: str  # behind an answer
-    default: str  # the system text that `first` holds, as some families' templates have one
+    default: str  # the system text in `first`: some templates give one to conversations without
 
 
-def layout(tokenizer, prompt, style):
+def layout(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> Layout | None:
     """The Layout of a style, or None where constant texts cannot express it (numbered rounds)."""
 
-    def split(turns, *marks):
+    def split(turns: Sequence[Turn], *marks: str) -> list[str]:
+        """The rendered turns, split at the marks."""
         text = tokenizer.decode(_ids(tokenizer, prompt, style, turns), skip_special_tokens=False)
         found = []
         for mark in marks:
@@ -62,14 +71,14 @@ def layout(tokenizer, prompt, style):
     return None
 
 
-def chat_template(tokenizer, prompt, style):
-    """A Jinja chat template that gives this style's very ids: the tokenizer's own, one made here, or None."""
+def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> str | None:
+    """A Jinja chat template that gives exactly the ids of this style: the tokenizer's own, one made here, or None."""
     made = layout(tokenizer, prompt, style)
     candidates = [tokenizer.chat_template] + ([_jinja(made)] if made else [])
     return next((found for found in candidates if found and _renders_alike(tokenizer, prompt, style, found)), None)
 
 
-def modelfile(tokenizer, prompt, style):
+def modelfile(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> str | None:
     """An Ollama Modelfile for a folder in this style, or None where Ollama's template cannot express it."""
     made = layout(tokenizer, prompt, style)
     if made is None:
@@ -81,12 +90,13 @@ def modelfile(tokenizer, prompt, style):
     return text + "".join(f'PARAMETER stop "{stop}"\n' for stop in stops)
 
 
-def _jinja(made):
+def _jinja(made: Layout) -> str:
     """`made` as a Jinja template; a later question's header follows the end of the answer before it."""
     return JINJA.format(**{name: repr(text) for name, text in made._asdict().items()})
 
 
-def _renders_alike(tokenizer, prompt, style, template):
+def _renders_alike(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str, template: str) -> bool:
+    """Whether the template gives the ids of `prompt.render`, in three conversations."""
     rounds = [Turn("user", "你好"), Turn("assistant", "您好。"), Turn("user", "1+1="), Turn("assistant", "2")]
     conversations = [rounds[:1], rounds[:3], [*rounds, Turn("user", "谢谢")]]
     return all(
@@ -94,7 +104,8 @@ def _renders_alike(tokenizer, prompt, style, template):
     )
 
 
-def _rendered(tokenizer, template, turns):
+def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Turn]) -> list[int] | None:
+    """The ids a Jinja template gives, or None where it refuses the turns."""
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
         return tokenizer.apply_chat_template(
@@ -104,5 +115,5 @@ def _rendered(tokenizer, template, turns):
         return None
 
 
-def _ids(tokenizer, prompt, style, turns):
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str, turns: Sequence[Turn]) -> list[int]:
     return [id_ for piece in prompt.render(tokenizer, turns, style) for id_ in piece.ids]

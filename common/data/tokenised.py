@@ -1,59 +1,87 @@
 """A file's rows as ids and labels, made once and kept in a cache under a hash of all that shapes them."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
 from common.data import render, workers
 from common.data.conversations import conversations_in
-from common.data.sources import read_records
+from common.data.render import Sample
+from common.data.sources import Record, read_records
+from common.data.turns import Conversation, Unusable
 from common.errors import UserError
 from common.files import file_hash, line_of, stream_jsonl
+from common.knobs import IDS
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset, Features
+    from transformers import PreTrainedTokenizerBase
+
+    from common.config import SFTConfig
+    from common.data.family import Family
 
 CHUNK = 1000  # rows tokenised at a time: what a process is handed, and a record batch of rows.arrow
 
 
-class Rejected(Sequence):
-    """The rows left out, one dict each: where, reason, row. They stay in their files and are read when asked for."""
+class Rejected:
+    """The rows left out. They stay in their files and are read when asked for."""
 
-    def __init__(self, files=()):
+    def __init__(self, files: Iterable[tuple[Path, int]] = ()) -> None:
         self.files = list(files)  # (path of a rejected.jsonl, its rows)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return sum(count for _, count in self.files)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Unusable]:
         for path, _ in self.files:
-            yield from stream_jsonl(path)
+            yield from (Unusable(**row) for row in stream_jsonl(path))
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> Unusable:
         return list(islice(self, number, number + 1))[0]
 
 
-def tokenizer_hash(tokenizer):
+class Tokenised(NamedTuple):
+    """One file of `--data_path`, ready to train on."""
+
+    rows: Dataset  # input_ids, labels, length (in ids), cut (whether the prompt was) and where (file:line)
+    source: dict[str, Any]  # path, sha256, and how many: rows, kept, cut (rows), tokens, supervised (ids)
+    rejected: Rejected
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of what decides a tokenizer's ids, hex."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         state = sorted(tokenizer.get_vocab().items())
     else:
         state = json.loads(backend.to_str())
-        state.pop("padding"), state.pop("truncation")
+        del state["padding"]
+        del state["truncation"]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
-    """(dataset, source, rejected) of one file, from the cache where its content and all that shapes it are the same."""
+def tokenised(
+    path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, tokenizer_id: str, prompt: Family
+) -> Tokenised:
+    """One file, from the cache where its content and all that shapes its ids are the same.
+
+    tokenizer_id: `tokenizer_hash` of the tokenizer. UserError where the file cannot be read, or with `cfg.strict` a
+    row cannot be used.
+    """
     from datasets import Dataset
 
     content = file_hash(path)
-    key = _cache_key(path, content, cfg, tokenizer_id, prompt)
-    folder = Path(cfg.cache_dir).expanduser() / key
+    folder = Path(cfg.cache_dir).expanduser() / cache_key(path, content, cfg, tokenizer_id, prompt)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # the other processes of a run wait here and find the work done
         if not folder.exists():
@@ -61,32 +89,27 @@ def tokenised(path, cfg, tokenizer, tokenizer_id, prompt):
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     rejected = Rejected([(folder / "rejected.jsonl", record["rows"] - record["kept"])])
     if cfg.strict and rejected:
-        raise UserError(f"{rejected[0]['where']}: {rejected[0]['reason']} (--strict)")
-    return Dataset.from_file(str(folder / "rows.arrow")), {"path": path, "sha256": content, **record}, rejected
+        raise UserError(f"{rejected[0].where}: {rejected[0].reason} (--strict)")
+    source = {"path": path, "sha256": content, **record}
+    return Tokenised(Dataset.from_file(str(folder / "rows.arrow")), source, rejected)
 
 
-def _cache_key(path, content, cfg, tokenizer_id, prompt):
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(prompt.__file__)]
+def cache_key(path: str, content: str, cfg: SFTConfig, tokenizer_id: str, prompt: Family) -> str:
+    """Name of a file's folder in the cache: a hash of all that its rows' ids, labels and reasons depend on."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(str(prompt.__file__))]
     code = [file.read_text(encoding="utf-8") for file in files]
-    knobs = [cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a, cfg.model_name, cfg.model_author]
+    knobs = {name: getattr(cfg, name) for name in sorted(IDS)}
     parts = [path, content, tokenizer_id, code, knobs]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _tokenise(path, cfg, tokenizer, prompt, folder):
+def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family, folder: Path) -> None:
     """Write rows.arrow, rejected.jsonl and record.json into `folder`, which appears only when all three are whole."""
-    from datasets import Features, Value
-    from datasets import List as ListOf
     from datasets.arrow_writer import ArrowWriter
     from tqdm import tqdm
 
-    features = Features(
-        input_ids=ListOf(Value("int32")),
-        labels=ListOf(Value("int32")),
-        length=Value("int32"),
-        cut=Value("bool"),
-        where=Value("string"),
-    )
+    features = _features()
+    schema = features.arrow_schema
     counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
     records = read_records(path)
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
@@ -98,7 +121,6 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
             (draft / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as rejected,
             tqdm(desc="编码 tokenising", unit="row", leave=False) as bar,
         ):
-            schema = features.arrow_schema
             for table, left_out, counted in workers.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt):
                 writer.write_table(table)
                 rejected.writelines(left_out)
@@ -109,48 +131,72 @@ def _tokenise(path, cfg, tokenizer, prompt, folder):
         draft.rename(folder)
 
 
-def _encode(records, path, schema, cfg, tokenizer, prompt):
+def _features() -> Features:
+    """The columns of rows.arrow."""
+    from datasets import Features, Value
+    from datasets import List as ListOf
+
+    return Features(
+        input_ids=ListOf(Value("int32")),
+        labels=ListOf(Value("int32")),
+        length=Value("int32"),
+        cut=Value("bool"),
+        where=Value("string"),
+    )
+
+
+def _encode(
+    records: list[Record],
+    path: str,
+    schema: pyarrow.Schema,
+    cfg: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Family,
+) -> tuple[pyarrow.Table, list[str], Counter[str]]:
     """(table of samples, lines of rejected.jsonl, counts) of some Records of a file."""
     import pyarrow
 
-    columns, rejected, counts = {name: [] for name in schema.names}, [], Counter()
+    columns: dict[str, list] = {name: [] for name in schema.names}
+    rejected: list[str] = []
+    counts: Counter[str] = Counter()
     found = (row for record in records for row in conversations_in(record, path, cfg))
-    for row in _lessons(found, prompt.ONE_ANSWER and cfg.loss_on == "answer"):
-        _put_row(*row, cfg, tokenizer, prompt, columns, rejected, counts)
+    for row in lessons(found, prompt.ONE_ANSWER and cfg.loss_on == "answer"):
+        counts["rows"] += 1
+        sample = _sample_of(row, cfg, tokenizer, prompt)
+        if isinstance(sample, Unusable):
+            rejected.append(line_of(sample._asdict()))
+            continue
+        length = len(sample.input_ids)
+        counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(render.IGNORED))
+        for name, value in {**sample._asdict(), "length": length, "where": row.where}.items():
+            columns[name].append(value)
     return pyarrow.table(columns, schema), rejected, counts
 
 
-def _lessons(rows, one_answer):
+def lessons(rows: Iterable[Conversation | Unusable], one_answer: bool) -> Iterator[Conversation | Unusable]:
     """The rows; with `one_answer` a conversation gives one for each of its answers, which ends there."""
-    for where, found, reason in rows:
-        answers = [number for number, turn in enumerate(found, 1) if turn.role == "assistant"] if not reason else []
-        for end in answers if one_answer and answers else [None]:
-            yield where, found if end is None else found[:end], reason
+    for row in rows:
+        if not one_answer or isinstance(row, Unusable) or row.turns[-1].role == "text":
+            yield row
+            continue
+        for end, turn in enumerate(row.turns, 1):
+            if turn.role == "assistant":
+                yield Conversation(row.where, row.turns[:end])
 
 
-def _put_row(where, found, reason, cfg, tokenizer, prompt, columns, rejected, counts):
-    """Put one row where it belongs, among the samples or the rejected, and count it."""
-    counts["rows"] += 1
-    sample, reason = (None, reason) if reason else _sample_of(found, cfg, tokenizer, prompt)
-    if reason:
-        rejected.append(line_of({"where": where, "reason": reason, "row": found}))
-        return
-    length = len(sample.input_ids)
-    counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(render.IGNORED))
-    row = {"input_ids": sample.input_ids, "labels": sample.labels, "length": length}
-    row |= {"cut": sample.cut, "where": where}
-    for name, value in row.items():
-        columns[name].append(value)
-
-
-def _sample_of(turns, cfg, tokenizer, prompt):
-    """(Sample, None), or (None, why the row cannot be trained on)."""
+def _sample_of(
+    row: Conversation | Unusable, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family
+) -> Sample | Unusable:
+    """A row as ids and labels, or why it cannot be trained on."""
+    if isinstance(row, Unusable):
+        return row
     try:
         sample = render.training_sample(
-            tokenizer, prompt, turns, cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a
+            tokenizer, prompt, row.turns, cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a
         )
-    except render.TooLong as problem:
-        return None, str(problem)
+    except render.TooLongError as problem:
+        return Unusable(row.where, problem.reason, row.turns, problem.kind)
     if sample.labels.count(render.IGNORED) == len(sample.labels):
-        return None, "没有可训练的 token no id of the row is supervised"
-    return sample, None
+        reason = "没有可训练的 token no id of the row is supervised"
+        return Unusable(row.where, reason, row.turns, kind="unsupervised")
+    return sample

@@ -1,27 +1,32 @@
 """Chunks of work given to several processes, their results in order, never more than a few chunks in memory."""
 
+from __future__ import annotations
+
 import importlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
+from typing import Any
 
 from common.errors import UserError
 
-ALONE = 8  # chunks this process works through before it starts others, which takes seconds
+ALONE = 8  # chunks this process works through before it starts others: starting them takes seconds
 MOST = 16  # processes
 
-_arguments = ()  # of a worker: what `function` takes after the chunk
+_arguments: Sequence[Any] = ()  # of a worker: what `function` takes after the chunk
 
 
-def map_chunks(function, chunks, *arguments):
-    """Yield function(chunk, *arguments) of each chunk, in order; all of it is pickled, but for modules.
+def map_chunks(function: Callable[..., Any], chunks: Iterable, *arguments: Any) -> Iterator[Any]:
+    """Yield function(chunk, *arguments) of each chunk, in order.
 
-    Few chunks are worked through here, the rest by a process a core. UserError where one of them dies.
+    The first ALONE chunks are worked through here, the others by one process a core. They get function, chunk and
+    arguments pickled, except modules, which they import by name. UserError where one of them dies.
     """
     chunks = iter(chunks)
     for chunk in islice(chunks, ALONE):
@@ -36,18 +41,20 @@ def map_chunks(function, chunks, *arguments):
         yield from _by_processes(function, chunks, arguments, count)
 
 
-def cores():
+def cores() -> int:
     """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _by_processes(function, chunks, arguments, count):
+def _by_processes(
+    function: Callable[..., Any], chunks: Iterable, arguments: Sequence[Any], count: int
+) -> Iterator[Any]:
     """Processes are spawned, not forked: this one has threads, a model, perhaps a CUDA context."""
     names = [argument.__name__ if isinstance(argument, type(os)) else None for argument in arguments]
     values = [None if name else argument for name, argument in zip(names, arguments, strict=True)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _start_worker, (names, values)) as pool:
-        waiting = deque()
+        waiting: deque[Future] = deque()
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(_work, function, chunk))
@@ -63,7 +70,7 @@ def _by_processes(function, chunks, arguments, count):
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(names, values):
+def _start_worker(names: list[str | None], values: list[Any]) -> None:
     """Make a new process ready: its arguments, Ctrl-C left to the parent, and an end when the parent is gone."""
     global _arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -72,10 +79,12 @@ def _start_worker(names, values):
     _arguments = [importlib.import_module(n) if n else v for n, v in zip(names, values, strict=True)]
 
 
-def _end_with_parent():
-    multiprocessing.parent_process().join()
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
     os._exit(1)
 
 
-def _work(function, chunk):
+def _work(function: Callable[..., Any], chunk: Any) -> Any:
     return function(chunk, *_arguments)

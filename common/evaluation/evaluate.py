@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from common import distributed, files, launch
 from common.data import conversations
+from common.data.turns import Conversation
 from common.errors import UserError
 from common.evaluation import intervals, metrics, overlap
 from common.evaluation.report import ROW_METRIC, WORST, changes, heads, metric_rows, overlap_text, write
@@ -29,9 +30,7 @@ def held_out_rows(cfg, rows=None):
     wanted = set(rows.validation["where"]) if rows is not None else set()
     paths = [conversations.split_sample(spec)[0] for spec in cfg.data_path] if wanted else []
     found = (row for path in paths for row in conversations.questions(path, cfg))
-    return list(
-        islice(((where, turns) for where, turns, reason in found if not reason and where in wanted), cfg.eval_rows)
-    )
+    return list(islice((row for row in found if isinstance(row, Conversation) and row.where in wanted), cfg.eval_rows))
 
 
 def rows_to_score(cfg, limit):
@@ -42,7 +41,7 @@ def rows_to_score(cfg, limit):
         specs = manifest["config"]["eval_data_path"]
     rows, left_out = conversations.held_out(cfg, specs, limit)
     for row in left_out:
-        print(f"不评估 not scored: {row['where']}: {row['reason']}")
+        print(f"不评估 not scored: {row.where}: {row.reason}")
     if not rows:
         raise UserError(
             f"{' '.join(specs)}: 没有可评估的数据 there is no row to score; give a held-out file by --data_path"

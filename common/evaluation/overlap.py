@@ -1,9 +1,9 @@
 """Rows to be scored that the training files hold too: such a score says what was remembered, not what was learnt."""
 
-from types import SimpleNamespace
-
 from common import files
+from common.config import SFTConfig
 from common.data import conversations
+from common.data.turns import Conversation
 from common.errors import UserError
 
 
@@ -20,7 +20,8 @@ def count(manifest, rows, apart=False):
             wanted.setdefault(_key(kept), set()).add(number)
     own = {where for where, _ in rows} if apart else set()
     trained, unread = set(), []
-    knobs = SimpleNamespace(**{name: manifest["config"][name] for name in ("model_name", "model_author")})
+    trained_with = manifest["config"]
+    knobs = SFTConfig(model_name=tuple(trained_with["model_name"]), model_author=tuple(trained_with["model_author"]))
     for source in manifest["data"]:
         try:
             same = files.file_hash(source["path"]) == source["sha256"]
@@ -29,9 +30,9 @@ def count(manifest, rows, apart=False):
         if not same:
             unread.append(source["path"])
             continue
-        for where, turns, reason in conversations.conversations(source["path"], knobs):
-            if reason is None and where not in own:
-                trained |= _keys_of(turns) & wanted.keys()
+        for row in conversations.conversations(source["path"], knobs):
+            if isinstance(row, Conversation) and row.where not in own:
+                trained |= _keys_of(row.turns) & wanted.keys()
     questions, whole = ({number for key in trained if key[0] == kind for number in wanted[key]} for kind in "qa")
     return {"questions": len(questions), "rows": len(whole), "unread": unread}
 

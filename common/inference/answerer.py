@@ -56,7 +56,7 @@ class Answerer:
         """The ids the model is asked with; UserError where even the headers do not fit."""
         try:
             return render.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)[0]
-        except render.TooLong as problem:
+        except render.TooLongError as problem:
             raise UserError(str(problem)) from None
 
     def __call__(self, conversations, sampling, base=False):

@@ -46,7 +46,7 @@ def print_prompt(cfg, prompt, question, system=""):
     turns = [*_system(system), Turn("user", question)]
     try:
         ids, _ = render.prompt_ids(tokenizer, prompt, turns, trained["prompt_style"], trained["max_length_q"])
-    except render.TooLong as problem:
+    except render.TooLongError as problem:
         raise UserError(str(problem)) from None
     text = render.shown(tokenizer, ids)
     print(json.dumps({"text": text, "input_ids": ids}, ensure_ascii=False))

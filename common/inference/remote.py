@@ -68,7 +68,7 @@ class Remote:
         """The open response to a completion of the conversation."""
         try:
             ids, _ = render.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
-        except render.TooLong as problem:
+        except render.TooLongError as problem:
             raise UserError(str(problem)) from None
         body, refused = self._body(sampling, base) | {"stream": stream}, None
         if not self.as_text:

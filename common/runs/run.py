@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from common import distributed, files
 from common.errors import UserError
 from common.files import write_json
+from common.knobs import FREE, SHAPING
 from common.launch import rank
 from common.model import verify
 from common.runs.checkpoints import is_whole, last_whole_checkpoint
@@ -21,17 +22,6 @@ from common.runs.manifest import MANIFEST, describe, read_manifest
 DRAFT = "adapter.part"
 DISK_FULL = re.compile(
     "No space left|File too large|Disk quota|os error (27|28|122)|PytorchStreamWriter|unexpected pos"
-)
-# knobs that may change between a stop and a resume without changing what is trained
-FREE = set(
-    "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
-    "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
-    "repetition_penalty num_beams eval_batch_size host port deepspeed given".split()
-)
-# without the same of these, a checkpoint's weights do not load
-SHAPING = set(
-    "base tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules "
-    "modules_to_save".split()
 )
 
 
@@ -80,7 +70,7 @@ def _open(folder, manifest, resume, rows, resume_anyway):
         lock.release()
         raise
     write_json(folder / MANIFEST, manifest)
-    files.write_jsonl(folder / "rejected.jsonl", rows.rejected)
+    files.write_jsonl(folder / "rejected.jsonl", (row._asdict() for row in rows.rejected))
     return lock, checkpoint
 
 
@@ -169,11 +159,12 @@ def _check_same(earlier, manifest, checkpoint, anyway):
         name: f"{old.get(name)} → {new.get(name)}" for name in sorted(old | new) if old.get(name) != new.get(name)
     }
     told = "; ".join(f"{name}: {values}" for name, values in changed.items())
-    if anyway and changed and not changed.keys() & SHAPING:
+    unloadable = changed.keys() & (SHAPING | {"base"})
+    if anyway and changed and not unloadable:
         print(f"照样继续 resuming although data or options differ: {told}")
         manifest["resumed_anyway"] = changed
     elif changed:
-        way_out = "" if changed.keys() & SHAPING else "--resume_anyway 照样继续 resumes all the same, "
+        way_out = "" if unloadable else "--resume_anyway 照样继续 resumes all the same, "
         raise UserError(
             f"{checkpoint}: 数据或参数变了 data or options differ from that run ({told}); "
             f"{way_out}--resume never 重新开始 starts anew and keeps the old files"

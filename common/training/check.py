@@ -1,5 +1,7 @@
 """What train.py --check does: judges every row, shows what the loss sees, tries the heaviest step, gives a verdict."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -7,18 +9,31 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
 from common.data import conversations, dataset, tokenised
+from common.data.defects import DEFECTS
 from common.data.render import IGNORED
+from common.data.turns import Conversation, Turn, Unusable
 from common.errors import UserError, is_out_of_memory
 from common.launch import world_size
 from common.training import rehearsal, tuning
 from common.training.check_report import show_rows, show_step, show_verdict
 
+if TYPE_CHECKING:
+    import pyarrow
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.config import SFTConfig, TrainFlags
+    from common.data.dataset import TrainingData
+    from common.data.family import Family
+    from common.data.tokenised import Tokenised
+
+Report = dict[str, Any]  # what --json prints
 SAMPLES = 3  # rows shown with their mask
 PERCENTS = (50, 90, 95, 99, 100)
 STEPS = 2  # of a rehearsal; the first is not timed
@@ -37,41 +52,9 @@ class Finding(NamedTuple):
     bad: bool = True
 
 
-# words of the reason why a row was left out: (kind, what was expected, remedy); the first that fits is taken
-REASONS = {
-    "broken JSON line": ("broken line", "one whole JSON object a line", "repair or delete the line"),
-    "columns expected": ("broken line", "as many cells as the header", "repair or delete the line, quote commas"),
-    "an object expected": ("wrong type", "a JSON object with named fields", "write the row as {…}"),
-    "unknown keys": ("unknown keys", "the keys of a known shape", "rename the keys as README's Data section shows"),
-    "ambiguous keys": ("ambiguous keys", "the keys of one shape", "remove the keys that are not meant"),
-    "multiple-choice": ("unknown keys", "a question and an answer", "score with it, do not train on it"),
-    "is not filled": ("identity", "a value for each placeholder", "--model_name 小黄 'Xiao Huang' --model_author …"),
-    "there is no question": ("no question", "a question and its answer", "add them or delete the row"),
-    "the first turn must": (
-        "turn order",
-        "user, assistant, user, assistant, …",
-        "delete what stands before a question",
-    ),
-    "the last turn must": ("turn order", "an answer at the end", "add the answer or delete the last question"),
-    "must be user": ("turn order", "user, assistant, user, assistant, …", "join or delete turns said in a row"),
-    "must be assistant": ("turn order", "user, assistant, user, assistant, …", "join or delete turns said in a row"),
-    "unknown role": ("wrong type", "a known role", "rename the role"),
-    "must be": ("wrong type", "text, or a list where the shape has one", "write the value as the shape asks"),
-    "expected, found": ("wrong type", "an utterance with its role and text", "write it as the shape asks"),
-    "empty": ("empty", "text that can be seen", "write it or delete the row"),
-    "only blanks": ("empty", "text that can be seen", "write it or delete the row"),
-    "half a character": ("broken text", "whole characters", "repair the text where it was cut"),
-    "--max_length_a": ("over-long", "an answer within --max_length_a", "a larger --max_length_a or a shorter answer"),
-    "--max_length_q": (
-        "masked",
-        "room for the question: else every label of the row is masked",
-        "a larger --max_length_q or a shorter system text",
-    ),
-    "is supervised": ("masked", "an id that the loss counts", "look at the row's answer and at --loss_on"),
-}
-
-
-def run(cfg, flags, base, tokenizer, prompt):
+def run(
+    cfg: SFTConfig, flags: TrainFlags, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Family
+) -> None:
     """Print what --check found, with `flags.json` as one JSON object; SystemExit(1) where the verdict is bad."""
     if world_size() > 1:
         raise UserError(
@@ -92,28 +75,28 @@ def run(cfg, flags, base, tokenizer, prompt):
         raise SystemExit(1)
 
 
-def examine(cfg, tokenizer, prompt):
-    """(Rows or None where nothing can be trained on, the report about every row of data_path and eval_data_path)."""
+def examine(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> tuple[TrainingData | None, Report]:
+    """(what there is to train on or None, the report about every row of data_path and eval_data_path)."""
     cfg = replace(cfg, strict=False, max_dropped=1.0)
     files, findings = _files(cfg, tokenizer, prompt)
-    lost = {row["where"] for _, _, rejected in files for row in rejected}
-    known, asked, same = {}, set(), []
-    findings += _judge_texts(cfg, lost, tokenizer, known, asked, same)
-    overlap = _held_out_overlap(cfg, known, asked, findings)
+    lost = {row.where for file in files for row in file.rejected}
+    texts, told = _judge_texts(cfg, lost, tokenizer)
+    overlap, unfit = _held_out_overlap(cfg, texts)
+    findings += told + unfit
+    rows: TrainingData | None = None
     try:
         rows = dataset.prepare(cfg, tokenizer, prompt)
     except UserError as problem:
-        rows = None
         if not findings:
             findings.append(_unreadable(problem))
     validation = set(rows.validation["where"]) if rows else set()
-    straddling = [pair for pair in same if len(validation & set(pair)) == 1]
+    straddling = [pair for pair in texts.same if len(validation & set(pair)) == 1]
     findings += [_on_both_sides(first, second) for first, second in straddling]
-    sources = [source for _, source, _ in files]
-    totals = {name: sum(source[name] for source in sources) for name in ("rows", "kept", "cut", "tokens", "supervised")}
-    report = {
+    counted = ("rows", "kept", "cut", "tokens", "supervised")
+    totals = {name: sum(file.source[name] for file in files) for name in counted}
+    report: Report = {
         "rows": {name: totals[name] for name in ("rows", "kept", "cut")}
-        | {"dropped": totals["rows"] - totals["kept"], "duplicates": len(same)}
+        | {"dropped": totals["rows"] - totals["kept"], "duplicates": len(texts.same)}
         | ({"train": len(rows.train), "validation": len(rows.validation)} if rows else {}),
         "overlap": overlap | {"validation": len(straddling)},
         **_shares(files, totals, set(prompt.stop_ids(tokenizer, cfg.prompt_style))),
@@ -124,62 +107,68 @@ def examine(cfg, tokenizer, prompt):
     return rows, report
 
 
-def _files(cfg, tokenizer, prompt):
-    """[(tokenised dataset, source, rejected)] of the readable files of data_path; the Findings of their rows."""
-    files, findings, tokenizer_id = [], [], tokenised.tokenizer_hash(tokenizer)
+def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> tuple[list[Tokenised], list[Finding]]:
+    """The readable files of data_path, and the Findings of their rows."""
+    files: list[Tokenised] = []
+    findings: list[Finding] = []
+    tokenizer_id = tokenised.tokenizer_hash(tokenizer)
     for path in dict.fromkeys(conversations.split_sample(spec)[0] for spec in cfg.data_path):
         try:
             files.append(tokenised.tokenised(path, cfg, tokenizer, tokenizer_id, prompt))
         except UserError as problem:
             findings.append(_unreadable(problem))
             continue
-        rows, _, rejected = files[-1]
-        findings += [_left_out(row["where"], row["reason"]) for row in rejected]
+        rows = files[-1].rows
+        findings += [_left_out(row) for row in files[-1].rejected]
         findings += [_cut(cfg, where) for where, cut in zip(rows["where"], rows["cut"], strict=True) if cut]
     return files, findings
 
 
-def _left_out(where, reason):
-    kind, expected, remedy = next(
-        (said for words, said in REASONS.items() if words in reason), ("unusable", "a known shape", "see README, Data")
-    )
-    return Finding(where, kind, reason, expected, remedy)
+def _left_out(row: Unusable) -> Finding:
+    defect = DEFECTS[row.kind]
+    return Finding(row.where, defect.group, row.reason, defect.expected, defect.remedy)
 
 
-def _unreadable(problem):
+def _unreadable(problem: UserError) -> Finding:
     where, _, found = str(problem).partition(": ")
     return Finding(where, "unreadable file", found, "a whole file in UTF-8", "repair it or check the path")
 
 
-def _cut(cfg, where):
+def _cut(cfg: SFTConfig, where: str) -> Finding:
     found = "提问太长，中间或最早的轮次被截去 older turns or the question's middle are cut"
     return Finding(
         where, "cut", found, f"a prompt within --max_length_q {cfg.max_length_q}", "a larger --max_length_q", bad=False
     )
 
 
-def _on_both_sides(first, second):
+def _on_both_sides(first: str, second: str) -> Finding:
     found = f"训练与验证各有一份 in training and in validation: {first} and {second}"
     return Finding(second, "validation overlap", found, "each row on one side", "delete one of the two", bad=False)
 
 
-def _judge_texts(cfg, lost, tokenizer, known, asked, same):
-    """Findings about what rows say: repeated rows, typed control tokens.
+class Texts(NamedTuple):
+    """What the usable rows of data_path say, as digests."""
 
-    Fills `known` {digest of a row: where}, `asked` {digest of a question} and `same` [(first, again)].
-    """
+    known: dict[bytes, str]  # digest of a row: where it stands first
+    asked: set[bytes]  # digests of the questions
+    same: list[tuple[str, str]]  # (where a row stands first, where again)
+
+
+def _judge_texts(cfg: SFTConfig, lost: set[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Texts, list[Finding]]:
+    """The Texts of the rows whose `where` is not in `lost`; Findings of repeated rows and typed control tokens."""
+    texts = Texts({}, set(), [])
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     control = re.compile("|".join([*map(re.escape, special), r"<\|\w+\|>"]))  # the last: what most templates use
-    findings = []
+    findings: list[Finding] = []
     for where, turns in _conversations(cfg):
         if where in lost:
             continue
         digest = _digest(turns)
         if turns[:-1]:  # plain text asks nothing
-            asked.add(_digest(turns[:-1]))
-        first = known.setdefault(digest, where)
+            texts.asked.add(_digest(turns[:-1]))
+        first = texts.known.setdefault(digest, where)
         if first != where:
-            same.append((first, where))
+            texts.same.append((first, where))
             found = f"与 {first} 相同 the same row as {first}"
             findings.append(Finding(where, "duplicate", found, "each row once", "delete one of the two", bad=False))
         typed = sorted({match for turn in turns for match in control.findall(turn.text)})
@@ -187,52 +176,53 @@ def _judge_texts(cfg, lost, tokenizer, known, asked, same):
             found = f"文字里有控制符 control tokens typed in the text: {' '.join(typed)}"
             remedy = "delete them if a template was applied before; as text they are kept"
             findings.append(Finding(where, "control tokens", found, "text without a template", remedy, bad=False))
-    return findings
+    return texts, findings
 
 
-def _held_out_overlap(cfg, known, asked, findings):
-    """{held_out: equal rows, held_out_questions: equal questions}; equal and unusable held-out rows join `findings`."""
+def _held_out_overlap(cfg: SFTConfig, texts: Texts) -> tuple[dict[str, int], list[Finding]]:
+    """{held_out: equal rows, held_out_questions: equal questions}; Findings of equal and unusable held-out rows."""
+    findings: list[Finding] = []
     same_rows = same_questions = 0
     for spec in cfg.eval_data_path:
         path = conversations.split_sample(spec)[0]
         try:
-            for where, found, reason in conversations.conversations(path, cfg):
-                if reason:
-                    findings.append(_left_out(where, reason))
+            for row in conversations.conversations(path, cfg):
+                if isinstance(row, Unusable):
+                    findings.append(_left_out(row))
                     continue
-                same_questions += _digest(found[:-1]) in asked
-                twin = known.get(_digest(found))
+                same_questions += _digest(row.turns[:-1]) in texts.asked
+                twin = texts.known.get(_digest(row.turns))
                 if twin:
                     same_rows += 1
-                    said = f"也是留出数据 {where} also a held-out row: {where}"
+                    said = f"也是留出数据 {row.where} also a held-out row: {row.where}"
                     findings.append(Finding(twin, "held-out overlap", said, "rows of one file only", "delete one"))
         except UserError as problem:
             findings.append(_unreadable(problem))
-    return {"held_out": same_rows, "held_out_questions": same_questions}
+    return {"held_out": same_rows, "held_out_questions": same_questions}, findings
 
 
-def _conversations(cfg):
-    """(where, turns) of the usable rows of data_path; a file that breaks off has been reported already."""
+def _conversations(cfg: SFTConfig) -> Iterator[Conversation]:
+    """The usable rows of data_path; a file that breaks off has been reported already."""
     for path in dict.fromkeys(conversations.split_sample(spec)[0] for spec in cfg.data_path):
         with contextlib.suppress(UserError):
-            for where, turns, reason in conversations.conversations(path, cfg):
-                if not reason:
-                    yield where, turns
+            for row in conversations.conversations(path, cfg):
+                if isinstance(row, Conversation):
+                    yield row
 
 
-def _digest(turns):
+def _digest(turns: Sequence[Turn]) -> bytes:
     text = json.dumps([(turn.role, turn.text.strip()) for turn in turns])
     return hashlib.blake2b(text.encode(), digest_size=12).digest()
 
 
-def _place(finding):
+def _place(finding: Finding) -> tuple[str, int]:
     path, _, line = finding.where.rpartition(":")
     return (path, int(line)) if line.isdigit() else (finding.where, 0)
 
 
-def _shares(files, totals, stop_ids):
+def _shares(files: list[Tokenised], totals: dict[str, int], stop_ids: set[int]) -> Report:
     """Supervised and stop-token share of the kept rows, and percentiles of ids and supervised ids a row."""
-    counts = [_counts(batch, stop_ids) for rows, _, _ in files for batch in rows.with_format("arrow").iter(1000)]
+    counts = [_counts(batch, stop_ids) for file in files for batch in file.rows.with_format("arrow").iter(1000)]
     lengths, supervised, ends = (
         (numpy.concatenate(column) for column in zip(*counts, strict=True)) if counts else [[]] * 3
     )
@@ -243,7 +233,7 @@ def _shares(files, totals, stop_ids):
     }
 
 
-def _counts(batch, stop_ids):
+def _counts(batch: pyarrow.Table, stop_ids: set[int]) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     """Of each row of an Arrow table: number of ids, of supervised ids, and whether the last of these is a stop id."""
     column = batch["labels"].combine_chunks()
     labels, starts = column.flatten().to_numpy(), column.offsets.to_numpy() - column.offsets[0].as_py()
@@ -253,11 +243,11 @@ def _counts(batch, stop_ids):
     return numpy.diff(starts), numpy.diff(numpy.searchsorted(counted, starts)), numpy.isin(last, list(stop_ids))
 
 
-def _percentiles(values):
+def _percentiles(values: Sequence[int] | numpy.ndarray) -> dict[str, int]:
     return {f"p{p}": int(numpy.percentile(values, p)) for p in PERCENTS} if len(values) else {}
 
 
-def _samples(rows, tokenizer, seed):
+def _samples(rows: TrainingData, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
     """[{where, tokens: [[text, supervised], …]}] of the first row and others drawn with the seed."""
     count = len(rows.train)
     drawn = random.Random(seed).sample(range(1, count), min(SAMPLES, count) - 1)
@@ -265,9 +255,11 @@ def _samples(rows, tokenizer, seed):
     return [{"where": row["where"], "tokens": masked_tokens(tokenizer, row)} for row in chosen]
 
 
-def masked_tokens(tokenizer, row):
+def masked_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[list]:
     """[[text, supervised]] of a row's ids, one entry an id; the bytes of one character stand together."""
-    found, held, state = [], [], None
+    found: list[list] = []
+    held: list[int] = []  # ids whose text is not whole yet
+    state = None  # whether they are supervised
     for id_, label in zip(row["input_ids"], row["labels"], strict=True):
         counted = label != IGNORED
         if held and counted != state:
@@ -281,7 +273,9 @@ def masked_tokens(tokenizer, row):
     return found + ([[tokenizer.decode(held), state]] if held else [])
 
 
-def rehearse(cfg, base, tokenizer, rows):
+def rehearse(
+    cfg: SFTConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TrainingData
+) -> tuple[Report, list[str]]:
     """({step, memory} of training on the heaviest micro batch of the run, what went wrong as a list of texts)."""
     try:
         return rehearsal.rehearse(tuning.make_trainable(base, cfg), rows, cfg, tokenizer, STEPS), []

@@ -1,14 +1,17 @@
 """What --check prints: counts, defects by line, samples with their mask, the heaviest step, the verdict."""
 
+from __future__ import annotations
+
 import sys
 from collections import Counter
+from typing import Any
 
 from common.training import memory
 
 SHOWN = 20  # lines printed of each kind of defect; --json has all
 
 
-def show_rows(report):
+def show_rows(report: dict[str, Any]) -> None:
     """Print counts, shares, lengths, the defects by line, and the samples with their mask."""
     rows, overlap = report["rows"], report["overlap"]
     print(
@@ -26,7 +29,7 @@ def show_rows(report):
     )
     for name, values in report["lengths"].items():
         print(f"长度 length ({name}): " + ", ".join(f"{key} {value}" for key, value in values.items()))
-    shown = Counter()
+    shown: Counter[str] = Counter()
     for finding in report["findings"]:
         shown[finding["kind"]] += 1
         if shown[finding["kind"]] <= SHOWN:
@@ -40,7 +43,7 @@ def show_rows(report):
         print(f"样本 sample {sample['where']}: {marked(sample['tokens'], sys.stdout.isatty())}")
 
 
-def marked(tokens, colour):
+def marked(tokens: list[list], colour: bool) -> str:
     """One line of text: what the loss counts is green on a terminal and «so» elsewhere, tokens set apart by a space."""
     shown = []
     for text, counted in tokens:
@@ -52,7 +55,7 @@ def marked(tokens, colour):
     return " ".join(shown)
 
 
-def show_step(measured):
+def show_step(measured: dict[str, Any]) -> None:
     """Print what the rehearsal took, time and memory, and what the run will take."""
     if not measured:
         return
@@ -70,7 +73,7 @@ def show_step(measured):
     )
 
 
-def show_verdict(problems):
+def show_verdict(problems: Counter[str]) -> None:
     """Print the last line."""
     if not problems:
         print("结论 verdict: 可以训练 good")

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from common import distributed, files
-from common.cli import BELONGS
 from common.config import LORA
 from common.evaluation import evaluate, report
 from common.inference.answerer import Answerer
+from common.knobs import BELONGS
 from common.launch import rank
 from common.model.adapter import load_tuned, merge_reasons
 from common.model.loading import load_base

@@ -27,7 +27,7 @@ from common.training.memory import needs_checkpointing
 
 
 def fit(net, rows, cfg, tokenizer, checkpoint=None):
-    """Train `net` on `rows` (dataset.Rows) as `cfg` says, from `checkpoint` where one is given.
+    """Train `net` on `rows` (dataset.TrainingData) as `cfg` says, from `checkpoint` where one is given.
 
     Returns {train_loss (nats a supervised token), train_runtime (seconds), tokens, steps, padding (share of a batch),
     …}. With `cfg.early_stopping_patience` the net ends as it was at its best validation loss, without it as it is after

@@ -16,7 +16,7 @@ from gemma_sft.ft_gemma.config import Config
 from gemma_sft.ft_gemma.predict import load_answer
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, EvaluationFlags, argv)
     from common import distributed
     from common.evaluation import benchmark, evaluate, tasks

@@ -15,7 +15,7 @@ from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ExportFlags, argv)
     from common import export
 

@@ -15,7 +15,7 @@ from gemma_sft.ft_gemma.config import Config
 from gemma_sft.ft_gemma.predict import load_answer
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ServeFlags, argv)
     from common.serving import app
 

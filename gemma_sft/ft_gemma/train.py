@@ -15,7 +15,7 @@ from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, TrainFlags, argv)
     # torch is imported only now, so that --help answers at once
     from common import distributed

@@ -16,7 +16,7 @@ from qwen2_sft.ft_qwen2.config import Config
 from qwen2_sft.ft_qwen2.predict import load_answer
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, EvaluationFlags, argv)
     from common import distributed
     from common.evaluation import benchmark, evaluate, tasks

@@ -15,7 +15,7 @@ from qwen2_sft.ft_qwen2.config import Config
 from qwen2_sft.ft_qwen2.predict import load_answer
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ServeFlags, argv)
     from common.serving import app
 

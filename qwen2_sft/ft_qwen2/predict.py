@@ -3,7 +3,10 @@
 python qwen2_sft/ft_qwen2/predict.py --model_save_dir out
 """
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # finds common/ from any directory
     sys.path[0] = __file__.rpartition("qwen2_sft")[0] or "."
@@ -14,15 +17,19 @@ from common.errors import run_main
 from qwen2_sft import prompt
 from qwen2_sft.ft_qwen2.config import Config
 
+if TYPE_CHECKING:
+    from common.inference.answerer import Answerer
+    from common.inference.remote import Remote
 
-def load_answer(cfg, base=False, base_url=""):
+
+def load_answer(cfg: Config, base: bool = False, base_url: str = "") -> Answerer | Remote:
     """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
     from common.inference import remote, tuned
 
     return remote.load(cfg, prompt, base_url) if base_url else tuned.load(cfg, prompt, base)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, PredictFlags, argv)
     from common.inference import console
     from common.inference.answerer import Sampling

@@ -15,7 +15,7 @@ from qwen2_sft import prompt
 from qwen2_sft.ft_qwen2.config import Config
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, TrainFlags, argv)
     # torch is imported only now, so that --help answers at once
     from common import distributed

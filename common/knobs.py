@@ -1,0 +1,103 @@
+"""Facts about knobs, each in one table: what a change of one affects, its other spellings, its range, its place.
+
+Every knob of SFTConfig is in exactly one of IDS, SHAPING, LEARNING and FREE; tests/test_config.py holds this.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from common.config import LORA, TASKS
+
+# what a row's ids and labels depend on, so that tokenised rows are kept under them; equal for a resume
+IDS = frozenset("prompt_style loss_on max_length_q max_length_a model_name model_author".split())
+
+# which weights are trained: without the same of these a checkpoint does not load
+SHAPING = frozenset(
+    "tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules modules_to_save".split()
+)
+
+# what else decides what is learnt; equal for a resume
+LEARNING = frozenset(
+    "dtype data_path val_set_size learning_rate lr_scheduler_type warmup_ratio epochs max_steps micro_batch_size "
+    "batch_size weight_decay adam_beta1 adam_beta2 max_grad_norm label_smoothing_factor neftune_noise_alpha packing "
+    "early_stopping_patience seed lora_alpha lora_dropout use_rslora".split()
+)
+
+# may change between a stop and a resume; the base itself is compared by its hash, wherever it lies
+FREE = frozenset(
+    "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
+    "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
+    "repetition_penalty num_beams eval_batch_size host port deepspeed".split()
+)
+
+ALIASES = {  # names people type by habit
+    "model_name_or_path": "path_model_pretrain",
+    "output_dir": "model_save_dir",
+    "dataset": "data_path",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "lora_rank": "lora_r",
+    "lr": "learning_rate",
+    "finetuning_type": "tuning",
+    "quant_bits": "quantization_bit",
+    "pissa_init": "use_pissa",
+    "label_smoothing": "label_smoothing_factor",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "gradient_clipping": "max_grad_norm",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+
+# a path typed by a user is relative to where the command is called
+PATHS = frozenset("model_save_dir output_dir deepspeed".split())
+PATH_LISTS = frozenset("data_path eval_data_path".split())  # URLs are left as they are
+
+BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belong to
+    "quantization_bit": ("qlora",),
+    "freeze_trainable_layers": ("freeze",),
+    **dict.fromkeys(
+        "lora_r lora_alpha lora_dropout use_rslora use_dora use_pissa target_modules modules_to_save".split(), LORA
+    ),
+}
+
+
+class Range(NamedTuple):
+    """Which values a knob or flag may have, and how that is said."""
+
+    allows: Callable[[Any], bool]
+    words: str
+
+
+_AT_LEAST_1 = Range(lambda v: v >= 1, "1 or more")
+_NOT_NEGATIVE = Range(lambda v: 0 <= v < float("inf"), "0 or more")
+_SHARE = Range(lambda v: 0 <= v < 1, "at least 0 and below 1")
+_ABOVE_0 = Range(lambda v: 0 < v < float("inf"), "above 0")
+_NAMES = Range(lambda v: len(v) <= 2, "one value, or a Chinese and another")
+RANGES = {  # any value of its type where a knob is not named
+    **dict.fromkeys(
+        "max_length_q max_length_a epochs freeze_trainable_layers micro_batch_size batch_size logging_steps save_steps "
+        "lora_r lora_alpha max_new_tokens num_beams eval_batch_size slots".split(),
+        _AT_LEAST_1,
+    ),
+    **dict.fromkeys(
+        "eval_rows val_set_size early_stopping_patience weight_decay top_k limit shots neftune_noise_alpha "
+        "queue request_tokens total_tokens drain_seconds".split(),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys("warmup_ratio lora_dropout adam_beta1 adam_beta2 label_smoothing_factor".split(), _SHARE),
+    **dict.fromkeys("learning_rate max_grad_norm temperature repetition_penalty request_seconds".split(), _ABOVE_0),
+    **dict.fromkeys("model_name model_author".split(), _NAMES),
+    "max_steps": Range(lambda v: v == -1 or v >= 1, "-1 or at least 1"),
+    "save_total_limit": Range(lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),
+    "top_p": Range(lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "max_dropped": Range(lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "deepspeed": Range(lambda v: not v or os.path.isfile(os.path.expanduser(v)), "a JSON file that is there"),
+    "port": Range(lambda v: 0 <= v <= 65535, "a port number"),
+    "seed": Range(lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
+    "report_to": Range(lambda v: set(v) <= {"tensorboard", "wandb"}, "tensorboard, wandb or both"),
+    "data_path": Range(lambda v: len(v) > 0, "at least one file"),
+    "target_modules": Range(lambda v: len(v) > 0, "at least one module"),
+    "tasks": Range(lambda v: set(v) <= set(TASKS), f"some of {' '.join(TASKS)}"),
+}
