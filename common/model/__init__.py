@@ -3,6 +3,7 @@
 In: a folder or hub id, and a run's adapter. Out: a transformers model, checked against what its files hold. In reading
 order:
 
+weights        its files, looked at before they are loaded
 loading        tokenizer and base model, plain or quantised
 adapter        an adapter attached to its base
 verify         what was saved, reopened and compared
