@@ -1,10 +1,13 @@
 """A run as one whole model: merged in fp32, written in the dtype asked for, reloaded, compared, then published."""
 
+from __future__ import annotations
+
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +22,14 @@ from common.errors import UserError
 from common.evaluation import evaluate
 from common.inference.tuned import open_run
 from common.model.adapter import load_tuned, merge_reasons
+from common.runs.places import check_writable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.config import ExportFlags, SFTConfig
+    from common.data.family import Family
 
 # largest difference of a logit, as a share of the largest logit: fp32 rounds sums only, the others each weight too
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -39,24 +50,24 @@ FALLBACK = (
 class Tuned(NamedTuple):
     """A run's model in fp32, adapter and all, with what else an export needs."""
 
-    net: object
-    tokenizer: object
-    manifest: dict
-    prompts: list  # ids of each prompt the export is proven on
-    stop_ids: list
+    net: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    manifest: dict[str, Any]
+    prompts: list[list[int]]  # ids of each prompt the export is proven on
+    stop_ids: list[int]
     rank: int  # of the adapter; 0 where the run tuned the weights themselves
-    merge_reasons: list  # why the adapter alone cannot be served, see model.merge_reasons
+    merge_reasons: list[str]  # why the adapter alone cannot be served, see adapter.merge_reasons
 
 
 class Expected(NamedTuple):
     """How the run answers: for each prompt the greedy ids, and the fp32 logits [ids + 1, vocabulary] they came from."""
 
     tuned: Tuned
-    answers: list
-    logits: list
+    answers: list[list[int]]
+    logits: list[torch.Tensor]
 
 
-def load(cfg, prompt):
+def load(cfg: SFTConfig, prompt: Family) -> Tuned:
     """The Tuned of the finished run in `cfg.model_save_dir`, on the unquantised base; errors as in tuned.open_run."""
     manifest, trained, tokenizer = open_run(cfg, prompt)
     if trained["bits"]:
@@ -72,14 +83,14 @@ def load(cfg, prompt):
     return Tuned(net, tokenizer, manifest, prompts, manifest["stop_ids"], rank, reasons)
 
 
-def measure(tuned):
+def measure(tuned: Tuned) -> Expected:
     """The Expected answers and logits of a run, which the exported model has to repeat."""
     answers = [_greedy(tuned.net, tuned, ids) for ids in tuned.prompts]
     logits = [_logits(tuned.net, ids, new) for ids, new in zip(tuned.prompts, answers, strict=True)]
     return Expected(tuned, answers, logits)
 
 
-def merge(tuned):
+def merge(tuned: Tuned) -> PreTrainedModel:
     """The base model with the adapter added to its weights, in fp32; a run without adapter is merged as it is.
 
     A head tied to the embeddings is untied first where the adapter changes one or the other: merged into the matrix
@@ -93,7 +104,7 @@ def merge(tuned):
         return tuned.net.merge_and_unload(safe_merge=True)
 
 
-def untie(causal):
+def untie(causal: PreTrainedModel) -> None:
     """Give the head a matrix of its own where an adapter sits on it or on the embeddings it is tied to."""
     ends = [causal.get_input_embeddings(), causal.get_output_embeddings()]
     if causal.config.tie_word_embeddings and any(
@@ -105,17 +116,19 @@ def untie(causal):
         causal.config.tie_word_embeddings = False
 
 
-def check_merge(whole, expected):
+def check_merge(whole: PreTrainedModel, expected: Expected) -> None:
     """UserError where the merged fp32 model answers otherwise than base and adapter."""
     print(f"合并 merged: {compare(whole, expected, torch.float32)}")
 
 
-def compare(net, expected, dtype):
+def compare(net: PreTrainedModel, expected: Expected, dtype: torch.dtype) -> str:
     """How far `net`, in `dtype`, is from the run's logits and greedy answers, as text; UserError beyond TOLERANCE.
 
     A greedy answer may leave the run's only at a step whose two best ids are within that tolerance of each other.
     """
-    tuned, largest, scale, same = expected.tuned, 0.0, 0.0, 0
+    tuned = expected.tuned
+    largest, scale = 0.0, 0.0  # difference of a logit, and logit
+    same = 0  # greedy answers
     for ids, new, logits in zip(tuned.prompts, expected.answers, expected.logits, strict=True):
         limit = TOLERANCE[dtype] * float(logits.abs().max())
         difference = float((_logits(net, ids, new) - logits).abs().max())
@@ -125,14 +138,14 @@ def compare(net, expected, dtype):
                 f"more than {limit:.3g} ({dtype}); nothing was written; try --dtype float32"
             )
         largest, scale = max(largest, difference), max(scale, float(logits.abs().max()))
-        same += _same_answer(_greedy(net, tuned, ids), new, logits, limit)
+        same += same_answer(_greedy(net, tuned, ids), new, logits, limit)
     return (
         f"最大 logit 差 largest logit difference {largest:.2g} of {scale:.3g} (tolerance {TOLERANCE[dtype]:g} of it), "
         f"贪心回答一致 greedy answers equal {same}/{len(expected.answers)}"
     )
 
 
-def _same_answer(found, new, logits, limit):
+def same_answer(found: Sequence[int], new: Sequence[int], logits: torch.Tensor, limit: float) -> bool:
     """Whether the ids are equal; UserError where they part at a step that was not a tie."""
     if found == new:
         return True
@@ -145,15 +158,16 @@ def _same_answer(found, new, logits, limit):
     )
 
 
-def new_folder(cfg, flags):
-    """Where the model goes; UserError where something is there already."""
+def new_folder(cfg: SFTConfig, flags: ExportFlags) -> Path:
+    """Where the model goes; UserError where something is there already, or nothing can be written there."""
     folder = Path(flags.output_dir or f"{cfg.model_save_dir}_merged")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: 已经存在 already exists and is not overwritten; give another --output_dir")
+    check_writable(folder.parent, "output_dir")
     return folder
 
 
-def write(whole, expected, folder, cfg, prompt):
+def write(whole: PreTrainedModel, expected: Expected, folder: Path, cfg: SFTConfig, prompt: Family) -> None:
     """Write `whole` in the dtype asked for, reload it, compare it, and only then put it in place at `folder`.
 
     UserError where the reloaded model answers otherwise; nothing is left then.
@@ -162,7 +176,7 @@ def write(whole, expected, folder, cfg, prompt):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         draft = Path(scratch) / folder.name
-        _save(whole.to(dtype), tuned, draft, prompt)
+        save(whole.to(dtype), tuned, draft, prompt)
         reloaded = AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).to(device()).eval()
         verdict = compare(reloaded, expected, dtype)
         record = {"run": cfg.model_save_dir, "base": tuned.manifest["base"], "dtype": str(dtype), "check": verdict}
@@ -172,7 +186,7 @@ def write(whole, expected, folder, cfg, prompt):
     print(f"完成 done: 完整模型 whole model ({str(dtype).removeprefix('torch.')}) in {folder}")
 
 
-def _save(net, tuned, draft, prompt):
+def save(net: PreTrainedModel, tuned: Tuned, draft: Path, prompt: Family) -> None:
     """Weights, config, generation config, tokenizer with the run's chat template, and the Modelfile, into `draft`."""
     tokenizer, style = tuned.tokenizer, tuned.manifest["template"]["style"]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tuned.stop_ids[0]
@@ -191,7 +205,7 @@ def _save(net, tuned, draft, prompt):
         (draft / "Modelfile").write_text(text, encoding="utf-8")
 
 
-def show_engines(tuned, folder, prompt):
+def show_engines(tuned: Tuned, folder: Path, prompt: Family) -> None:
     """Print how the family's engines serve the folder, and whether the adapter alone can be served."""
     configs = [AutoConfig.from_pretrained(path) for path in (tuned.manifest["base"]["path"], folder)]
     untied = configs[0].tie_word_embeddings and not configs[1].tie_word_embeddings
@@ -213,15 +227,17 @@ def show_engines(tuned, folder, prompt):
         _show_adapter(tuned, Path(tuned.manifest["config"]["model_save_dir"]))
 
 
-def _show_adapter(tuned, adapter):
+def _show_adapter(tuned: Tuned, adapter: Path) -> None:
+    """Print how vLLM serves the run's own folder `adapter` beside the base, or why it does not."""
     if tuned.merge_reasons:
-        return print(f"  适配器不能单独服务 the adapter alone is not served by vLLM: {', '.join(tuned.merge_reasons)}")
+        print(f"  适配器不能单独服务 the adapter alone is not served by vLLM: {', '.join(tuned.merge_reasons)}")
+        return
     rank = next((rank for rank in VLLM_RANKS if rank >= tuned.rank), tuned.rank)
     serve = f"vllm serve {tuned.manifest['base']['path']} --enable-lora --max-lora-rank {rank}"
     print(f"  适配器单独 the adapter alone: {serve} --lora-modules {adapter.name}={adapter}")
 
 
-def _questions(cfg, manifest):
+def _questions(cfg: SFTConfig, manifest: dict[str, Any]) -> list[Sequence[Turn]]:
     """Conversations to prove the export on: the run's held-out rows as far as they can be read, then fixed ones."""
     try:
         rows = evaluate.rows_to_score(cfg, QUESTIONS)
@@ -231,7 +247,7 @@ def _questions(cfg, manifest):
     return [*(turns[:-1] for _, turns in rows), *fixed][:QUESTIONS]
 
 
-def _greedy(net, tuned, ids):
+def _greedy(net: PreTrainedModel | PeftModel, tuned: Tuned, ids: list[int]) -> list[int]:
     """The ids `net` answers a prompt with, greedily, NEW_TOKENS at most."""
     asked = torch.tensor([ids], device=net.device)
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=tuned.stop_ids, pad_token_id=0)
@@ -240,14 +256,14 @@ def _greedy(net, tuned, ids):
     return output[0, len(ids) :].tolist()
 
 
-def _logits(net, ids, new):
+def _logits(net: PreTrainedModel | PeftModel, ids: list[int], new: list[int]) -> torch.Tensor:
     """fp32 logits [len(new) + 1, vocabulary] from the prompt's last id on, `new` fed as the answer."""
     with torch.inference_mode():
         output = net(input_ids=torch.tensor([[*ids, *new]], device=net.device), logits_to_keep=len(new) + 1)
     return output.logits[0].float().cpu()
 
 
-def _dtype(cfg, manifest):
+def _dtype(cfg: SFTConfig, manifest: dict[str, Any]) -> torch.dtype:
     """The torch dtype to write: --dtype, or that of the base model's own files."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)

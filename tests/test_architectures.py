@@ -19,7 +19,7 @@ from common.engine.request import Ask
 from common.errors import UserError
 from common.inference.answerer import Sampling
 from common.model import loading
-from common.model.loss import use_supervised_loss
+from common.model.loss import supervised
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -87,8 +87,8 @@ def test_the_loss_is_transformers_own(base):
     labels = ids.clone()
     labels[:, :8] = -100
     expected = net(input_ids=ids, labels=labels).loss
-    use_supervised_loss(net)
-    torch.testing.assert_close(net(input_ids=ids, labels=labels).loss, expected)
+    with supervised(net):
+        torch.testing.assert_close(net(input_ids=ids, labels=labels).loss, expected)
 
 
 def test_it_learns_and_its_adapter_holds_every_layer(architecture, trained):

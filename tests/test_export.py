@@ -19,6 +19,7 @@ from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, spec
 from common.data.turns import Turn
 from common.errors import UserError
 from common.inference.answerer import Sampling
+from common.model import loading
 from gemma_sft import prompt as gemma_prompt
 from gemma_sft.ft_gemma import config as gemma_config
 
@@ -151,7 +152,7 @@ def test_a_merge_that_changes_the_answers_is_refused(trained, tmp_path, monkeypa
 
     def without_the_adapter(tuned):
         merged(tuned)
-        return export.model.load_base(tuned.manifest["base"]["path"], "float32")
+        return loading.load_base(tuned.manifest["base"]["path"], "float32")
 
     monkeypatch.setattr(export, "merge", without_the_adapter)
     with pytest.raises(UserError, match="the exported model differs: a logit by"):
@@ -161,13 +162,13 @@ def test_a_merge_that_changes_the_answers_is_refused(trained, tmp_path, monkeypa
 
 @pytest.mark.parametrize("damage", [0.5, float("nan")])
 def test_a_written_folder_that_reloads_otherwise_is_removed(trained, tmp_path, monkeypatch, damage):
-    save = export._save
+    save = export.save
 
     def spoiled(net, *rest):
         net.get_input_embeddings().weight.data[:300] += damage
         save(net, *rest)
 
-    monkeypatch.setattr(export, "_save", spoiled)
+    monkeypatch.setattr(export, "save", spoiled)
     with pytest.raises(UserError, match="the exported model differs: a logit by"):
         exported("gemma_sft.ft_gemma", trained("gemma_sft.ft_gemma"), "--output_dir", tmp_path / "whole")
     assert list(tmp_path.iterdir()) == []
@@ -175,12 +176,12 @@ def test_a_written_folder_that_reloads_otherwise_is_removed(trained, tmp_path, m
 
 def test_an_answer_may_only_part_at_a_tie():
     logits = torch.tensor([[0.0, 5.0, 4.999], [0.0, 1.0, 9.0], [7.0, 0.0, 0.0]])
-    assert export._same_answer([1, 2], [1, 2], logits, 0.01) is True
-    assert export._same_answer([2, 0], [1, 2], logits, 0.01) is False
+    assert export.same_answer([1, 2], [1, 2], logits, 0.01) is True
+    assert export.same_answer([2, 0], [1, 2], logits, 0.01) is False
     with pytest.raises(UserError, match="differs from token 2 on"):
-        export._same_answer([1, 1], [1, 2], logits, 0.01)
+        export.same_answer([1, 1], [1, 2], logits, 0.01)
     with pytest.raises(UserError, match="differs from token 2 on"):
-        export._same_answer([1], [1, 2], logits, 0.01)
+        export.same_answer([1], [1, 2], logits, 0.01)
 
 
 class Numbered:

@@ -28,7 +28,8 @@ SERVER = """
 import json, os, signal, sys, time, traceback
 sys.path.insert(0, sys.argv[1])
 import matplotlib.pyplot, torch
-from common import answer, check, dataset, evaluate, model, report, run, trainer
+from common.runs import run
+from common.training import report, trainer
 from gemma_sft.ft_gemma import train
 
 def announced(holder, name, pipe, nth):
@@ -200,11 +201,12 @@ def trained(flags, tmp_path_factory):
 FULL = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from common import run
 from common.errors import run_main
+from common.runs import checkpoints, run
 from gemma_sft.ft_gemma import train
-holder, name, limit = {"checkpoint": (run, "mark_whole", 20000), "final": (run, "save_tuned", 20000)}[sys.argv[2]]
-whole = getattr(run, name)
+holder, name = {"checkpoint": (checkpoints, "mark_whole"), "final": (run, "save_tuned")}[sys.argv[2]]
+limit = 20000  # bytes
+whole = getattr(holder, name)
 
 def then_full(*args):
     if name == "mark_whole":
@@ -213,7 +215,7 @@ def then_full(*args):
     if name == "save_tuned":
         whole(*args)
 
-setattr(run, name, then_full)
+setattr(holder, name, then_full)
 run_main(lambda: train.main(sys.argv[3:]))
 """
 

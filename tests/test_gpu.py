@@ -17,7 +17,7 @@ from common.data.turns import Turn
 from common.device import device
 from common.inference.answerer import Sampling
 from common.model import frozen_layers
-from common.model.loss import use_supervised_loss
+from common.model.loss import supervised
 from common.training import tuning
 from gemma_sft.ft_gemma.config import Config
 
@@ -44,10 +44,8 @@ def nets(request, small_gemma):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     ours = copy.deepcopy(plain).to(device())
-    for net in (plain, ours):
-        use_supervised_loss(net)
-    frozen_layers.make_lean(ours)
-    return plain, ours
+    with supervised(plain), supervised(ours), frozen_layers.lean(ours):
+        yield plain, ours
 
 
 def test_loss_and_gradients_are_those_of_the_cpu(nets):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.model import frozen_layers
-from common.model.loss import use_supervised_loss
+from common.model.loss import supervised
 from common.training import memory, tuning
 from gemma_sft.ft_gemma.config import Config
 
@@ -22,11 +22,9 @@ def nets(request, small_gemma, monkeypatch):
     for name, parameter in plain.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    use_supervised_loss(plain)
     cheaper = copy.deepcopy(plain)
-    use_supervised_loss(cheaper)
-    frozen_layers.make_lean(cheaper)
-    return plain, cheaper
+    with supervised(plain), supervised(cheaper), frozen_layers.lean(cheaper):
+        yield plain, cheaper
 
 
 def batch(length=24):
@@ -49,7 +47,7 @@ def test_loss_and_gradients_are_those_of_the_plain_layers(nets):
 
 
 def test_less_is_kept_for_the_backward_pass(nets):
-    plain, cheaper = (memory._kept(net, batch(64))[0] for net in nets)
+    plain, cheaper = (memory.kept_by(net, batch(64))[0] for net in nets)
     layers, width = 2, nets[0].config.intermediate_size
     assert plain - cheaper == pytest.approx(layers * 2 * 64 * width * 4, rel=0.1), "act(gate), a layer and id"
 
@@ -69,30 +67,31 @@ def test_autocast_is_respected():
 
 def test_layers_that_learn_stay_as_they_are(small_gemma):
     net = AutoModelForCausalLM.from_pretrained(small_gemma)
-    frozen_layers.make_lean(net)
-    assert "forward" not in vars(net.model.layers[0].self_attn.q_proj)
-    net.model.layers[0].self_attn.q_proj.weight.requires_grad = False
-    frozen_layers.make_lean(net)
-    assert "forward" in vars(net.model.layers[0].self_attn.q_proj)
+    layer = net.model.layers[0].self_attn.q_proj
+    with frozen_layers.lean(net):
+        assert "forward" not in vars(layer)
+    layer.weight.requires_grad = False
+    with frozen_layers.lean(net):
+        assert "forward" in vars(layer)
+    assert "forward" not in vars(layer)
 
 
 def test_gates_that_learn_nothing_are_one_step_of_the_backward_pass(small_gemma):
     net = AutoModelForCausalLM.from_pretrained(small_gemma).requires_grad_(False)
     layer = net.model.layers[0].mlp
-    frozen_layers.make_lean(net)
     hidden = torch.randn(2, 3, net.config.hidden_size, requires_grad=True)
-    assert type(layer(hidden).grad_fn).__name__ == "_FrozenGatedBackward"
+    with frozen_layers.lean(net):
+        assert type(layer(hidden).grad_fn).__name__ == "_FrozenGatedBackward"
     layer.up_proj.weight.requires_grad = True
-    frozen_layers.make_lean(net)
-    assert type(layer(hidden).grad_fn).__name__ != "_FrozenGatedBackward"
+    with frozen_layers.lean(net):
+        assert type(layer(hidden).grad_fn).__name__ != "_FrozenGatedBackward"
 
 
 def test_the_backward_pass_casts_as_the_forward_pass_did(small_gemma):
     net = AutoModelForCausalLM.from_pretrained(small_gemma).requires_grad_(False)
     plain, layer = copy.deepcopy(net).model.layers[0].mlp, net.model.layers[0].mlp
-    frozen_layers.make_lean(net)
     hidden = torch.randn(2, 3, net.config.hidden_size, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with frozen_layers.lean(net), torch.autocast("cpu", torch.bfloat16):
         found, expected = layer(hidden), plain(hidden)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected)

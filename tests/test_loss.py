@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
-from common.model import loss
-from common.model.loss import IGNORED, use_supervised_loss
+from common.model import frozen_layers, loading, loss
+from common.model.loss import IGNORED, supervised
 
 SHAPE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True, "initializer_range": 0.3}
@@ -57,9 +58,9 @@ def test_equals_plain_cross_entropy(kind, counted, train_head, monkeypatch):
     expected = plain_loss(model, batch)
     expected.backward()
     expected_gradients = gradients(model)
-    use_supervised_loss(model)
-    found = model(**batch).loss
-    found.backward()
+    with supervised(model):
+        found = model(**batch).loss
+        found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     found_gradients = gradients(model)
     assert found_gradients.keys() == expected_gradients.keys()
@@ -72,9 +73,8 @@ def test_softcap_changes_the_loss():
     with_cap, batch = make_model("gemma2 with soft cap", False), make_batch("all")
     without = make_model("gemma2 with soft cap", False)
     without.config.final_logit_softcapping = None
-    use_supervised_loss(with_cap)
-    use_supervised_loss(without)
-    assert abs(with_cap(**batch).loss.item() - without(**batch).loss.item()) > 1e-4
+    with supervised(with_cap), supervised(without):
+        assert abs(with_cap(**batch).loss.item() - without(**batch).loss.item()) > 1e-4
 
 
 @pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
@@ -82,7 +82,6 @@ def test_never_makes_all_logits(monkeypatch, train_head):
     """No tensor of the forward or backward pass has more rows of the vocabulary's width than a chunk."""
     monkeypatch.setattr(loss, "LOGITS", 64 * 300)
     model, batch = make_model("gemma", train_head), make_batch("all")
-    use_supervised_loss(model)
     rows = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -93,7 +92,7 @@ def test_never_makes_all_logits(monkeypatch, train_head):
                     rows.append(tensor.numel() // 300)
             return result
 
-    with Watch():
+    with supervised(model), Watch():
         model(**batch).loss.backward()
     assert 0 < max(rows) <= 64 < int((batch["labels"] != IGNORED).sum())
 
@@ -101,12 +100,12 @@ def test_never_makes_all_logits(monkeypatch, train_head):
 def test_eight_micro_batches_of_one_equal_one_of_eight():
     """Sum over supervised ids / their number, whatever the split: not a mean of means."""
     model, batch = make_model("gemma", False), make_batch("answer")
-    use_supervised_loss(model)
     count = (batch["labels"] != IGNORED).sum()
-    model(**batch, num_items_in_batch=count).loss.backward()
-    whole = gradients(model)
-    for row in range(4):
-        model(**{k: v[row : row + 1] for k, v in batch.items()}, num_items_in_batch=count).loss.backward()
+    with supervised(model):
+        model(**batch, num_items_in_batch=count).loss.backward()
+        whole = gradients(model)
+        for row in range(4):
+            model(**{k: v[row : row + 1] for k, v in batch.items()}, num_items_in_batch=count).loss.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-7)
 
@@ -114,8 +113,7 @@ def test_eight_micro_batches_of_one_equal_one_of_eight():
 def test_evaluation_returns_the_sums_of_each_row():
     model, batch = make_model("gemma", False).eval(), make_batch("answer")
     expected = plain_loss(model, batch)
-    use_supervised_loss(model)
-    with torch.no_grad():
+    with torch.no_grad(), supervised(model):
         sums, counts = model(**batch).logits.T
     assert counts.tolist() == (batch["labels"] != IGNORED).sum(1).tolist()
     torch.testing.assert_close(sums.sum() / counts.sum(), expected, rtol=1e-5, atol=0)
@@ -123,11 +121,11 @@ def test_evaluation_returns_the_sums_of_each_row():
 
 def test_bfloat16_autocast_is_close():
     model, batch = make_model("gemma", False), make_batch("answer")
-    use_supervised_loss(model)
-    expected = model(**batch).loss
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model(**batch).loss
-    found.backward()
+    with supervised(model):
+        expected = model(**batch).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(**batch).loss
+        found.backward()
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
 
@@ -136,9 +134,25 @@ def test_without_labels_the_forward_is_the_models_own():
     model, batch = make_model("gemma", False).eval(), make_batch("answer")
     ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     expected = model(**ids).logits
-    use_supervised_loss(model)
-    assert torch.equal(model(**ids).logits, expected)
-    assert model(**ids).loss is None
+    with supervised(model):
+        assert torch.equal(model(**ids).logits, expected)
+        assert model(**ids).loss is None
+
+
+def test_afterwards_the_model_is_as_it_was(small_gemma):
+    model = loading.load_base(small_gemma, "float32").requires_grad_(False)
+    patched = ("forward", "_original_forward", "accepts_loss_kwargs")
+    batch = {"input_ids": torch.tensor([[2, 5, 9, 11]]), "labels": torch.tensor([[-100, 5, 9, 11]])}
+    expected = model(**batch)
+    with pytest.raises(RuntimeError, match="in the midst"), loss.supervised(model), frozen_layers.lean(model):
+        assert model(**batch).logits.shape == (1, 2)
+        assert "forward" in vars(model.model.layers[0].mlp) and "forward" in vars(model.lm_head)
+        Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+        assert model(input_ids=batch["input_ids"]).logits.dtype == torch.float32
+        raise RuntimeError("in the midst")
+    assert not [name for module in model.modules() for name in patched if name in vars(module)]
+    found = model(**batch)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
 
 
 @pytest.mark.parametrize(

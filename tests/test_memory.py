@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.model import loading
-from common.model.loss import use_supervised_loss
+from common.model.loss import supervised
 from common.training import batches, memory, tuning
 from gemma_sft.ft_gemma import train
 from gemma_sft.ft_gemma.config import Config
@@ -20,8 +20,8 @@ ROW = {"where": "f:1"}
 @pytest.fixture
 def net(small_gemma):
     net = tuning.make_trainable(loading.load_base(small_gemma, "float32"), Config(lora_dropout=0.1))
-    use_supervised_loss(net.train())
-    return net
+    with supervised(net.train()):
+        yield net
 
 
 def batch(rows, length):
@@ -31,7 +31,7 @@ def batch(rows, length):
 
 def kept_by(net, rows, length):
     """Bytes of a forward pass for its backward pass, counted in the graph itself."""
-    return memory._kept(net, batch(rows, length))[0]
+    return memory.kept_by(net, batch(rows, length))[0]
 
 
 def test_the_estimate_of_a_long_batch_comes_from_short_ones(net, monkeypatch):
@@ -77,7 +77,7 @@ def test_trying_keeps_nothing(net):
 )
 def test_bytes_are_fitted(monkeypatch, tried, rows, length, bytes_):
     monkeypatch.setattr(memory, "HEAP", 1.0)
-    assert memory._fitted(tried, rows, length) == bytes_
+    assert memory.fitted(tried, rows, length) == bytes_
 
 
 @pytest.mark.parametrize(

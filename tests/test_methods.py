@@ -273,6 +273,7 @@ def test_pissa_splits_the_base_and_gives_it_back(cfg):
     before = {name: w.clone() for name, w in plain.named_parameters()}
     expected = plain(input_ids=ids).logits
     net = tuning.make_trainable(plain, given).eval()
+    start = tuning.start_of(net, given)
     layer = "model.layers.0.self_attn.q_proj"
     assert not torch.allclose(net.get_base_model().get_submodule(layer).base_layer.weight, before[f"{layer}.weight"])
     torch.testing.assert_close(net(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
@@ -281,7 +282,7 @@ def test_pissa_splits_the_base_and_gives_it_back(cfg):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.ones_like(parameter) if "norm" in name else parameter)
     trained = net(input_ids=ids).logits
-    tuning.settle(net, given)
+    tuning.settle(net, given, start)
     torch.testing.assert_close(net(input_ids=ids).logits, trained, rtol=1e-4, atol=1e-5)
     with net.disable_adapter():
         torch.testing.assert_close(net(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
@@ -290,13 +291,14 @@ def test_pissa_splits_the_base_and_gives_it_back(cfg):
 
 def test_pissa_that_would_start_elsewhere_is_not_resumed(cfg):
     given = cfg("--use_pissa", "--lora_r", 8)
-    tuning.make_trainable(base(given), given)
-    tuning.make_trainable(base(given), given)  # as a resumed run does
+    for _ in range(2):  # the second time as a resumed run does
+        tuning.start_of(tuning.make_trainable(base(given), given), given)
     other = cfg("--use_pissa", "--lora_r", 8, "--seed", 7, "--dtype", "float32")
     net = base(other)
     net.model.layers[0].self_attn.q_proj.weight.data.mul_(1.5)
+    net = tuning.make_trainable(net, other)
     with pytest.raises(UserError, match="starts elsewhere than the run to be resumed"):
-        tuning.make_trainable(net, other)
+        tuning.start_of(net, other)
 
 
 def test_freezing_more_layers_than_there_are(cfg):
@@ -309,11 +311,12 @@ def test_freezing_more_layers_than_there_are(cfg):
 def test_a_bf16_base_is_trained_in_fp32_and_saved_in_bf16(cfg, flags):
     given = cfg("--dtype", "bfloat16", *flags)
     net = tuning.make_trainable(base(given), given)
+    start = tuning.start_of(net, given)
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32}
     with torch.no_grad():
         next(iter(trained.values())).add_(1.0)
-    tuning.settle(net, given)
+    tuning.settle(net, given, start)
     assert {p.dtype for name, p in trained.items() if "lora_" not in name} == {torch.bfloat16}
     assert torch.isfinite(net(input_ids=torch.tensor([[2, 5, 6]])).logits).all()
 
@@ -321,11 +324,12 @@ def test_a_bf16_base_is_trained_in_fp32_and_saved_in_bf16(cfg, flags):
 def test_steps_that_are_lost_in_rounding_are_refused(cfg):
     given = cfg("--tuning", "full", "--dtype", "bfloat16")
     net = tuning.make_trainable(base(given), given)
+    start = tuning.start_of(net, given)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(1 + 1e-4)
     with pytest.raises(UserError, match="nothing was learned: no trained weight differs .* torch.bfloat16"):
-        tuning.settle(net, given)
+        tuning.settle(net, given, start)
 
 
 def test_a_whole_model_that_was_not_saved_right_is_refused(cfg, tmp_path):
@@ -396,11 +400,10 @@ def test_a_pack_as_tensors():
 def test_packed_rows_have_the_loss_they_have_alone(family, attention):
     net = loading.load_base(recipe(family, "config").Config.EMBEDDED_DIR, "float32")
     net.set_attn_implementation(attention)
-    loss.use_supervised_loss(net)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(300, 1800, (length,), generator=generator).tolist() for length in (40, 7, 23, 1, 30)]
     rows = [{"input_ids": row, "labels": [-100, *row[1:]], "where": "f"} for row in ids]
-    with torch.no_grad():
+    with torch.no_grad(), loss.supervised(net):
         alone = torch.cat([logits(net, packing.collate([[row]], 0)) for row in rows])
         together = logits(net, packing.collate([rows[:3], rows[3:]], 0))
         unpacked = logits(net, batches.collate(rows, 0))
@@ -500,8 +503,8 @@ def test_label_smoothing_is_no_part_of_the_validation_loss(cfg):
     found = []
     for smoothing in (0.0, 0.3):
         net = base(cfg())
-        loss.use_supervised_loss(net, smoothing)
-        found.append((net.eval()(**batch).loss.item(), net.train()(**batch).loss.item()))
+        with loss.supervised(net, smoothing):
+            found.append((net.eval()(**batch).loss.item(), net.train()(**batch).loss.item()))
     assert found[0][0] == found[1][0] == found[0][1] != found[1][1]
 
 

@@ -69,8 +69,8 @@ def trained(flags, tmp_path_factory):
 def small_net(small_gemma):
     """The small model with the chunked loss, in training mode."""
     net = loading.load_base(small_gemma, "float32").train()
-    loss.use_supervised_loss(net)
-    return net
+    with loss.supervised(net):
+        yield net
 
 
 def prepared(tmp_path, rows, tokenizer, **knobs):

@@ -280,7 +280,7 @@ def test_wrong_data_is_said_once(home, flags, finish):
 ONE_FAILS = f"""
 import sys
 sys.path[0] = {str(ROOT)!r}
-from common import errors, launch, processes
+from common import distributed, errors, launch
 from common.launch import rank
 launch.GRACE = 2
 
@@ -288,14 +288,15 @@ class Plan:
     deepspeed = ""
 
 def main():
-    processes.join(Plan)
-    assert processes.first(lambda: "told") == (None if rank() else "told")
-    assert processes.share(rank()) == 0 and processes.gather(rank()) == [0, 1] and processes.largest(rank()) == 1
-    assert processes.in_turn(rank) == rank()
+    distributed.join(Plan)
+    assert distributed.first(lambda: "told") == (None if rank() else "told")
+    assert distributed.share(rank()) == 0 and distributed.gather(rank()) == [0, 1]
+    assert distributed.largest(rank()) == 1
+    assert distributed.in_turn(rank) == rank()
     print("spoken by", rank())
     if rank():
         raise errors.UserError("only here")
-    processes.wait()
+    distributed.wait()
 
 errors.run_main(main)
 """

@@ -22,10 +22,10 @@ from common.cli import parse
 from common.config import TrainFlags
 from common.errors import UserError
 from common.model import loading, loss, verify
-from common.runs import run
+from common.runs import manifest, run
 from common.runs.checkpoints import last_whole_checkpoint
 from common.runs.manifest import differing_parts
-from common.training import batches, callbacks, guards, trainer, tuning
+from common.training import batches, callbacks, guards, report, trainer, tuning
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import predict, train
 from gemma_sft.ft_gemma.config import Config
@@ -279,7 +279,7 @@ def test_another_tokenizer_or_template_is_refused_with_what_differs(flags, tmp_p
     assert "提示模板 prompt template" in message and "restore prompt.py" in message and len(message) < 600
     assert r"trained …'of_turn>user\n{system}" in message and "now …'of_turn>user{system}" in message
     with monkeypatch.context() as patched:
-        patched.setattr(run.dataset, "tokenizer_hash", lambda tokenizer: "f" * 64)
+        patched.setattr(manifest.tokenised, "tokenizer_hash", lambda tokenizer: "f" * 64)
         with pytest.raises(UserError, match="分词器 tokenizer .*, now 'f+'…; restore the base's tokenizer"):
             predict.load_answer(cfg)
 
@@ -326,6 +326,15 @@ def test_relative_data_paths_are_relative_to_the_caller(recipe, small_gemma, tmp
     }
 
 
+def test_a_trained_model_is_left_as_it_was_made(flags, monkeypatch):
+    nets = []
+    monkeypatch.setattr(report, "leave", lambda work, net, *rest: nets.append(net))
+    train.main(flags("out", "--max_steps", 2, "--save_steps", 1))
+    (net,) = nets
+    assert not [name for name, module in net.named_modules() if "forward" in vars(module)]
+    assert not {"start", "pissa_start", "save_pretrained"} & vars(net).keys()
+
+
 def test_print_targets(flags, capsys):
     train.main(flags("out", "--print_targets"))
     assert "q_proj           [32, 32]  × 2" in capsys.readouterr().out
@@ -341,7 +350,7 @@ def validations(monkeypatch):
 
     def script(*losses):
         left = iter(losses)
-        monkeypatch.setattr(trainer, "_validation_loss", lambda prediction: {"token_loss": next(left)})
+        monkeypatch.setattr(trainer, "validation_loss", lambda prediction: {"token_loss": next(left)})
 
     return script
 

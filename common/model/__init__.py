@@ -3,10 +3,12 @@
 In: a folder or hub id, and a run's adapter. Out: a transformers model, checked against what its files hold. In reading
 order:
 
+weights        its files, looked at before they are loaded
 loading        tokenizer and base model, plain or quantised
 adapter        an adapter attached to its base
 verify         what was saved, reopened and compared
 layers         its linear layers and parameters, and how they are shown
+patches        forwards replaced for a while, by the next two
 loss           cross entropy over supervised positions, a chunk of logits at a time
 frozen_layers  cheaper products and gated layers while training
 """

@@ -1,7 +1,13 @@
 """A tuned model: the base with an adapter attached, or a whole model of its own."""
 
+from __future__ import annotations
+
+import contextlib
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,29 +16,30 @@ from safetensors.torch import load_file
 from common.config import LORA
 from common.errors import UserError
 from common.model.loading import load_base
-from common.model.verify import adapter_file, adapter_state, compare_adapter
+from common.model.verify import adapter_state, compare_adapter
+from common.model.weights import check_adapter, readable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def load_tuned(trained, folder, dtype):
+def load_tuned(trained: Any, folder: str | Path, dtype: str) -> PreTrainedModel | PeftModel:
     """The tuned model in `folder`, as `trained` (of tuned.open_run) says: base and adapter, or a whole model."""
     if trained["tuning"] not in LORA:
         return load_base(folder, dtype)
-    check_adapter_is_there(folder)  # before a large base is loaded for nothing
+    check_adapter(folder)  # before a large base is loaded for nothing
     return attach(load_base(trained["path_model_pretrain"], dtype, trained["bits"]), folder)
 
 
-def check_adapter_is_there(folder):
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: 没有适配器 there is no adapter; train first, or give --model_save_dir or --base")
+def attach(base: PreTrainedModel | PeftModel, folder: str | Path, name: str = "default") -> PeftModel:
+    """`base` with the adapter saved in `folder` under peft's `name`.
 
-
-def attach(base, folder, name="default"):
-    """`base` with the adapter saved in `folder` under peft's `name`; UserError where a key is missing or left over.
+    UserError where its file is damaged, or a key is missing or left over.
 
     base: a model, or a PeftModel that gets one more adapter.
     """
-    check_adapter_is_there(folder)
-    with warnings.catch_warnings():
+    file = check_adapter(folder)
+    with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of missing keys; the comparison below refuses them
         try:
             if isinstance(base, PeftModel):
@@ -43,11 +50,27 @@ def attach(base, folder, name="default"):
         except (RuntimeError, ValueError) as problem:
             reason = " ".join(str(problem).split())[:200]
             raise UserError(f"{folder}: 适配器与模型不符 the adapter does not fit: {reason}") from None
-    compare_adapter(adapter_state(model, name=name), load_file(adapter_file(folder)), folder)
+    compare_adapter(adapter_state(model, name=name), load_file(file), folder)
     return model.eval()
 
 
-def merge_reasons(model):
+@contextlib.contextmanager
+def saved_alone(net: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within, `net.save_pretrained` saves of an adapter no more than what was trained.
+
+    With LoRA on the embeddings peft would put a copy of the base's own into every file.
+    """
+    if not isinstance(net, PeftModel):
+        yield
+        return
+    net.save_pretrained = partial(net.save_pretrained, save_embedding_layers=False)
+    try:
+        yield
+    finally:
+        del net.save_pretrained
+
+
+def merge_reasons(model: PeftModel) -> list[str]:
     """Why engines that only add LoRA to linear layers (vLLM) cannot serve this adapter beside its base; [] if none."""
     config, causal = model.peft_config["default"], model.get_base_model()
     changed = [causal.get_input_embeddings(), causal.get_output_embeddings()]

@@ -1,39 +1,52 @@
 """Matrix products and gated layers of a model in training: the same values in less time on a CPU, and less memory."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from common import distributed
+from common.model.patches import replaced
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")  # transformers' names of a gated layer's parts
 ROWS = 512  # of a gated layer at once on a CPU: what lies between its products stays in the processor's cache
 
 
-def make_lean(model):
-    """Make `model`, about to be trained, keep less of its gated layers, and compute its frozen products faster.
+@contextlib.contextmanager
+def lean(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within, `model`, which is trained, keeps less of its gated layers, and computes its frozen products faster.
 
     Gated layers: only gate and up are kept, act(gate) * up is computed again in the backward pass: a third less memory
     for one cheap product. Frozen layers, where this process holds the whole of them: see `times_transposed`.
     """
     head = model.get_output_embeddings()
+    forwards: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
     for module in model.modules():
         if all(hasattr(module, name) for name in GATED):
             frozen = all(_is_frozen(getattr(module, name)) for name in GATED[:3])
-            module.forward = MethodType(_frozen_gated if frozen else _gated, module)
+            forwards[module] = _frozen_gated if frozen else _gated
         if module is not head and _is_frozen(module) and module.weight.device.type == "cpu":
-            module.forward = MethodType(_frozen, module)
+            forwards[module] = _frozen
+    with replaced(forwards):
+        yield
 
 
-def _is_frozen(module):
+def _is_frozen(module: torch.nn.Module) -> bool:
     plain = type(module) is torch.nn.Linear and module.bias is None and not distributed.shards_weights()
     return plain and not module.weight.requires_grad
 
 
-def times_transposed(x, weight):
+def times_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T, [..., out] of x [..., in] and weight [out, in].
 
     In fp32 on a CPU through oneDNN, as torch does itself in bf16: on an AMD EPYC it took a fifth to a quarter less
@@ -51,7 +64,7 @@ def times_transposed(x, weight):
     return x @ weight.T
 
 
-def with_pads(flat):
+def with_pads(flat: torch.Tensor) -> torch.Tensor:
     """flat [rows, …] with rows of zeros below, on a CPU, so that few numbers of rows occur, a few per cent more.
 
     oneDNN makes a program for every number of rows it meets, of about 0.3 MB, and keeps it to the end of the process.
@@ -62,24 +75,24 @@ def with_pads(flat):
     return pad(flat, (0, 0) * (flat.ndim - 1) + (0, missing)) if missing else flat
 
 
-def _gated(self, x):
+def _gated(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The forward of a gated layer."""
 
-    def gate(gate, up):
+    def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return self.act_fn(gate) * up
 
     kept = (self.gate_proj(x), self.up_proj(x))
-    if not torch.is_grad_enabled():  # answers after the training: nothing is kept anyway
+    if not torch.is_grad_enabled():  # a validation loss: nothing is kept anyway
         return self.down_proj(gate(*kept))
     return self.down_proj(checkpoint(gate, *kept, use_reentrant=False, preserve_rng_state=False))
 
 
-def _frozen_gated(self, x):
+def _frozen_gated(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The forward of a gated layer that is not trained."""
     return _FrozenGated.apply(x, *(getattr(self, name).weight for name in GATED[:3]), self.act_fn)
 
 
-def _frozen(self, x):
+def _frozen(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The forward of a linear layer that is not trained and has no bias."""
     return _FrozenLinear.apply(x, self.weight)
 
@@ -88,13 +101,13 @@ class _FrozenLinear(torch.autograd.Function):
     """x @ weight.T, the weight without a gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        ctx.autocast = _autocast_as_now(x)
+        ctx.autocast = _autocast_in_force(x)
         return times_transposed(x, weight)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         with ctx.autocast():
             return times_transposed(gradient, ctx.saved_tensors[0].T), None
 
@@ -103,18 +116,28 @@ class _FrozenGated(torch.autograd.Function):
     """(act(x @ gate.T) * (x @ up.T)) @ down.T, the weights without gradients."""
 
     @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight, act):
-        kept, outputs, flat = [], [], with_pads(x.reshape(-1, x.shape[-1]))
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gate_weight: torch.Tensor,
+        up_weight: torch.Tensor,
+        down_weight: torch.Tensor,
+        act: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        outputs = []
+        flat = with_pads(x.reshape(-1, x.shape[-1]))
         for part in _parts(flat):
             gate, up = times_transposed(part, gate_weight), times_transposed(part, up_weight)
             outputs.append(times_transposed(act(gate).mul_(up), down_weight))
             kept += [gate, up]
         ctx.save_for_backward(gate_weight, up_weight, down_weight, *kept)
-        ctx.act, ctx.autocast = act, _autocast_as_now(x)
+        ctx.act = act
+        ctx.autocast = _autocast_in_force(x)
         return torch.cat(outputs)[: x.shape[:-1].numel()].view(x.shape)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         gate_weight, up_weight, down_weight, *kept = ctx.saved_tensors
         inputs, flat = [], with_pads(gradient.reshape(-1, gradient.shape[-1]))
         for part, gate, up in zip(_parts(flat), kept[::2], kept[1::2], strict=True):
@@ -130,12 +153,15 @@ class _FrozenGated(torch.autograd.Function):
         return torch.cat(inputs)[: gradient.shape[:-1].numel()].view(gradient.shape), None, None, None, None
 
 
-def _parts(flat):
+def _parts(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """flat [rows, in] as parts of at most ROWS rows, all of it where it is not on a CPU."""
     return flat.split(ROWS if flat.device.type == "cpu" else max(1, len(flat)))
 
 
-def _autocast_as_now(x):
-    """What makes the context of now again: a backward pass runs outside of the forward's autocast."""
+def _autocast_in_force(x: torch.Tensor) -> Callable[[], torch.autocast]:
+    """Makes an autocast context with the settings that are in force now, for the device of `x`.
+
+    The backward pass needs it: it runs outside of the autocast context of the forward pass.
+    """
     kind = x.device.type
     return partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))

@@ -1,21 +1,28 @@
 """What a model is made of: its linear layers, its parameters, and how they are shown."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-def linear_layers(model):
+
+def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, list[tuple[str, tuple[int, int]]]]:
     """{name: [(full name, shape [out, in])]} of the linear layers LoRA can attach to, the output head left out."""
     head = model.get_output_embeddings()
-    found = {}
+    found: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             found.setdefault(name.rpartition(".")[2], []).append((name, (module.out_features, module.in_features)))
     return found
 
 
-def show_targets(model):
+def show_targets(model: PreTrainedModel | PeftModel) -> None:
     """Print the linear layers LoRA can attach to."""
     print("可训练的线性层 linear layers for --target_modules (name, [out, in], count):")
     for name, layers in linear_layers(model).items():
@@ -23,26 +30,26 @@ def show_targets(model):
         print(f"  {name:<16} {shapes}  × {len(layers)}")
 
 
-def show_parameters(model):
+def show_parameters(model: torch.nn.Module) -> None:
     """Print name, shape, dtype and trainability of each kind of parameter, and the trainable share."""
-    kinds = {}
+    kinds: dict[tuple[str, tuple[int, ...], str, bool], int] = {}
     for name, parameter in model.named_parameters():
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
         key = (kind, _shape(parameter), str(parameter.dtype).removeprefix("torch."), parameter.requires_grad)
         kinds[key] = kinds.get(key, 0) + 1
-    for (kind, shape, dtype, trained), count in kinds.items():
-        print(f"  {'训练 train' if trained else '冻结 frozen'} {kind} {list(shape)} {dtype} × {count}")
+    for (kind, shape, dtype, learns), count in kinds.items():
+        print(f"  {'训练 train' if learns else '冻结 frozen'} {kind} {list(shape)} {dtype} × {count}")
     trained, total = parameter_counts(model)
     print(f"可训练参数 trainable params: {trained:,} / {total:,} = {trained / total:.4%}")
 
 
-def parameter_counts(model):
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; two that 4 bits each put into one byte are two."""
     sizes = [(math.prod(_shape(p)), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def _shape(parameter):
+def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     """Its whole shape, also where this process holds a part (ZeRO-3 leaves an empty tensor), or 4 bits share a byte."""
     quantised = getattr(parameter, "quant_state", None)
     return tuple(quantised.shape if quantised else getattr(parameter, "ds_shape", parameter.shape))

@@ -1,25 +1,40 @@
-"""Base model, tokenizer and adapter: loaded, attached, shown, and checked after saving."""
+"""Tokenizer and base model, plain or quantised, from a folder or a hub id."""
+
+from __future__ import annotations
 
 import hashlib
 import importlib.util
 import os
+import pickle
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from common import distributed
 from common.device import device, resolve_dtype
-from common.errors import UserError
+from common.errors import UserError, is_out_of_memory
+from common.model import weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.data.family import Family
 
 REPACKING = "support_avx512bf16_for_cpu"  # bitsandbytes 0.50 rounds 4-bit weights anew on a CPU that has bfloat16
 EDGE = 1 << 20  # bytes hashed at each end of a weight file: a whole 70B checkpoint would take minutes
+# what from_pretrained raises: ImportError where a quantised checkpoint needs a package, the last four for damaged files
+UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError)
 
 
-def load_tokenizer(path, prompt):
+def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with the family's chat template where it has none of its own.
 
     UserError where there is none, or it lacks a token the template needs.
     """
+    weights.check_tokenizer(path)
     tokenizer = _loaded(AutoTokenizer, path, "分词器 tokenizer")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.CHAT_TEMPLATE
@@ -30,10 +45,10 @@ def load_tokenizer(path, prompt):
     return tokenizer
 
 
-def load_base(path, dtype, bits=0):
-    """The base model in evaluation mode; `dtype` is the knob's value.
+def load_base(path: str | Path, dtype: str, bits: int = 0) -> PreTrainedModel:
+    """The base model in evaluation mode; `dtype` is the knob's value. UserError where it cannot be loaded.
 
-    It is on this process's device, but where each process will hold a part of it: then it is on the CPU, or in parts.
+    It is on this process's device, except where each process will hold a part of it: then on the CPU, or in parts.
     bits: 4 (nf4, its constants quantised too; QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 (LLM.int8, Dettmers
     et al. 2022, arXiv 2208.07339) load the linear layers quantised, the head left as it is; 0 does not.
     """
@@ -43,6 +58,7 @@ def load_base(path, dtype, bits=0):
             f"{path}: 已量化为 {stored} 位 is quantised to {stored} bits already: --tuning qlora "
             f"--quantization_bit {stored}, or its unquantised original (export needs that one)"
         )
+    weights.check_model(path)
     if not bits:
         model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind)
         return (model if distributed.shards_weights() else model.to(device())).eval()
@@ -56,14 +72,14 @@ def load_base(path, dtype, bits=0):
     return model.eval()
 
 
-def _quantisation(bits, kind):
+def _quantisation(bits: int, kind: torch.dtype) -> BitsAndBytesConfig:
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     double = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=kind, **double)
 
 
-def _stored_bits(path):
+def _stored_bits(path: str | Path) -> int:
     """Bits to which bitsandbytes has quantised the model at `path`, or 0; UserError where it takes more than text."""
     config = _loaded(AutoConfig, path, "模型 model")
     if config.get_text_config() is not config:
@@ -76,22 +92,24 @@ def _stored_bits(path):
     return 4 if stored.get("load_in_4bit") else 8
 
 
-def _loaded(auto_class, path, what, **kwargs):
+def _loaded(auto_class: Any, path: str | Path, what: str, **kwargs: Any) -> Any:
     if str(path).startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
         raise UserError(f"{path}: 文件夹不存在 no such folder; check --path_model_pretrain")
-    path = _from_modelscope(path) if _is_modelscope(path) else path
+    source = _from_modelscope(str(path)) if _is_modelscope(path) else path
     try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, ImportError) as problem:  # the last: what a quantised checkpoint needs is missing
+        return auto_class.from_pretrained(source, **kwargs)
+    except UNLOADABLE as problem:
+        if is_out_of_memory(problem):
+            raise
         reason = " ".join(str(problem).split())[:300]
         raise UserError(f"{path}: 无法加载{what} cannot be loaded: {reason}") from None
 
 
-def _is_modelscope(path):
+def _is_modelscope(path: str | Path) -> bool:
     return os.environ.get("USE_MODELSCOPE_HUB", "") in ("1", "true", "True") and not Path(path).expanduser().is_dir()
 
 
-def _from_modelscope(path):
+def _from_modelscope(path: str) -> str:
     """The folder of a ModelScope id, downloaded by its package where it is not in its cache."""
     try:
         from modelscope import snapshot_download
@@ -106,7 +124,7 @@ def _from_modelscope(path):
         raise UserError(f"{path}: 无法从 ModelScope 下载 cannot be downloaded from ModelScope: {reason}") from None
 
 
-def base_hash(path):
+def base_hash(path: str | Path) -> str:
     """sha256 (hex) of a folder's config and weight files: names, sizes and both ends of each; "" for others."""
     folder = Path(path)
     configs = ("config.json", "adapter_config.json")

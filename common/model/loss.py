@@ -1,7 +1,11 @@
 """Cross entropy over supervised positions only, a chunk of logits at a time, never [batch, length, vocabulary]."""
 
+from __future__ import annotations
+
+import contextlib
 import functools
-from types import MethodType
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -10,18 +14,24 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common.data.render import IGNORED
 from common.model.frozen_layers import times_transposed, with_pads
+from common.model.patches import replaced
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 LOGITS, ROWS = 1 << 24, 128  # of logits alive at once on a CPU: 64 MiB in fp32, and more rows are no faster
 
 
-def chunk_rows(vocabulary, device_type):
+def chunk_rows(vocabulary: int, device_type: str) -> int:
     """Rows of logits alive at once; a GPU's matrix products want more of them."""
     times = 1 if device_type == "cpu" else 4
     return max(16, min(times * LOGITS // vocabulary, times * ROWS) // 16 * 16)
 
 
-def use_supervised_loss(model, smoothing=0.0):
-    """Make `model(input_ids, labels=…)` return the chunked loss; without labels its forward stays as it is.
+@contextlib.contextmanager
+def supervised(model: PreTrainedModel | PeftModel, smoothing: float = 0.0) -> Iterator[None]:
+    """Within, `model(input_ids, labels=…)` returns the chunked loss; without labels its forward stays as it is.
 
     `model` is a transformers causal LM (peft's wrapper around it included). labels [B, T] are aligned with input_ids,
     -100 is not counted. The loss is the sum over counted ids divided by `num_items_in_batch`, or by their number where
@@ -29,11 +39,23 @@ def use_supervised_loss(model, smoothing=0.0):
     smoothing: share of the target that all pieces get alike, in training mode.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = causal.get_output_embeddings()
+    with replaced({causal: _forward_with_loss(causal, smoothing), head: _forward_of_head(head)}):
+        causal.accepts_loss_kwargs = True  # the Trainer then hands in num_items_in_batch, of the whole batch
+        yield
+
+
+def _forward_with_loss(causal: PreTrainedModel, smoothing: float) -> Callable[..., Any]:
     plain_forward = causal.forward
-    _score_in_head(causal.get_output_embeddings())
 
     @functools.wraps(type(causal).forward)  # generate looks up in its signature what a model takes
-    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+    def forward(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
         if labels is None:
             return plain_forward(input_ids=input_ids, **kwargs)
         hidden = self.get_decoder()(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
@@ -46,27 +68,41 @@ def use_supervised_loss(model, smoothing=0.0):
         loss = losses.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=None if self.training else _row_sums(losses, counted))
 
-    causal.forward = MethodType(forward, causal)
-    causal.accepts_loss_kwargs = True  # the Trainer then counts the supervised ids of the whole batch and hands them in
+    return forward
 
 
-def _score_in_head(head):
-    """Make `head(hidden, targets, vocabulary, …)` return the losses; without targets its forward stays as it is.
+def _forward_of_head(head: torch.nn.Module) -> Callable[..., torch.Tensor]:
+    """A forward by which `head(hidden, targets, vocabulary, …)` returns the losses; without targets it is the head's.
 
     A call of the head lets FSDP2 and ZeRO-3 put its weight together, of which each process holds a part.
     """
     project, is_linear = head.forward, type(head) is torch.nn.Linear and head.bias is None
 
-    def forward(self, hidden, targets=None, vocabulary=None, softcap=None, smoothing=0.0):
+    def forward(
+        self: torch.nn.Module,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        vocabulary: int = 0,
+        softcap: float | None = None,
+        smoothing: float = 0.0,
+    ) -> torch.Tensor:
         if targets is None:
             return project(hidden)
         weight = self.weight if is_linear and not self.weight.requires_grad else None
         return token_losses(hidden, targets, project, vocabulary, weight, softcap, smoothing)
 
-    head.forward = MethodType(forward, head)
+    return forward
 
 
-def token_losses(hidden, targets, project, vocabulary, weight=None, softcap=None, smoothing=0.0):
+def token_losses(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    project: Callable[[torch.Tensor], torch.Tensor],
+    vocabulary: int,
+    weight: torch.Tensor | None = None,
+    softcap: float | None = None,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
     """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], project(hidden) the logits [N, V].
 
     weight [V, H]: the output layer's, where it is all of it and not trained. softcap: where the model has one, logits =
@@ -83,7 +119,13 @@ def token_losses(hidden, targets, project, vocabulary, weight=None, softcap=None
     return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def _chunk_losses(hidden, targets, project, softcap, smoothing):
+def _chunk_losses(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    project: Callable[[torch.Tensor], torch.Tensor],
+    softcap: float | None,
+    smoothing: float,
+) -> torch.Tensor:
     logits = project(hidden).float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -97,7 +139,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, smoothing):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        softcap: float | None,
+        smoothing: float,
+    ) -> torch.Tensor:
         count, hidden, targets = len(hidden), with_pads(hidden), with_pads(targets)
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -128,12 +177,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return losses[:count]
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
 
 
-def _row_sums(losses, counted):
+def _row_sums(losses: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """[B, 2] fp32 from the losses of the counted positions [N]: each row's sum and count."""
     sums = losses.new_zeros(counted.shape[0]).index_add_(0, counted.nonzero()[:, 0], losses)
     return torch.stack([sums, counted.sum(1).to(sums.dtype)], dim=1)

@@ -1,7 +1,11 @@
 """What was saved is reopened and compared with what is in memory, tensor by tensor."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import get_peft_model_state_dict
@@ -10,11 +14,16 @@ from safetensors.torch import load_file
 
 from common import distributed
 from common.errors import UserError
+from common.model.weights import adapter_file, readable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 IDLE = re.compile("lora_B|lora_embedding_A")  # what starts at zero: where it still is, the layer does nothing
 
 
-def whole_state(model):
+def whole_state(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
     """{name: tensor on the CPU} of what is saved of a model of which each process holds a part; all call it together.
 
     That is all that is trained of one with an adapter, and all of a model tuned without one, in the base's dtype.
@@ -24,12 +33,14 @@ def whole_state(model):
     return {name: distributed.whole(p).to(model.config.dtype) for name, p in model.named_parameters()}
 
 
-def verify_adapter(model, folder, state=None):
+def verify_adapter(model: PeftModel, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """Reopen what was just saved: the same keys and values as in memory, and no LoRA layer that does nothing.
 
     state: `whole_state(model)`, where the model itself may hold a part only.
     """
-    saved = load_file(adapter_file(folder))
+    file = adapter_file(folder)
+    with readable(file):
+        saved = load_file(file)
     compare_adapter(adapter_state(model, state), saved, folder)
     idle = [name for name, tensor in saved.items() if IDLE.search(name) and not tensor.any()]
     if idle:
@@ -38,14 +49,16 @@ def verify_adapter(model, folder, state=None):
         )
 
 
-def verify_whole(model, folder, state=None):
+def verify_whole(model: PreTrainedModel, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """Reopen a whole model just saved: each tensor is as in memory, and none is missing but those tied to another.
 
     state: `whole_state(model)`, where the model itself may hold a part only.
     """
-    state, saved, different = state or model.state_dict(), set(), []
+    state = state or model.state_dict()
+    saved: set[str] = set()
+    different: list[str] = []
     for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
+        with readable(file), safe_open(file, "pt") as tensors:
             names = set(tensors.keys())
             saved |= names
             different += [n for n in names if n not in state or not torch.equal(state[n].cpu(), tensors.get_tensor(n))]
@@ -58,15 +71,17 @@ def verify_whole(model, folder, state=None):
         )
 
 
-def adapter_state(model, state=None, name="default"):
+def adapter_state(
+    model: PeftModel, state: Mapping[str, torch.Tensor] | None = None, name: str = "default"
+) -> dict[str, torch.Tensor]:
+    """{key in its file: tensor} of the adapter `name`, as it is in memory, or in `state`."""
     return get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
 
 
-def adapter_file(folder):
-    return str(Path(folder) / "adapter_model.safetensors")
-
-
-def compare_adapter(expected, saved, folder):
+def compare_adapter(
+    expected: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], folder: str | Path
+) -> None:
+    """UserError naming a tensor that is missing in `saved`, left over, or another one than in `expected`."""
     missing, surplus = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
     different = [name for name in expected.keys() & saved.keys() if not torch.equal(expected[name].cpu(), saved[name])]
     for what, names in (("缺少 missing", missing), ("多余 unexpected", surplus), ("不同 different", sorted(different))):

@@ -3,6 +3,7 @@
 In: a config and the rows to train on. Out: a locked folder, a checkpoint to go on from, and a manifest that predict,
 evaluation, service and export hold the world against. In reading order:
 
+places         whether its files can be read and written, asked before anything is loaded
 manifest       what a run was trained on and with
 checkpoints    those that are whole
 run            start, resume, save, finish

@@ -9,12 +9,12 @@ from common.files import file_hash, write_json
 WHOLE = "whole.json"
 
 
-def mark_whole(checkpoint):
+def mark_whole(checkpoint: str | Path) -> None:
     """Record the sha256 of a checkpoint's files: one without this record was cut off while being written."""
     write_json(Path(checkpoint) / WHOLE, _hashes(checkpoint))
 
 
-def last_whole_checkpoint(folder):
+def last_whole_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint whose files are what was written, or None; those cut off or damaged are removed."""
     found = Path(folder).glob("checkpoint-*")
     for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
@@ -25,7 +25,8 @@ def last_whole_checkpoint(folder):
     return None
 
 
-def is_whole(checkpoint):
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the record of its files, and they are what it says."""
     try:
         written, found = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8")), _hashes(checkpoint)
     except (OSError, ValueError):
@@ -33,7 +34,7 @@ def is_whole(checkpoint):
     return all(found.get(name) == value for name, value in written.items())
 
 
-def _hashes(checkpoint):
+def _hashes(checkpoint: str | Path) -> dict[str, str]:
     """{file: sha256 in hex} of a checkpoint's files, those in its folders too, the record of them left out."""
     files = sorted(file for file in Path(checkpoint).rglob("*") if file.is_file())
     relative = {file.relative_to(checkpoint).as_posix(): file for file in files}

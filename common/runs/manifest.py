@@ -1,5 +1,7 @@
 """run_manifest.json: what a run was trained on and with, and what its users must match."""
 
+from __future__ import annotations
+
 import datetime
 import hashlib
 import importlib.metadata
@@ -8,19 +10,27 @@ import os
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import distributed
 from common.config import ROOT
 from common.data import render, tokenised
 from common.errors import UserError
-from common.model import loading
+from common.model import loading, weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.config import SFTConfig
+    from common.data.dataset import TrainingData
+    from common.data.family import Family
 
 AROUND = 12  # characters shown before and after a difference
 MANIFEST = "run_manifest.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets")
 
 
-def describe(cfg, tokenizer, prompt, rows):
+def describe(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family, rows: TrainingData) -> dict[str, Any]:
     """The manifest of a run about to start: all that decides what it learns, and what its users must match."""
     template = render.template_text(tokenizer, prompt, cfg.prompt_style)
     knobs = {name: value for name, value in asdict(cfg).items() if name != "given"}
@@ -44,23 +54,27 @@ def describe(cfg, tokenizer, prompt, rows):
     }
 
 
-def read_manifest(folder):
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest in `folder`, or None where there is none; UserError where it is damaged."""
     try:
         return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         raise UserError(f"{Path(folder) / MANIFEST}: 文件损坏 is damaged; train again or restore it") from None
 
 
-def check_fits(manifest, base, tokenizer, prompt):
-    """UserError where base (a path), tokenizer or template are not what the run in `manifest` was trained with."""
+def check_fits(manifest: dict[str, Any], base: str, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> None:
+    """UserError where base (a path), tokenizer or template are not what the run in `manifest` was trained with.
+
+    A base whose files are damaged is told as that, not as another base.
+    """
+    weights.check_model(base)
     template = render.template_text(tokenizer, prompt, manifest["template"]["style"])
-    weights, ids = loading.base_hash(base), tokenised.tokenizer_hash(tokenizer)
+    base_now, ids_now = loading.base_hash(base), tokenised.tokenizer_hash(tokenizer)
     pairs = [
-        ("基座模型 base model", manifest["base"]["sha256"], weights, "give the base trained with"),
-        ("分词器 tokenizer", manifest["tokenizer_sha256"], ids, "restore the base's tokenizer files"),
+        ("基座模型 base model", manifest["base"]["sha256"], base_now, "give the base trained with"),
+        ("分词器 tokenizer", manifest["tokenizer_sha256"], ids_now, "restore the base's tokenizer files"),
         ("提示模板 prompt template", manifest["template"]["text"], template, "restore prompt.py"),
     ]
     for what, trained, now, remedy in pairs:
@@ -72,7 +86,7 @@ def check_fits(manifest, base, tokenizer, prompt):
             )
 
 
-def differing_parts(trained, now):
+def differing_parts(trained: str, now: str) -> list[str]:
     """Where two texts differ, as two short quotations with a few characters around."""
     same = len(os.path.commonprefix([trained, now]))
     ends = len(os.path.commonprefix([trained[same:][::-1], now[same:][::-1]]))
@@ -84,7 +98,7 @@ def differing_parts(trained, now):
     return quoted
 
 
-def _git_commit():
+def _git_commit() -> str:
     try:
         command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,12 +1,15 @@
 """A run's folder: its manifest, its lock, its whole checkpoints, and what of it may be resumed."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -16,8 +19,17 @@ from common.files import write_json
 from common.knobs import FREE, SHAPING
 from common.launch import rank
 from common.model import verify
+from common.model.adapter import saved_alone
 from common.runs.checkpoints import is_whole, last_whole_checkpoint
 from common.runs.manifest import MANIFEST, describe, read_manifest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.config import SFTConfig
+    from common.data.dataset import TrainingData
+    from common.data.family import Family
 
 DRAFT = "adapter.part"
 DISK_FULL = re.compile(
@@ -32,17 +44,24 @@ class Run(NamedTuple):
     """
 
     folder: Path
-    manifest: dict
+    manifest: dict[str, Any]
     lock: FileLock | None
     checkpoint: Path | None
 
 
-def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
+def start(
+    cfg: SFTConfig,
+    resume: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Family,
+    rows: TrainingData,
+    resume_anyway: bool = False,
+) -> Run:
     """Open the run's folder for this run alone and write its manifest and rejected.jsonl: the Run.
 
     resume: "auto" goes on from the last whole checkpoint of an unfinished run; "never" starts anew; or a checkpoint's
     folder. An earlier run's files are moved aside, never overwritten. UserError where the data or options differ from
-    the run to be resumed (but with resume_anyway, where they fit its weights), or another process trains into the
+    the run to be resumed (except with resume_anyway, where they fit its weights), or another process trains into the
     folder.
     """
     folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
@@ -51,7 +70,9 @@ def start(cfg, resume, tokenizer, prompt, rows, resume_anyway=False):
     return Run(folder, _seen_by_all(folder, manifest), lock, distributed.share(checkpoint))
 
 
-def _open(folder, manifest, resume, rows, resume_anyway):
+def _open(
+    folder: Path, manifest: dict[str, Any], resume: str, rows: TrainingData, resume_anyway: bool
+) -> tuple[FileLock, Path | None]:
     """(lock, checkpoint to go on from or None), the folder being ready to be written to."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -74,7 +95,7 @@ def _open(folder, manifest, resume, rows, resume_anyway):
     return lock, checkpoint
 
 
-def _seen_by_all(folder, manifest):
+def _seen_by_all(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The first process's manifest; UserError in a process that does not find it in its own `folder`."""
     written = distributed.share(manifest)
     if (read_manifest(folder) or {}).get("started") != written["started"]:
@@ -84,7 +105,7 @@ def _seen_by_all(folder, manifest):
     return written
 
 
-def save_tuned(net, tokenizer, folder):
+def save_tuned(net: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Save adapter or whole model, and tokenizer, into `folder`; check them; each file appears whole or not at all.
 
     All processes call it, the first one writes.
@@ -94,7 +115,8 @@ def save_tuned(net, tokenizer, folder):
         return
     draft = Path(folder) / DRAFT
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
-    net.save_pretrained(draft, **({"state_dict": state} if state else {}))
+    with saved_alone(net):
+        net.save_pretrained(draft, **({"state_dict": state} if state else {}))
     check = verify.verify_adapter if hasattr(net, "peft_config") else verify.verify_whole
     check(net, draft, state)
     tokenizer.save_pretrained(draft)
@@ -104,7 +126,7 @@ def save_tuned(net, tokenizer, folder):
 
 
 @contextlib.contextmanager
-def told_when_full(folder):
+def told_when_full(folder: str | Path) -> Iterator[None]:
     """UserError of one line where writing into `folder` fails because the disk is full; what is half written goes."""
     try:
         yield
@@ -122,16 +144,16 @@ def told_when_full(folder):
         ) from None
 
 
-def finish(work, results):
+def finish(work: Run, results: dict[str, Any]) -> None:
     """Mark the run as finished: from now on predict, evaluation and service take its adapter."""
     write_json(work.folder / MANIFEST, work.manifest | {"results": results, "state": "finished"})
 
 
-def _checkpoint_in(folder, manifest, resume, anyway):
+def _checkpoint_in(folder: Path, manifest: dict[str, Any], resume: str, anyway: bool) -> Path | None:
     """The checkpoint an unfinished run in `folder` goes on from; None for a fresh start, earlier files moved aside."""
     earlier = read_manifest(folder)
     checkpoint = last_whole_checkpoint(folder) if earlier and earlier["state"] == "training" else None
-    if resume == "auto" and checkpoint:
+    if resume == "auto" and checkpoint and earlier:
         _check_same(earlier, manifest, checkpoint, anyway)
         print(f"从检查点继续 resuming from {checkpoint}")
         return checkpoint
@@ -140,7 +162,8 @@ def _checkpoint_in(folder, manifest, resume, anyway):
     return None
 
 
-def _chosen_checkpoint(checkpoint, manifest, anyway):
+def _chosen_checkpoint(checkpoint: Path, manifest: dict[str, Any], anyway: bool) -> Path:
+    """The checkpoint that --resume names; UserError where it is not whole, or of a run that differs."""
     if not is_whole(checkpoint):
         raise UserError(f"--resume {checkpoint}: 不是完整的检查点 not a whole checkpoint")
     earlier = read_manifest(checkpoint.parent)
@@ -149,7 +172,7 @@ def _chosen_checkpoint(checkpoint, manifest, anyway):
     return checkpoint
 
 
-def _check_same(earlier, manifest, checkpoint, anyway):
+def _check_same(earlier: dict[str, Any], manifest: dict[str, Any], checkpoint: Path, anyway: bool) -> None:
     """UserError naming what differs between the run that wrote `checkpoint` and the one that would go on from it.
 
     anyway: what differs is printed and kept in the manifest instead, unless the weights could not be loaded.
@@ -171,7 +194,7 @@ def _check_same(earlier, manifest, checkpoint, anyway):
         )
 
 
-def _flat(manifest):
+def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a resume, as one flat dict."""
     knobs = {name: value for name, value in manifest["config"].items() if name not in FREE}
     data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
@@ -180,7 +203,8 @@ def _flat(manifest):
     return knobs | data | shared | {"base": base, "tokenizer": tokenizer, "template": template}
 
 
-def _move_aside(folder):
+def _move_aside(folder: Path) -> None:
+    """Move an earlier run's files into the first free of folder.1, folder.2, …"""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1

@@ -1,7 +1,11 @@
 """What a batch is made of: rows of like length together, padded on the right, blank ones where a row is missing."""
 
+from __future__ import annotations
+
 import math
 import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -10,11 +14,14 @@ from common.data.render import IGNORED
 from common.launch import world_size
 from common.training import packing
 
+if TYPE_CHECKING:
+    from common.config import SFTConfig
+
 WINDOW = 50  # batches sorted by length together: little padding, yet another order every epoch
 BLANK = -1  # number of a row that is none: it fills the last batch of an epoch, so that all processes have one
 
 
-def collate(rows, pad_id):
+def collate(rows: Sequence[Any], pad_id: int) -> dict[str, Any]:
     """A batch of rows, or of packs, padded on the right by length.
 
     Rows give input_ids and labels [B, T], tokens (neither padding nor blank ones), where (names). No attention mask:
@@ -37,26 +44,26 @@ def collate(rows, pad_id):
 class RowsAndBlanks(torch.utils.data.Dataset):
     """The rows, or packs, of `rows`; number BLANK is a row that is not counted: the first one, its labels ignored."""
 
-    def __init__(self, rows):
+    def __init__(self, rows: Any) -> None:
         self.rows = rows
         self.blank = _blank(rows.__getitems__([0])[0])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, numbers):
+    def __getitems__(self, numbers: list[int]) -> list[Any]:
         kept = [number for number in numbers if number != BLANK]
         return (self.rows.__getitems__(kept) if kept else []) + [self.blank] * (len(numbers) - len(kept))
 
 
-def _blank(row):
+def _blank(row: Any) -> Any:
     """A row, or a pack's first one, as one that teaches nothing and has no name."""
     if isinstance(row, list):
         return [_blank(row[0])]
     return {"input_ids": row["input_ids"], "labels": [IGNORED] * len(row["input_ids"]), "where": ""}
 
 
-def sampler_of(lengths, cfg):
+def sampler_of(lengths: Sequence[int] | numpy.ndarray, cfg: SFTConfig) -> LengthGroupedSampler:
     """The order in which a run of `cfg` takes rows of these lengths."""
     together = cfg.micro_batch_size * world_size() if world_size() > 1 else 1  # one process takes what is left
     return LengthGroupedSampler(lengths, cfg.batch_size, cfg.seed, together)
@@ -69,29 +76,32 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
     batches and processes. Blank rows at the end of an epoch make its rows a multiple of `multiple`.
     """
 
-    def __init__(self, lengths, batch, seed, multiple=1):
-        self.lengths, self.batch, self.seed, self.epoch = numpy.asarray(lengths), batch, seed, 0
+    def __init__(self, lengths: Sequence[int] | numpy.ndarray, batch: int, seed: int, multiple: int = 1) -> None:
+        self.lengths = numpy.asarray(lengths)  # ids of each row, [N]
+        self.batch = batch
+        self.seed = seed
+        self.epoch = 0
         self.blanks = -len(self.lengths) % multiple
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lengths) + self.blanks
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         for batch in self.batches():
             yield from batch
         yield from [BLANK] * self.blanks
 
-    def batches(self):
+    def batches(self) -> list[list[int]]:
         """Lists of row numbers, shuffled; the longest row's comes first, a smaller one, if any, last.
 
         So what does not fit into memory is seen at once, and a CPU's memory is taken once, not in pieces that grow.
         """
         order = numpy.random.default_rng((self.seed, self.epoch)).permutation(len(self.lengths))
         window = self.batch * WINDOW
-        found = []
+        found: list[list[int]] = []
         for start in range(0, len(order), window):
             rows = order[start : start + window]
             rows = rows[numpy.argsort(-self.lengths[rows], kind="stable")]
@@ -103,22 +113,22 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
             found.insert(0, found.pop(longest))
         return found + smaller
 
-    def by_weight(self, micro, passes):
+    def by_weight(self, micro: int, passes: int) -> list[list[int]]:
         """Row numbers of the micro batches of so many passes, those of the fewest ids first, padding included."""
-        found = []
+        found: list[list[int]] = []
         for self.epoch in range(passes):
             found += [batch[at : at + micro] for batch in self.batches() for at in range(0, len(batch), micro)]
         return sorted(found, key=self.ids_in)
 
-    def shape(self, numbers):
+    def shape(self, numbers: list[int]) -> tuple[int, int]:
         """(rows, length) of a batch of these rows."""
         return len(numbers), int(self.lengths[numbers].max())
 
-    def ids_in(self, numbers):
+    def ids_in(self, numbers: list[int]) -> int:
         """Ids of a batch of these rows, padding included."""
         return math.prod(self.shape(numbers))
 
-    def padding(self, micro):
+    def padding(self, micro: int) -> float:
         """Share of the ids in an epoch that are padding, `micro` rows in one forward pass."""
         parts = [batch[at : at + micro] for batch in self.batches() for at in range(0, len(batch), micro)]
         width = sum(int(self.lengths[part].max()) * len(part) for part in parts)

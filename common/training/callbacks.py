@@ -1,8 +1,12 @@
-"""What watches a training: guards that stop it, signals, early stopping, checkpoints marked as whole, the log."""
+"""What watches a training: signals, early stopping, checkpoints marked as whole, the log."""
+
+from __future__ import annotations
 
 import signal
 import time
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -12,13 +16,16 @@ from common.errors import UserError
 from common.runs import checkpoints
 from common.training import memory
 
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
-class Stopped(UserError):
+
+class StoppedError(UserError):
     """A signal ended the training; a checkpoint was saved first."""
 
     everywhere = True
 
-    def __init__(self, number, folder):
+    def __init__(self, number: int, folder: Path) -> None:
         super().__init__(
             f"收到信号 {signal.Signals(number).name}，检查点已保存 checkpoint saved in {folder}; "
             "the same command resumes"
@@ -33,49 +40,54 @@ class StopOnSignal(TrainerCallback):
     launcher hands on what the terminal has already sent to all, and ends them itself when they take too long.
     """
 
-    def __init__(self):
-        self.received, self.earlier = None, {}
+    def __init__(self) -> None:
+        self.received = 0  # number of the signal that came; 0: none
+        self.earlier: dict[int, Any] = {}  # {signal: its handler before}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.earlier = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def _receive(self, number, frame):
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received and not distributed.together():
             raise KeyboardInterrupt
         self.received = number
         if not distributed.together():
             print("\n收到信号，做完这一步就保存 finishing this step and saving; once more ends at once", flush=True)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        received = distributed.largest(self.received or 0)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        received = distributed.largest(self.received)
         if received:
             self.received = received
             control.should_save = control.should_training_stop = True
 
-    def release(self):
-        """Give the signals back to those who had them."""
+    def release(self) -> None:
+        """Give the signals back to the handlers they had before."""
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
 
 
-class NothingLeft(Exception):
+class NothingLeftError(Exception):
     """The checkpoint that a run was resumed from was its last."""
 
 
 class EarlyStop(TrainerCallback):
     """Stops when `patience` validation losses in a row were no new best; 0 never does. A resume counts on.
 
-    Raises NothingLeft where the run that is resumed has stopped so, or has made its last step.
+    Raises NothingLeftError where the run that is resumed has stopped so, or has made its last step.
     """
 
-    def __init__(self, patience):
+    def __init__(self, patience: int) -> None:
         self.patience = patience
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.global_step >= state.max_steps or self._over(_validation_losses(state)):
-            raise NothingLeft
+            raise NothingLeftError
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         losses = _validation_losses(state)
         if self._over(losses):
             control.should_training_stop = control.should_save = True
@@ -84,18 +96,18 @@ class EarlyStop(TrainerCallback):
                 f"best {min(losses):.4f}, now {losses[-1]:.4f}"
             )
 
-    def _over(self, losses):
+    def _over(self, losses: list[float]) -> bool:
         return bool(self.patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
 
-def _validation_losses(state):
+def _validation_losses(state: TrainerState) -> list[float]:
     return [record["eval_token_loss"] for record in state.log_history if "eval_token_loss" in record]
 
 
 class WholeCheckpoints(TrainerCallback):
     """Marks each checkpoint as whole once all of it is written, by all processes."""
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         distributed.wait()
         if state.is_world_process_zero:
             checkpoints.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -104,24 +116,41 @@ class WholeCheckpoints(TrainerCallback):
 class Recorder(TrainerCallback):
     """The progress bar, and trainer_log.jsonl: one object a logged step."""
 
-    def __init__(self, folder):
-        self.path, self.records, self.pending, self.bar = folder / "trainer_log.jsonl", [], None, None
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "trainer_log.jsonl"
+        self.records: list[dict[str, Any]] = []  # all lines of the log
+        self.pending: dict[str, Any] | None = None  # the last of them, until it is in the file: a validation adds to it
+        self.bar = tqdm(disable=True)  # until the number of steps is known
+        self.tokens = 0  # of the parts before a resume
+        self.seconds = 0.0  # of the parts before a resume
+        self.started = 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Keep the lines up to the step resumed from; those after it are made again."""
         if state.global_step and self.path.exists():
             self.records = [record for record in files.read_jsonl(self.path) if record["step"] <= state.global_step]
-        last = self.records[-1] if self.records else {"tokens": 0, "seconds": 0.0}
-        self.tokens, self.seconds, self.started = last["tokens"], last["seconds"], time.monotonic()
+        last: dict[str, Any] = self.records[-1] if self.records else {"tokens": 0, "seconds": 0.0}
+        self.tokens = last["tokens"]
+        self.seconds = last["seconds"]
+        self.started = time.monotonic()
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="训练 training", unit="step")
         if state.is_world_process_zero:
             files.write_jsonl(self.path, self.records)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(1)
         control.should_log |= control.should_save or control.should_evaluate
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
         if "loss" not in logs:
             return
         seconds = self.seconds + time.monotonic() - self.started
@@ -146,28 +175,36 @@ class Recorder(TrainerCallback):
             f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.1e}, {speed:.0f} token/s, {used}"
         )
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.pending["eval_loss"] = metrics["eval_token_loss"]
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        self.records[-1]["eval_loss"] = metrics["eval_token_loss"]
         self.bar.write(f"第 {state.global_step} 步 step: 验证损失 validation loss {metrics['eval_token_loss']:.4f}")
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._flush(state)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._flush(state)
 
-    def close(self):
+    def close(self) -> None:
         """End the bar's line, also after an error."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
-    def _flush(self, state):
+    def _flush(self, state: TrainerState) -> None:
         if self.pending and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(files.line_of(self.pending))
         self.pending = None
 
-    def summary(self):
+    def summary(self) -> dict[str, Any]:
         """{train_loss, train_runtime, tokens, tokens_per_second, steps} of the whole run, resumed parts included."""
         steps = [0] + [record["step"] for record in self.records]
         losses = [

@@ -1,6 +1,12 @@
 """What stops a training that would spoil what is saved or train nothing, and says when the loss stands still."""
 
+from __future__ import annotations
+
+import math
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -10,6 +16,9 @@ from common import distributed
 from common.errors import UserError
 from common.runs import checkpoints
 
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
 PARTNERS = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}  # {factor: the one that starts at zero}
 PARTNER = re.compile("|".join(PARTNERS))
 STALL, FALL, RISE = 10, 0.02, 0.1  # logged losses in a window; what counts as fallen, and as risen again, as shares
@@ -18,16 +27,21 @@ STALL, FALL, RISE = 10, 0.02, 0.1  # logged losses in a window; what counts as f
 class Guard(TrainerCallback):
     """Stops before a step that would spoil what is saved, or that would train nothing."""
 
-    def __init__(self, folder, net):
-        self.folder, self.losses, self.where, self.norm = folder, [], [], None
-        self.gradients = Gradients(net)
+    def __init__(self, folder: Path, net: torch.nn.Module) -> None:
+        self.folder = folder  # of the checkpoints
+        self.losses: list[torch.Tensor] = []  # of the step under way, one a micro batch
+        self.where: list[str] = []  # its rows
+        self.norm: torch.Tensor | float = math.nan  # its gradient norm, which the trainer sets before the check
+        self.gradients: Gradients | None = Gradients(net)  # None once the first step was looked at
 
-    def saw(self, loss, where):
+    def saw(self, loss: torch.Tensor, where: list[str]) -> None:
         """Remember a micro batch of the step under way."""
         self.losses.append(loss.detach())
         self.where += where
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         numbers = torch.stack([torch.as_tensor(value).float().cpu() for value in [*self.losses, self.norm]])
         bad = not numbers.isfinite().all() or numbers[-1] < 0  # DeepSpeed's norm is -1 where it is not finite
         if distributed.largest(int(bad)):
@@ -35,15 +49,16 @@ class Guard(TrainerCallback):
         if self.gradients:
             self.gradients.check()
             self.gradients = None
-        self.losses, self.where = [], []
+        self.losses = []
+        self.where = []
 
-    def _stop_non_finite(self, step):
+    def _stop_non_finite(self, step: int) -> None:
         """UserError naming the rows: those of the processes that have such a loss, or of all where only the norm is."""
         found = distributed.gather(([round(float(loss), 4) for loss in self.losses], self.where))
         bad = [(losses, rows) for losses, rows in found if not numpy.isfinite(losses).all()] or found
         rows = [row for _, rows in bad for row in rows if row]
 
-        def say():
+        def say() -> None:
             raise UserError(
                 f"第 {step} 步的损失或梯度不是有限数 non-finite loss or gradient at step {step}; "
                 f"losses {[loss for losses, _ in bad for loss in losses]}; rows {', '.join(rows[:8])}; "
@@ -60,8 +75,10 @@ class Gradients:
     DeepSpeed takes gradients away before the step, so hooks see them; FSDP2's do not pass by hooks, but stay.
     """
 
-    def __init__(self, net):
-        self.net, self.reached, trained = net, set(), self._trained(net)
+    def __init__(self, net: torch.nn.Module) -> None:
+        self.net = net
+        self.reached: set[str] = set()  # names of tensors that got a gradient
+        trained = self._trained(net)
         partners = {name: trained.get(PARTNER.sub(lambda found: PARTNERS[found[0]], name)) for name in trained}
         self.waiting = {  # one factor of a LoRA layer has no gradient while the other is zero, as it is at the start
             name
@@ -71,17 +88,17 @@ class Gradients:
         self.hooks = [p.register_hook(self._hook(name)) for name, p in trained.items()]
 
     @staticmethod
-    def _trained(net):
+    def _trained(net: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
-    def _hook(self, name):
-        def see(gradient):
+    def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
+        def see(gradient: torch.Tensor) -> None:
             if gradient.any():
                 self.reached.add(name)
 
         return see
 
-    def check(self):
+    def check(self) -> None:
         """UserError naming the tensors that no process saw a gradient for."""
         trained = self._trained(self.net)  # FSDP2 has put others in the place of those at the start
         for name, parameter in trained.items():
@@ -103,10 +120,18 @@ class Gradients:
 class StallWatch(TrainerCallback):
     """Says, once, that the loss does not fall, or rises again, and why that usually is."""
 
-    def __init__(self):
-        self.losses, self.told = [], False
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.told = False
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
         if "loss" not in logs or self.told or not state.is_world_process_zero:
             return
         self.losses.append(logs["loss"])

@@ -1,13 +1,16 @@
 """Bytes: what a training step will take, what it took, what is free. Tried on small batches, not told by formula."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import gc
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import psutil
@@ -18,7 +21,14 @@ from common import distributed
 from common.data.dataset import lengths_of
 from common.device import device
 from common.model.loss import chunk_rows
-from common.training.batches import collate
+from common.training.batches import LengthGroupedSampler, collate
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.config import SFTConfig
+    from common.data.dataset import TrainingData
 
 MIB = 1 << 20
 CGROUP = Path("/sys/fs/cgroup")
@@ -36,12 +46,18 @@ class Estimate:
     recomputed: int  # the same with gradient checkpointing
     logits: int  # one chunk of the loss
 
-    def total(self, checkpointing):
+    def total(self, checkpointing: bool) -> int:
         """Bytes of a step with or without gradient checkpointing."""
         return self.states + self.logits + (self.recomputed if checkpointing else self.activations)
 
 
-def estimate(net, small, larger, rows, length):
+def estimate(
+    net: PreTrainedModel | PeftModel,
+    small: Mapping[str, torch.Tensor],
+    larger: Mapping[str, torch.Tensor],
+    rows: int,
+    length: int,
+) -> Estimate:
     """The Estimate of a step on a micro batch of `rows` × `length` ids.
 
     small, larger: batches {input_ids, labels [B, T]} of different lengths, tried here: what they keep
@@ -49,11 +65,11 @@ def estimate(net, small, larger, rows, length):
     training mode, not yet checkpointing, its loss the chunked one. Random numbers are left as they were.
     """
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    tried = [(batch["input_ids"].shape, *_kept(net, batch)) for batch in (small, larger)]
+    tried = [(batch["input_ids"].shape, *kept_by(net, batch)) for batch in (small, larger)]
     hand_back()
-    activations = _fitted([(shape, kept) for shape, kept, _ in tried], rows, length)
+    activations = fitted([(shape, kept) for shape, kept, _ in tried], rows, length)
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in net.modules())
-    inputs = _fitted([(shape, entering) for shape, _, entering in tried], rows, length)
+    inputs = fitted([(shape, entering) for shape, _, entering in tried], rows, length)
     recomputed = inputs + activations // layers if layers else activations
     workspace = activations // max(layers, 1)  # gradients of the layer under way
     vocabulary = net.get_output_embeddings().weight.shape[0]
@@ -61,17 +77,18 @@ def estimate(net, small, larger, rows, length):
     return Estimate(12 * trainable, activations + workspace, recomputed + workspace, logits)
 
 
-def _kept(net, batch):
+def kept_by(net: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     """(bytes kept for the backward pass, bytes that enter the layers), parameters left out, each storage once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*net.parameters(), *net.buffers()]}
-    kept, entering = {}, []
+    kept: dict[int, torch.UntypedStorage] = {}
+    entering: list[int] = []
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage
 
-    def enters(module, arguments):
+    def enters(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         entering.append(sum(a.nbytes for a in arguments[:1] if isinstance(a, torch.Tensor)))
 
     hooks = [m.register_forward_pre_hook(enters) for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -89,7 +106,7 @@ def _kept(net, batch):
     return sum(storage.nbytes() for storage in kept.values()), sum(entering)
 
 
-def _fitted(tried, rows, length):
+def fitted(tried: Sequence[tuple[Sequence[int], int]], rows: int, length: int) -> int:
     """Bytes of a batch of `rows` × `length` from [((B, T), bytes)] of two batches."""
     ((b1, t1), kept1), ((b2, t2), kept2) = tried
     first, second = kept1 / (b1 * t1), kept2 / (b2 * t2)
@@ -99,7 +116,7 @@ def _fitted(tried, rows, length):
     return int(heap * rows * length * (linear + square * length))
 
 
-def free():
+def free() -> int:
     """Bytes this process may still take on its device; on a CPU what is available, the container's limit respected."""
     where = device()
     if where.type == "cuda":
@@ -114,14 +131,14 @@ def free():
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _cgroup(name):
+def _cgroup(name: str) -> int | None:
     try:
         return int((CGROUP / name).read_text())
     except (OSError, ValueError):  # no such limit, or "max"
         return None
 
 
-def hand_back():
+def hand_back() -> None:
     """Give the memory of what is no longer used back to the system, which the C library would not do by itself."""
     gc.collect()
     if sys.platform == "linux":
@@ -132,7 +149,11 @@ def hand_back():
 class Peak:
     """with Peak() as memory: …; then `memory.before` and `memory.peak` are bytes in use before and at most within."""
 
-    def __enter__(self):
+    def __init__(self) -> None:
+        self.before = 0
+        self.peak = 0
+
+    def __enter__(self) -> Peak:
         if device().type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -144,7 +165,7 @@ class Peak:
         self.before = psutil.Process().memory_info().rss
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         if device().type == "cuda":
             self.peak = torch.cuda.max_memory_allocated()
         elif sys.platform == "linux":
@@ -156,17 +177,19 @@ class Peak:
             self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, of the whole process
 
 
-def used():
+def used() -> int:
     """Bytes this process uses now: on its CUDA card, or of the machine."""
     return torch.cuda.memory_allocated() if device().type == "cuda" else psutil.Process().memory_info().rss
 
 
-def shown(count):
+def shown(count: float) -> str:
     """Bytes as text, in MiB."""
     return f"{count / MIB:,.0f} MiB"
 
 
-def estimate_memory(net, rows, tokenizer, heaviest):
+def estimate_memory(
+    net: PreTrainedModel | PeftModel, rows: TrainingData, tokenizer: PreTrainedTokenizerBase, heaviest: tuple[int, int]
+) -> Estimate:
     """Estimate of a step on `heaviest` (rows, length), tried on two pairs of shorter rows of `rows.train`."""
     lengths = lengths_of(rows.train)
     order = numpy.argsort(lengths, kind="stable")
@@ -175,7 +198,8 @@ def estimate_memory(net, rows, tokenizer, heaviest):
     tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
     for batch in tried:
         del batch["where"], batch["tokens"]
-    return estimate(net, *tried, *heaviest)
+    small, larger = tried
+    return estimate(net, small, larger, *heaviest)
 
 
 class StepMemory(NamedTuple):
@@ -186,7 +210,13 @@ class StepMemory(NamedTuple):
     checkpointing: bool  # activations are to be recomputed
 
 
-def step_memory(cfg, net, rows, tokenizer, heaviest):
+def step_memory(
+    cfg: SFTConfig,
+    net: PreTrainedModel | PeftModel,
+    rows: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    heaviest: tuple[int, int],
+) -> StepMemory | None:
     """The StepMemory of `cfg`, `heaviest` the heaviest micro batch (rows, length); None where it cannot be tried."""
     if distributed.shards_weights():
         return None
@@ -196,7 +226,13 @@ def step_memory(cfg, net, rows, tokenizer, heaviest):
     return StepMemory(needs, available, too_much if asked == "auto" else asked == "true")
 
 
-def needs_checkpointing(cfg, net, rows, tokenizer, sampler):
+def needs_checkpointing(
+    cfg: SFTConfig,
+    net: PreTrainedModel | PeftModel,
+    rows: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    sampler: LengthGroupedSampler,
+) -> bool:
     """Whether activations are to be recomputed: what the knob says, or what the memory says, which is printed."""
     if cfg.gradient_checkpointing != "auto":
         return cfg.gradient_checkpointing == "true"

@@ -1,6 +1,10 @@
 """Several rows in one sequence, each with positions of its own and blind to the others."""
 
+from __future__ import annotations
+
 from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -8,32 +12,40 @@ import torch
 from common.data.render import IGNORED
 from common.errors import UserError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the norm; what rounding leaves
 
 
 class Packs(torch.utils.data.Dataset):
     """`rows` in packs of at most `capacity` ids: item n is the list of pack n's rows. lengths: ids of each pack."""
 
-    def __init__(self, rows, capacity, seed):
+    def __init__(self, rows: Any, capacity: int, seed: int) -> None:
+        """rows: a datasets.Dataset of input_ids, labels, length, where."""
         sizes = rows["length"][:]
-        self.rows, self.packs = rows.with_format("numpy"), pack(sizes, capacity, seed)
+        self.rows = rows.with_format("numpy")
+        self.packs = pack(sizes, capacity, seed)
         self.lengths = [sum(sizes[row] for row in one) for one in self.packs]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitems__(self, numbers):
+    def __getitems__(self, numbers: list[int]) -> list[list[dict[str, Any]]]:
         return [[self.rows[row] for row in self.packs[number]] for number in numbers]
 
 
-def pack(lengths, capacity, seed):
+def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
     """Row numbers of each pack: the longest rows first, each where it leaves the least room (best fit decreasing).
 
     Rows of equal length are shuffled by `seed`. No length may exceed `capacity`.
     """
     order = numpy.random.default_rng(seed).permutation(len(lengths))
     order = order[numpy.argsort(-numpy.asarray(lengths)[order], kind="stable")].tolist()
-    packs, rooms, with_room = [], [], {}  # with_room: {free ids: packs}, rooms: its keys, sorted
+    packs: list[list[int]] = []
+    with_room: dict[int, list[list[int]]] = {}  # {free ids: packs}
+    rooms: list[int] = []  # its keys, sorted
     for row in order:
         at = bisect_left(rooms, lengths[row])
         if at == len(rooms):
@@ -52,7 +64,7 @@ def pack(lengths, capacity, seed):
     return packs
 
 
-def collate(packs, pad_id):
+def collate(packs: Sequence[Sequence[dict[str, Any]]], pad_id: int) -> dict[str, Any]:
     """A batch of packs: input_ids, position_ids, labels [B, T], tokens (how many are no padding) and where (names).
 
     Positions start anew with each row, and there is no attention mask: that is how transformers is told to keep them
@@ -75,7 +87,7 @@ def collate(packs, pad_id):
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": tokens, "where": where}
 
 
-def check_apart(net, packs, dtype):
+def check_apart(net: PreTrainedModel | PeftModel, packs: Packs, dtype: torch.dtype) -> None:
     """UserError where a row in a pack is not what it is alone: `net` would let the rows see each other.
 
     The last hidden states of the first pack's rows are compared. dtype: the torch dtype `net` computes in.
@@ -98,7 +110,7 @@ def check_apart(net, packs, dtype):
         )
 
 
-def _hidden(net, pack, dtype):
+def _hidden(net: PreTrainedModel | PeftModel, pack: Sequence[dict[str, Any]], dtype: torch.dtype) -> torch.Tensor:
     """Last hidden states [T, H], fp32, of one pack, without dropout."""
     causal = net.get_base_model() if hasattr(net, "get_base_model") else net
     batch, was_training = collate([pack], 0), net.training

@@ -1,22 +1,30 @@
 """Makes a family's embedded base model: a tokenizer of characters and a small pre-training on texts of data/."""
 
+from __future__ import annotations
+
 import hashlib
 import importlib.metadata
 import math
 import random
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from common import files
 from common.config import ROOT
-from common.data.render import training_sample
+from common.data.render import Sample, training_sample
 from common.data.turns import Turn
-from common.model.loss import use_supervised_loss
+from common.model.loss import supervised
 from common.training.batches import collate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.data.family import Family
 
 BATCH, SEED, WARMUP, LIMIT = 16, 42, 200, 2048
 
@@ -33,12 +41,19 @@ class Phase(NamedTuple):
 PHASES = (Phase(60_000, 0.45, 0, 3e-3), Phase(34_000, 0.8, 0, 2e-3), Phase(44_000, 0.95, 0, 2.5e-3))
 
 
-def as_text(document, rng):
+def as_text(document: str, rng: random.Random) -> list[Turn]:
     """A document as one running text."""
     return [Turn("text", document)]
 
 
-def build(make_tokenizer, make_model, prompt, folder, phases=PHASES, turns_of=as_text):
+def build(
+    make_tokenizer: Callable[[Sequence[str]], PreTrainedTokenizerBase],
+    make_model: Callable[[PreTrainedTokenizerBase], PreTrainedModel],
+    prompt: Family,
+    folder: str | Path,
+    phases: Sequence[Phase] = PHASES,
+    turns_of: Callable[[str, random.Random], list[Turn]] = as_text,
+) -> None:
     """Pre-train `make_model(tokenizer)` on the documents of data/make_data.py and save it into `folder`.
 
     make_tokenizer(characters) gets every character of the texts. turns_of(document, rng) is a document as a
@@ -49,7 +64,6 @@ def build(make_tokenizer, make_model, prompt, folder, phases=PHASES, turns_of=as
     tokenizer = make_tokenizer(sorted(set("".join(text for part in texts for text in part))))
     torch.manual_seed(SEED)
     model = make_model(tokenizer)
-    use_supervised_loss(model)
     used = {tokenizer.pad_token_id}
     for number, phase in enumerate(phases):
         rng = random.Random(SEED + number)
@@ -58,7 +72,8 @@ def build(make_tokenizer, make_model, prompt, folder, phases=PHASES, turns_of=as
             for text in texts[number]
         ]
         used.update(id_ for sample in samples for id_ in sample.input_ids)
-        loss = pretrain(model, samples, phase.learning_rate)
+        with supervised(model):
+            loss = pretrain(model, samples, phase.learning_rate)
         model.to(torch.bfloat16).float()  # a phase goes on from what would be shipped,
         torch.manual_seed(SEED + number + 1)  # in an order that does not depend on what came before
     tell_control_tokens_apart(model, set(tokenizer.all_special_ids) - used)
@@ -69,7 +84,7 @@ def build(make_tokenizer, make_model, prompt, folder, phases=PHASES, turns_of=as
     files.write_json(Path(folder) / "inputs.json", record | {"versions": versions})
 
 
-def tell_control_tokens_apart(model, unused):
+def tell_control_tokens_apart(model: PreTrainedModel, unused: set[int]) -> None:
     """Give each control token no text `used` a direction of its own: their rows have all drifted to the same place.
 
     Without it an adapter cannot ask for <end_of_turn> and not for some other unused row.
@@ -81,7 +96,7 @@ def tell_control_tokens_apart(model, unused):
         rows[id_] += (noise / noise.norm() * size).to(rows.dtype)
 
 
-def documents(phases, number):
+def documents(phases: Sequence[Phase], number: int) -> Iterator[str]:
     """The pre-training texts of a phase, none of which is a row of a fine-tuning task."""
     sys.path.insert(0, str(ROOT))
     from data.make_data import pretrain_documents
@@ -90,7 +105,7 @@ def documents(phases, number):
     return pretrain_documents(phase.documents, SEED + number, phase.shop_share, phase.names_share)
 
 
-def inputs_hash(phases=PHASES):
+def inputs_hash(phases: Sequence[Phase] = PHASES) -> str:
     """sha256, hex, of what the pre-training reads: the first 1,000 documents of each phase, and the plan."""
     digest = hashlib.sha256(repr(([tuple(phase) for phase in phases], BATCH, WARMUP, SEED)).encode())
     for number in range(len(phases)):
@@ -99,7 +114,7 @@ def inputs_hash(phases=PHASES):
     return digest.hexdigest()
 
 
-def pretrain(model, samples, learning_rate):
+def pretrain(model: PreTrainedModel, samples: Sequence[Sample], learning_rate: float) -> float:
     """One pass over `samples` with AdamW and a cosine schedule; the mean loss of the last 100 steps in nats a token."""
     batches = list(_batches(samples))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -120,16 +135,17 @@ def pretrain(model, samples, learning_rate):
     return sum(last) / len(last)
 
 
-def _rate(step, steps):
+def _rate(step: int, steps: int) -> float:
+    """The learning rate of a step as a share of its peak: up over WARMUP steps, then a cosine down to a twentieth."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
-def _batches(samples):
+def _batches(samples: Sequence[Sample]) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of samples of like length in a random order: input_ids, labels [B, T]."""
     window = BATCH * 100
-    found = []
+    found: list[list[Sample]] = []
     for start in range(0, len(samples), window):
         part = sorted(samples[start : start + window], key=lambda sample: len(sample.input_ids))
         found += [part[at : at + BATCH] for at in range(0, len(part), BATCH)]

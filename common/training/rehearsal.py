@@ -1,34 +1,62 @@
 """A rehearsal: the heaviest step of a run, tried before the run, with its time and memory."""
 
+from __future__ import annotations
+
 import tempfile
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from transformers import TrainerCallback
 
-from common.model.frozen_layers import make_lean
-from common.model.loss import use_supervised_loss
+from common.errors import UserError
+from common.model.frozen_layers import lean
+from common.model.loss import supervised
 from common.training import batches, memory, trainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+
+    from common.config import SFTConfig
+    from common.data.dataset import TrainingData
 
 PASSES = 3  # over the data, of which the heaviest micro batch is looked for
 
 
-def rehearse(net, rows, cfg, tokenizer, steps):
+def rehearse(
+    net: PreTrainedModel | PeftModel, rows: TrainingData, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, steps: int
+) -> dict[str, dict[str, Any]]:
     """Train `net` for `steps` steps on an ordinary micro batch of the run, then on the heaviest it will make.
 
     Returns {step: {where, rows, length (ids), seconds, total_steps, run_seconds (estimated)}, memory: {peak, measured,
     free, estimate, gradient_checkpointing}}, bytes; measured and estimate are without what was loaded before. The first
     step of each is not timed. Raises UserError as `fit` does. Leaves no files, and weights that mean nothing.
     """
-    use_supervised_loss(net.train(), cfg.label_smoothing_factor)
-    make_lean(net)
+    with supervised(net.train(), cfg.label_smoothing_factor), lean(net):
+        return _rehearse(net, rows, cfg, tokenizer, steps)
+
+
+def _rehearse(
+    net: PreTrainedModel | PeftModel, rows: TrainingData, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, steps: int
+) -> dict[str, dict[str, Any]]:
     data, lengths = trainer.training_data(net, rows.train, cfg)
     plan, sampler = trainer.make_plan(cfg, len(data)), batches.sampler_of(lengths, cfg)
     micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
     heaviest, ordinary = micro[-1], micro[len(micro) // 2]
     step = memory.step_memory(cfg, net, rows, tokenizer, sampler.shape(heaviest))
+    if step is None:
+        raise UserError(
+            "--check: 参数分片时不能试 cannot be tried where the weights are sharded; run it as one process"
+        )
     others = _seconds_a_step(net, cfg, tokenizer, data, ordinary * steps, step.checkpointing)
     with memory.Peak() as used:
         seconds = _seconds_a_step(net, cfg, tokenizer, data, heaviest * steps, step.checkpointing)
@@ -43,7 +71,14 @@ def rehearse(net, rows, cfg, tokenizer, steps):
     return {"step": shape | times, "memory": taken}
 
 
-def _seconds_a_step(net, cfg, tokenizer, data, order, checkpointing):
+def _seconds_a_step(
+    net: PreTrainedModel | PeftModel,
+    cfg: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Any,
+    order: list[int],
+    checkpointing: bool,
+) -> float:
     """Mean seconds of a step over `data` in `order`, a micro batch a step, the first left out."""
     watch, steps = StopWatch(), len(order) // len(set(order))
     plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": steps}
@@ -58,13 +93,16 @@ def _seconds_a_step(net, cfg, tokenizer, data, order, checkpointing):
 class StopWatch(TrainerCallback):
     """Seconds of each step."""
 
-    def __init__(self):
-        self.seconds = []
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.started = 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.started = time.monotonic()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.monotonic() - self.started)

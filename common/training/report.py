@@ -1,6 +1,10 @@
 """What a run leaves for people: the adapter, the loss picture, the model card, the comparison with the base."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import distributed, files
 from common.config import LORA
@@ -12,13 +16,26 @@ from common.model.adapter import load_tuned, merge_reasons
 from common.model.loading import load_base
 from common.runs import run
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.config import SFTConfig
+    from common.data.family import Family
+    from common.data.turns import Turn
+
 SMOOTHING = 0.9  # of the running mean in the picture
 
 
-def leave(work, net, tokenizer, results):
+def leave(
+    work: run.Run,
+    net: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    results: dict[str, Any],
+) -> None:
     """Save and check adapter or model, then manifest, all_results.json, picture and card; say how it is served.
 
-    Here several processes part: what comes now the first one does alone.
+    The processes of a run end their group here: the first one alone does what comes after the saving.
     """
     with run.told_when_full(work.folder):
         run.save_tuned(net, tokenizer, work.folder)
@@ -35,7 +52,14 @@ def leave(work, net, tokenizer, results):
     print(f"完成 done: 模型与记录在 model and records in {work.folder}")
 
 
-def compare(work, rows, net, tokenizer, prompt, cfg):
+def compare(
+    work: run.Run,
+    rows: Sequence[tuple[str, Sequence[Turn]]],
+    net: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Family,
+    cfg: SFTConfig,
+) -> None:
     """Score base and tuned on held-out rows and put both into all_results.json and the card; no rows, no table."""
     if not rows or rank():
         return
@@ -43,14 +67,14 @@ def compare(work, rows, net, tokenizer, prompt, cfg):
         trained = {"tuning": cfg.tuning, "path_model_pretrain": cfg.base, "bits": cfg.bits}
         net = load_tuned(trained, work.folder, cfg.dtype)
 
-    def untuned():
+    def untuned() -> PreTrainedModel:
         return load_base(cfg.base, cfg.dtype)
 
     answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned)
     write_card(work, evaluate.compare(answer, rows, cfg, apart=not cfg.eval_data_path))
 
 
-def draw_loss(folder):
+def draw_loss(folder: Path) -> None:
     """training_loss.png: the loss of each logged step, its running mean, and the validation loss."""
     import matplotlib
 
@@ -73,9 +97,11 @@ def draw_loss(folder):
     pyplot.close(figure)
 
 
-def smoothed(values):
+def smoothed(values: Sequence[float]) -> list[float]:
     """Exponential running mean, corrected for its start."""
-    mean, weight, found = 0.0, 0.0, []
+    mean = 0.0
+    weight = 0.0
+    found = []
     for value in values:
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value
         weight = SMOOTHING * weight + (1 - SMOOTHING)
@@ -83,7 +109,7 @@ def smoothed(values):
     return found
 
 
-def serving(net):
+def serving(net: PreTrainedModel | PeftModel) -> str:
     """One line: whether what was saved can be served as it is, or has to be merged into its base first."""
     if not hasattr(net, "peft_config"):
         return "完整模型 a whole model: transformers loads it as it is"
@@ -93,7 +119,7 @@ def serving(net):
     return "只有线性层的 LoRA, an engine that takes LoRA for this model can serve it beside its base"
 
 
-def write_card(work, results):
+def write_card(work: run.Run, results: dict[str, Any]) -> None:
     """README.md: what was trained, how to load it, on what, and how it scores."""
     manifest, base = work.manifest, work.manifest["base"]["path"]
     knobs = manifest["config"]
@@ -134,7 +160,7 @@ Prompt (`{manifest["template"]["style"]}`), exactly:
     (work.folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _title(knobs):
+def _title(knobs: dict[str, Any]) -> str:
     variants = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "use_pissa": "PiSSA"}
     names = [name for knob, name in variants.items() if knobs[knob]] or ["LoRA"]
     return {
@@ -145,14 +171,15 @@ def _title(knobs):
     }[knobs["tuning"]]
 
 
-def _loading(knobs, base, folder):
+def _loading(knobs: dict[str, Any], base: str, folder: Path) -> str:
     """The lines of Python that load what was saved."""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    source, options = base, ""
+    source = base
+    options = ""
     if knobs["tuning"] in LORA:
         lines.insert(0, "from peft import PeftModel")
     else:
-        source = folder
+        source = str(folder)
     if knobs["tuning"] == "qlora":
         lines[1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"
         four = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
@@ -167,13 +194,13 @@ def _loading(knobs, base, folder):
     return "\n".join(lines)
 
 
-def _chosen(knobs):
+def _chosen(knobs: dict[str, Any]) -> list[str]:
     """The knobs a reader of the card wants to know."""
     names = [name for name, tunings in BELONGS.items() if knobs["tuning"] in tunings]
     return ["tuning", *names, *"learning_rate epochs max_steps batch_size packing loss_on seed".split()]
 
 
-def _score_table(results):
+def _score_table(results: dict[str, Any]) -> str:
     if "base" not in results:
         return ""
     rows = [

@@ -1,8 +1,12 @@
 """Training: transformers' Trainer with the chunked loss, batches of like length, and guards."""
 
+from __future__ import annotations
+
 import contextlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -15,29 +19,70 @@ from common.data.dataset import lengths_of
 from common.device import device, resolve_dtype
 from common.errors import UserError
 from common.launch import world_size
-from common.model.frozen_layers import make_lean
+from common.model.adapter import saved_alone
+from common.model.frozen_layers import lean
 from common.model.layers import parameter_counts
-from common.model.loss import use_supervised_loss
+from common.model.loss import supervised
 from common.runs import run
 from common.training import packing, tuning
 from common.training.batches import RowsAndBlanks, collate, sampler_of
-from common.training.callbacks import EarlyStop, NothingLeft, Recorder, StopOnSignal, Stopped, WholeCheckpoints
+from common.training.callbacks import (
+    EarlyStop,
+    NothingLeftError,
+    Recorder,
+    StopOnSignal,
+    StoppedError,
+    WholeCheckpoints,
+)
 from common.training.guards import Guard, StallWatch
 from common.training.memory import needs_checkpointing
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import (
+        EvalPrediction,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainerCallback,
+        TrainerState,
+    )
 
-def fit(net, rows, cfg, tokenizer, checkpoint=None):
+    from common.config import SFTConfig
+    from common.data.dataset import TrainingData
+
+
+def fit(
+    net: PreTrainedModel | PeftModel,
+    rows: TrainingData,
+    cfg: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
     """Train `net` on `rows` (dataset.TrainingData) as `cfg` says, from `checkpoint` where one is given.
 
     Returns {train_loss (nats a supervised token), train_runtime (seconds), tokens, steps, padding (share of a batch),
     …}. With `cfg.early_stopping_patience` the net ends as it was at its best validation loss, without it as it is after
-    the last step. Raises UserError on a non-finite loss or gradient, or one that does not reach the adapter; Stopped on
-    SIGTERM or Ctrl-C.
+    the last step. Its layers compute as they did before. Raises UserError on a non-finite loss or gradient, or one that
+    does not reach the adapter; StoppedError on SIGTERM or Ctrl-C.
     """
     if cfg.early_stopping_patience and not len(rows.validation):
         raise UserError("--early_stopping_patience 需要验证数据 needs validation rows: --val_set_size above 0")
-    use_supervised_loss(net, cfg.label_smoothing_factor)
-    make_lean(net)
+    start = tuning.start_of(net, cfg)
+    with supervised(net, cfg.label_smoothing_factor), lean(net):
+        results = _fit(net, rows, cfg, tokenizer, checkpoint)
+    trained, total = parameter_counts(net)
+    tuning.settle(net, cfg, start)
+    return results | {"trainable_params": trained, "all_params": total}
+
+
+def _fit(
+    net: PreTrainedModel | PeftModel,
+    rows: TrainingData,
+    cfg: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """Train `net`, whose forward returns the loss: what `fit` returns, without the numbers of parameters."""
     data, lengths = training_data(net, rows.train, cfg)
     plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
     padding = sampler.padding(cfg.micro_batch_size)
@@ -51,17 +96,14 @@ def fit(net, rows, cfg, tokenizer, checkpoint=None):
     with run.told_when_full(folder), contextlib.closing(recorder):
         _train(trainer, stopper, checkpoint)
     if stopper.received:
-        raise Stopped(stopper.received, folder)
-    trained, total = parameter_counts(net)
-    tuning.settle(net, cfg)
-    counts = {"padding": round(padding, 4), "trainable_params": trained, "all_params": total}
-    return recorder.summary() | _best(trainer.state, cfg) | counts
+        raise StoppedError(stopper.received, folder)
+    return recorder.summary() | _best(trainer.state, cfg) | {"padding": round(padding, 4)}
 
 
-def _train(trainer, stopper, checkpoint):
+def _train(trainer: SupervisedTrainer, stopper: StopOnSignal, checkpoint: Path | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except NothingLeft:  # its weights are loaded; the Trainer would make one step more
+    except NothingLeftError:  # its weights are loaded; the Trainer would make one step more
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
     except RuntimeError:
@@ -72,7 +114,7 @@ def _train(trainer, stopper, checkpoint):
         stopper.release()
 
 
-def _best(state, cfg):
+def _best(state: TrainerState, cfg: SFTConfig) -> dict[str, Any]:
     """{best_step, best_eval_loss, adapter_of_step} of a finished training; {} where nothing was validated."""
     if state.best_global_step is None:
         return {}
@@ -80,7 +122,7 @@ def _best(state, cfg):
     return {"best_step": state.best_global_step, "best_eval_loss": state.best_metric, "adapter_of_step": saved}
 
 
-def training_data(net, rows, cfg):
+def training_data(net: PreTrainedModel | PeftModel, rows: Any, cfg: SFTConfig) -> tuple[Any, Any]:
     """(what batches are made of, its lengths): rows, or packs proven on the first not to let rows see each other."""
     if not cfg.packing:
         return rows.with_format("numpy"), lengths_of(rows)
@@ -91,7 +133,15 @@ def training_data(net, rows, cfg):
     return packs, packs.lengths
 
 
-def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
+def make_trainer(
+    net: PreTrainedModel | PeftModel,
+    args: TrainingArguments,
+    train: Any,
+    validation: Any,
+    sampler: Iterable[int],
+    callbacks: list[TrainerCallback],
+    tokenizer: PreTrainedTokenizerBase,
+) -> SupervisedTrainer:
     """The SupervisedTrainer over `train` in the sampler's order, its Guard before the other callbacks."""
     pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
     guard = Guard(Path(args.output_dir), net)
@@ -103,7 +153,7 @@ def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
         data_collator=lambda batch: collate(batch, pad_id),
         train_dataset=RowsAndBlanks(train),
         eval_dataset=validation.with_format("numpy") if len(validation) else None,
-        compute_metrics=_validation_loss,
+        compute_metrics=validation_loss,
         callbacks=[guard, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -111,14 +161,14 @@ def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
     return trainer
 
 
-def _keep_loss_exact(trainer):
+def _keep_loss_exact(trainer: SupervisedTrainer) -> None:
     """FSDP2 would hand the loss over as bf16, three digits of it, and add up the processes' gradients in bf16."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin and trainer.args.bf16:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
-def make_plan(cfg, rows):
+def make_plan(cfg: SFTConfig, rows: int) -> dict[str, int]:
     """Steps of a run over `rows` training rows: {accumulation, steps_per_epoch, total_steps, warmup_steps}."""
     batches = math.ceil(rows / (cfg.micro_batch_size * world_size()))
     accumulation = min(cfg.accumulation, batches)
@@ -132,7 +182,7 @@ def make_plan(cfg, rows):
     }
 
 
-def show_plan(cfg, plan, padding):
+def show_plan(cfg: SFTConfig, plan: dict[str, int], padding: float) -> None:
     """Print what will be trained: batches, steps, padding."""
     split = f"{cfg.micro_batch_size} × {plan['accumulation']} × {distributed.describe(cfg)}"
     print(
@@ -142,7 +192,7 @@ def show_plan(cfg, plan, padding):
     )
 
 
-def arguments(cfg, plan, validate, checkpointing):
+def arguments(cfg: SFTConfig, plan: dict[str, int], validate: bool, checkpointing: bool) -> TrainingArguments:
     """Our knobs in today's names of transformers, the one place that maps them.
 
     validate: score validation rows too. checkpointing: recompute activations.
@@ -193,12 +243,12 @@ def arguments(cfg, plan, validate, checkpointing):
     return args
 
 
-def _schedule(cfg, plan):
+def _schedule(cfg: SFTConfig, plan: dict[str, int]) -> dict[str, Any]:
     """The learning rate's course as transformers' two arguments."""
-    name = cfg.lr_scheduler_type
+    name: str = cfg.lr_scheduler_type
     if name == "constant" and plan["warmup_steps"]:
         name = "constant_with_warmup"
-    shapes = {
+    shapes: dict[str, dict[str, float]] = {
         "cosine_with_restarts": {"num_cycles": cfg.epochs},
         "cosine_with_min_lr": {"min_lr_rate": 0.1},
         "warmup_stable_decay": {"num_decay_steps": max(1, plan["total_steps"] // 10)},
@@ -209,14 +259,22 @@ def _schedule(cfg, plan):
 class SupervisedTrainer(Trainer):
     """The Trainer with our sampler; it counts tokens and tells the guard which rows a loss came from."""
 
-    def __init__(self, sampler, guard, **kwargs):
-        self.sampler, self.guard, self.tokens = sampler, guard, 0
+    def __init__(self, sampler: Iterable[int], guard: Guard, **kwargs: Any) -> None:
+        self.sampler = sampler
+        self.guard = guard
+        self.tokens = 0  # seen by this process
         super().__init__(**kwargs)
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Iterable[int]:
         return self.sampler
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         inputs = dict(inputs)
         where, tokens = inputs.pop("where"), inputs.pop("tokens")
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -225,21 +283,25 @@ class SupervisedTrainer(Trainer):
             self.guard.saw(result[0] if return_outputs else result, where)
         return result
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        with saved_alone(self.model):
+            super()._save(output_dir, state_dict)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         self.guard.norm = super()._get_grad_norm(model, grad_norm)
         return self.guard.norm
 
-    def floating_point_ops(self, inputs):
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # a count nobody reads, for which all parameters would be visited in every step
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
             tokens = self.accelerator.reduce(torch.as_tensor(self.tokens, device=self.args.device), "sum")
             logs = {**logs, "tokens": int(tokens)}
         super().log(logs, start_time)
 
 
-def _validation_loss(prediction):
+def validation_loss(prediction: EvalPrediction) -> dict[str, float]:
     """Cross entropy over all supervised tokens of the validation rows, from each row's [sum, count]."""
     sums, counts = numpy.asarray(prediction.predictions).T
     return {"token_loss": float(sums.sum() / counts.sum())}

@@ -1,9 +1,12 @@
 """What is trained: LoRA with its variants, over a plain or a quantised base, the whole model, or its last layers."""
 
+from __future__ import annotations
+
 import os
 import warnings
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,13 +17,27 @@ from common.device import resolve_dtype
 from common.errors import UserError
 from common.launch import rank
 from common.model.layers import linear_layers
+from common.model.weights import readable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from common.config import SFTConfig
 
 SAMPLE = 1024  # values of each trained tensor that are kept to tell whether it moved
 PISSA_START = "pissa_start.safetensors"
 
 
-def make_trainable(base, cfg):
-    """`base` with what `cfg.tuning` trains ready for it, everything else frozen; `settle` ends it after the training.
+class Start(NamedTuple):
+    """How what is trained was before the first step; `settle` needs it."""
+
+    samples: dict[str, torch.Tensor]  # {parameter: some of its values}
+    pissa: dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (A [r, in], B [out, r])} of PiSSA, else {}
+
+
+def make_trainable(base: PreTrainedModel, cfg: SFTConfig) -> PreTrainedModel | PeftModel:
+    """`base` with what `cfg.tuning` trains ready for it, everything else frozen.
 
     What is trained is fp32, also over a bf16 base: steps smaller than bf16 can tell apart would be lost.
     """
@@ -30,11 +47,19 @@ def make_trainable(base, cfg):
     for parameter in _trained(net).values():
         if not hasattr(parameter, "ds_id"):  # DeepSpeed keeps fp32 by itself
             parameter.data = parameter.data.float()
-    net.start = {name: _sample(parameter) for name, parameter in _trained(net).items()}
     return net
 
 
-def settle(net, cfg):
+def start_of(net: PreTrainedModel | PeftModel, cfg: SFTConfig) -> Start:
+    """The Start of what `make_trainable` has made; PiSSA's is kept in a file of the run's folder until `settle`.
+
+    UserError where a run that is resumed started from another PiSSA.
+    """
+    samples = {name: _sample(parameter) for name, parameter in _trained(net).items()}
+    return Start(samples, _pissa_start(net, Path(cfg.model_save_dir) / PISSA_START) if cfg.use_pissa else {})
+
+
+def settle(net: PreTrainedModel | PeftModel, cfg: SFTConfig, start: Start) -> None:
     """Bring a trained net into the state it is saved in: PiSSA as plain LoRA, trained base weights in the base's dtype.
 
     UserError where no weight has moved: every step was too small, or nothing was learned. Of a model in parts nothing
@@ -46,22 +71,22 @@ def settle(net, cfg):
     for name, parameter in trained.items():
         if "lora_" not in name:
             parameter.data = parameter.data.to(dtype)
-    if all(torch.equal(net.start[name].to(w.dtype), _sample(w)) for name, w in trained.items()):
+    if all(torch.equal(start.samples[name].to(w.dtype), _sample(w)) for name, w in trained.items()):
         raise UserError(
             f"没有学到东西 nothing was learned: no trained weight differs from its start in {dtype}; "
             "raise --learning_rate, or train for more steps"
         )
     if cfg.use_pissa:
-        _pissa_to_lora(net)
+        _pissa_to_lora(net, start.pissa)
         (Path(cfg.model_save_dir) / PISSA_START).unlink(missing_ok=True)
 
 
-def named(model, words):
+def named(model: PreTrainedModel, words: Iterable[str]) -> list[str]:
     """Module names for `words`: names stay, all-linear, all-embedding and all-norm become the names they stand for.
 
     The output head is no part of all-linear: it is given by its name. UserError where a name fits no module.
     """
-    kinds = {"all-linear": set(linear_layers(model)), "all-embedding": set(), "all-norm": set()}
+    kinds: dict[str, set[str]] = {"all-linear": set(linear_layers(model)), "all-embedding": set(), "all-norm": set()}
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if isinstance(module, torch.nn.Embedding):
@@ -74,11 +99,11 @@ def named(model, words):
     return sorted(set().union(*(kinds.get(word, {word}) for word in words)))
 
 
-def _train_all(base, cfg):
+def _train_all(base: PreTrainedModel, cfg: SFTConfig) -> PreTrainedModel:
     return base.requires_grad_(True)
 
 
-def _train_last_layers(base, cfg):
+def _train_last_layers(base: PreTrainedModel, cfg: SFTConfig) -> PreTrainedModel:
     layers, count = base.get_decoder().layers, cfg.freeze_trainable_layers
     if count > len(layers):
         raise UserError(f"--freeze_trainable_layers {count}: 模型只有 the model has only {len(layers)} layers")
@@ -87,8 +112,8 @@ def _train_last_layers(base, cfg):
     return base
 
 
-def _add_lora(base, cfg):
-    """`base` with fresh LoRA layers on `cfg.target_modules`, everything but `cfg.modules_to_save` frozen.
+def _add_lora(base: PreTrainedModel, cfg: SFTConfig) -> PeftModel:
+    """`base` with fresh LoRA layers on `cfg.target_modules`, everything frozen except `cfg.modules_to_save`.
 
     LoRA: Hu et al. 2021, arXiv 2106.09685. rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv
     2402.09353. PiSSA: Meng et al. 2024, arXiv 2404.02948.
@@ -114,20 +139,15 @@ def _add_lora(base, cfg):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has .tie_word_embeddings")  # export unties what was changed
-            net = get_peft_model(base, config)
+            return get_peft_model(base, config)
     except ValueError as problem:
         reason = " ".join(str(problem).split())[:200]
         raise UserError(
             f"--target_modules {' '.join(cfg.target_modules)}: {reason}; --print_targets 列出 lists them"
         ) from None
-    # with LoRA on the embeddings peft would put a copy of the base's own into every file
-    net.save_pretrained = partial(net.save_pretrained, save_embedding_layers=False)
-    if cfg.use_pissa:
-        net.pissa_start = _pissa_start(net, Path(cfg.model_save_dir) / PISSA_START)
-    return net
 
 
-def _check_pissa(base, config):
+def _check_pissa(base: PreTrainedModel, config: LoraConfig) -> None:
     """UserError where PiSSA cannot split a target: it takes linear layers, and changes their weights."""
     if distributed.shards_weights():
         raise UserError(
@@ -142,13 +162,14 @@ def _check_pissa(base, config):
         )
 
 
-def _pissa_start(net, file):
+def _pissa_start(net: PeftModel, file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """{layer: (A, B)} that PiSSA starts from; kept in `file` too, so that a resumed run is known to start alike."""
     layers = [(name, module) for name, module in net.named_modules() if hasattr(module, "lora_A")]
     start = {name: tuple(w.detach().clone() for w in _factors(module)) for name, module in layers}
     tensors = {f"{name}.{part}": w for name, pair in start.items() for part, w in zip("AB", pair, strict=True)}
     if file.exists():
-        earlier = load_file(file)
+        with readable(file):
+            earlier = load_file(file)
         if not all(torch.allclose(earlier[name], w.cpu(), atol=1e-6) for name, w in tensors.items()):
             raise UserError(
                 f"{file}: PiSSA 的起点与那次训练不同 starts elsewhere than the run to be resumed (another machine?); "
@@ -161,13 +182,13 @@ def _pissa_start(net, file):
     return start
 
 
-def _pissa_to_lora(net):
+def _pissa_to_lora(net: PeftModel, start: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Make a trained PiSSA adapter a plain LoRA of twice the rank over the base as it was.
 
     The base holds W - s B0 A0 and the adapter s B A, so W wants s (B A - B0 A0) = s [B | -B0] [A ; A0].
     """
     config = net.peft_config["default"]
-    for name, (first_a, first_b) in net.pissa_start.items():
+    for name, (first_a, first_b) in start.items():
         layer = net.get_submodule(name)
         base, scale = layer.get_base_layer().weight, layer.scaling["default"]
         base.data = (base.data.float() + scale * first_b @ first_a).to(base.dtype)
@@ -177,18 +198,17 @@ def _pissa_to_lora(net):
         a.out_features = b.in_features = layer.r["default"] = 2 * config.r
     config.r, config.init_lora_weights = 2 * config.r, True
     config.lora_alpha *= 2**0.5 if config.use_rslora else 2
-    del net.pissa_start
 
 
-def _factors(layer):
+def _factors(layer: torch.nn.Module) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
-def _trained(net):
+def _trained(net: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
 
 
-def _sample(parameter):
+def _sample(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Up to about SAMPLE values spread over a tensor, a copy."""
     flat = parameter.detach().flatten()
     return flat[:: max(1, len(flat) // SAMPLE)].clone()

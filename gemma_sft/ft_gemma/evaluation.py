@@ -20,8 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, EvaluationFlags, argv)
     from common import distributed
     from common.evaluation import benchmark, evaluate, tasks
+    from common.runs import places
 
     distributed.join(cfg)
+    places.check_scoring(cfg)
     rows = tasks.read(flags) if flags.tasks else evaluate.rows_to_score(cfg, flags.limit)
     answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
     if flags.tasks:

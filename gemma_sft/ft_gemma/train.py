@@ -22,10 +22,11 @@ def main(argv: list[str] | None = None) -> None:
     from common.data import dataset
     from common.evaluation import evaluate
     from common.model import layers, loading
-    from common.runs import run
+    from common.runs import places, run
     from common.training import check, report, trainer, tuning
 
     distributed.join(cfg)
+    places.check_training(cfg, flags)
     tokenizer = loading.load_tokenizer(cfg.base, prompt)
     base = loading.load_base(cfg.base, cfg.dtype, cfg.bits)
     if flags.print_targets:

@@ -1,0 +1,62 @@
+"""Whether files can be read and folders written to: asked first, before a tokenizer, a base or data are loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import distributed
+from common.data.conversations import split_sample
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.config import SFTConfig, TrainFlags
+
+
+def check_training(cfg: SFTConfig, flags: TrainFlags) -> None:
+    """UserError where train.py could not read its data, or not write its cache or what it leaves; URLs are not tried.
+
+    --print_targets reads no data and writes nothing; --check lists unreadable files in its report, and leaves no run.
+    """
+    if not flags.print_targets:
+        distributed.first(lambda: _check_training(cfg, flags.check))
+
+
+def _check_training(cfg: SFTConfig, rehearsal: bool) -> None:
+    if not rehearsal:
+        check_readable(cfg.data_path, "data_path")
+        check_readable(cfg.eval_data_path if cfg.eval_rows else (), "eval_data_path")
+        check_writable(cfg.model_save_dir, "model_save_dir")
+    check_writable(cfg.cache_dir, "cache_dir")
+
+
+def check_scoring(cfg: SFTConfig) -> None:
+    """UserError where evaluation.py could not write its results; all rows to score are read before a model is."""
+    distributed.first(lambda: check_writable(cfg.model_save_dir, "model_save_dir"))
+
+
+def check_readable(specs: Sequence[str], knob: str) -> None:
+    """UserError where a file among `specs` (path or path#N), values of `knob`, is missing or cannot be opened."""
+    for path in (split_sample(spec)[0] for spec in specs):
+        if "://" in path:
+            continue
+        try:
+            open(path, "rb").close()
+        except FileNotFoundError:
+            raise UserError(f"{path}: 文件不存在 no such file; check --{knob}") from None
+        except OSError as problem:
+            raise UserError(f"{path}: 无法打开 cannot be opened: {problem.strerror}; check --{knob}") from None
+
+
+def check_writable(folder: str | Path, knob: str) -> None:
+    """UserError where `folder`, the value of `knob`, cannot be made or written to; nothing is left there."""
+    path = Path(folder).expanduser()
+    try:
+        there = next(part for part in [path, *path.absolute().parents] if part.exists())
+        if not there.is_dir():
+            raise UserError(f"{path}: {there} 是文件，不是文件夹 is a file, not a folder; give another --{knob}")
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as problem:
+        raise UserError(f"{path}: 无法写入 cannot be written: {problem.strerror}; give another --{knob}") from None
