@@ -24,7 +24,8 @@ def make_tokenizer(characters):
     Pieces of several characters, learnt on unsegmented text, would hide the words a small model has to copy.
     """
     byte_pieces = bytes_to_unicode()
-    pieces, merges = list(byte_pieces.values()), {}
+    pieces = list(byte_pieces.values())
+    merges: dict[tuple[str, str], None] = {}
     for char in characters:
         first, *rest = (byte_pieces[byte] for byte in char.encode())
         for byte in rest:
