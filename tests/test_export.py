@@ -251,7 +251,7 @@ def test_templates_say_what_the_renderer_says(tokenizer, family, turns):
     ids = [id_ for piece in prompt.render(tokenizer, turns, style) for id_ in piece.ids]
     text = tokenizer.decode(ids)
     assert "<bos>" * (prompt is gemma_prompt) + ollama(templates.modelfile(tokenizer, prompt, style), turns) == text
-    made = templates._jinja(templates.layout(tokenizer, prompt, style))
+    made = templates.jinja_of(templates.layout(tokenizer, prompt, style))
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     assert (
         tokenizer.apply_chat_template(messages, chat_template=made, add_generation_prompt=True, tokenize=False) == text

@@ -128,7 +128,7 @@ def test_pain_02_a_row_without_a_supervised_id_is_dropped_and_listed(tmp_path, t
     rows = prepared(tmp_path, [filled, {"query": "问", "response": "答"}], tokenizer, max_length_q=60)
     assert len(rows.train) == 1 and [row.where[-2:] for row in rows.rejected] == [":1"]
     assert any(label != IGNORED for label in rows.train[0]["labels"])
-    monkeypatch.setattr(render, "_labels", lambda found, loss_on: [IGNORED] * len(render._joined(found)))
+    monkeypatch.setattr(render, "labels_of", lambda found, loss_on: [IGNORED] * len(render.joined(found)))
     with pytest.raises(UserError, match="no row can be trained on.*no id of the row is supervised"):
         prepared(tmp_path, [{"query": "问", "response": "答答"}], tokenizer)
 

@@ -70,8 +70,8 @@ def prompt_ids(
 
     Raises TooLongError where headers and system text alone exceed the limit.
     """
-    turns, cut = fit_turns(lambda turns: len(_joined(prompt.render(tokenizer, turns, style))), turns, max_length)
-    return _joined(prompt.render(tokenizer, turns, style)), cut
+    turns, cut = fit_turns(lambda turns: len(joined(prompt.render(tokenizer, turns, style))), turns, max_length)
+    return joined(prompt.render(tokenizer, turns, style)), cut
 
 
 def training_sample(
@@ -88,15 +88,15 @@ def training_sample(
     loss_on: "all" ids but the first, every "answer", or the "last" answer. Raises TooLongError.
     """
     pieces, cut = prompt.render(tokenizer, turns, style), False
-    if len(_joined(pieces[:-1])) > max_length_q:
+    if len(joined(pieces[:-1])) > max_length_q:
         asked, cut = fit_turns(
-            lambda asked: len(_joined(prompt.render(tokenizer, asked, style))), turns[:-1], max_length_q
+            lambda asked: len(joined(prompt.render(tokenizer, asked, style))), turns[:-1], max_length_q
         )
         pieces = prompt.render(tokenizer, [*asked, turns[-1]], style)
     if len(pieces[-1].ids) > max_length_a:
         length = len(pieces[-1].ids)
         raise TooLongError("long-answer", f"回答有 {length} 个 token, the answer is over --max_length_a {max_length_a}")
-    return Sample(_joined(pieces), _labels(pieces, loss_on), cut)
+    return Sample(joined(pieces), labels_of(pieces, loss_on), cut)
 
 
 def fit_turns(length: Callable[[Sequence[Turn]], int], turns: Sequence[Turn], limit: int) -> tuple[list[Turn], bool]:
@@ -144,11 +144,12 @@ def _largest(fits: Callable[[int], bool], upper: int) -> int:
     return low
 
 
-def _joined(pieces: Sequence[Piece]) -> list[int]:
+def joined(pieces: Sequence[Piece]) -> list[int]:
+    """All ids of the pieces, in order."""
     return [id_ for piece in pieces for id_ in piece.ids]
 
 
-def _labels(pieces: Sequence[Piece], loss_on: str) -> list[int]:
+def labels_of(pieces: Sequence[Piece], loss_on: str) -> list[int]:
     """Labels aligned with the ids. The very first id is predicted from nothing and never counts."""
     last = len(pieces) - 1
     labels: list[int] = []
@@ -178,4 +179,4 @@ def template_text(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str
         Turn("user", "{question 2}"),
         Turn("assistant", "{answer 2}"),
     ]
-    return shown(tokenizer, _joined(prompt.render(tokenizer, turns, style)))
+    return shown(tokenizer, joined(prompt.render(tokenizer, turns, style)))

@@ -74,7 +74,7 @@ def layout(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> La
 def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> str | None:
     """A Jinja chat template that gives exactly the ids of this style: the tokenizer's own, one made here, or None."""
     made = layout(tokenizer, prompt, style)
-    candidates = [tokenizer.chat_template] + ([_jinja(made)] if made else [])
+    candidates = [tokenizer.chat_template] + ([jinja_of(made)] if made else [])
     return next((found for found in candidates if found and _renders_alike(tokenizer, prompt, style, found)), None)
 
 
@@ -90,7 +90,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) ->
     return text + "".join(f'PARAMETER stop "{stop}"\n' for stop in stops)
 
 
-def _jinja(made: Layout) -> str:
+def jinja_of(made: Layout) -> str:
     """`made` as a Jinja template; a later question's header follows the end of the answer before it."""
     return JINJA.format(**{name: repr(text) for name, text in made._asdict().items()})
 
