@@ -35,7 +35,7 @@ DEFECTS = {
     # the keys of a row
     "not-an-object": Defect("wrong type", "a JSON object with named fields", "write the row as {…}"),
     "unknown-keys": Defect(
-        "unknown keys", "the keys of a known shape", "rename the keys as README's Data section shows"
+        "unknown keys", "the keys of a known shape", "rename the keys as docs/data.md shows"
     ),
     "ambiguous-keys": Defect("ambiguous keys", "the keys of one shape", "remove the keys that are not meant"),
     "multiple-choice": Defect("unknown keys", "a question and an answer", "score with it, do not train on it"),
@@ -49,7 +49,7 @@ DEFECTS = {
     "empty": Defect("empty", "text that can be seen", "write it or delete the row"),
     "only-blanks": Defect("empty", "text that can be seen", "write it or delete the row"),
     "half-a-character": Defect("broken text", "whole characters", "repair the text where it was cut"),
-    "plugin-call": Defect("unusable", "a known shape", "see README, Data"),
+    "plugin-call": Defect("unusable", "a known shape", "see docs/data.md"),
     # the turns of a conversation
     "no-turns": Defect("no question", "a question and its answer", "add them or delete the row"),
     "no-question": Defect("no question", "a question and its answer", "add them or delete the row"),
