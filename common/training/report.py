@@ -5,7 +5,7 @@ from pathlib import Path
 from common import distributed, files
 from common.cli import BELONGS
 from common.config import LORA
-from common.evaluation import evaluate, report
+from common.evaluation import evaluate, tables
 from common.inference.answerer import Answerer
 from common.launch import rank
 from common.model.adapter import load_tuned, merge_reasons
@@ -178,7 +178,7 @@ def _score_table(results):
         return ""
     rows = [
         f"| {name} | {results['base'][name]:.4f} | {results['tuned'][name]:.4f} |"
-        for name in report.shown({"base": results["base"], "tuned": results["tuned"]})
+        for name in tables.metric_names({"base": results["base"], "tuned": results["tuned"]})
     ]
     lines = [
         "",
