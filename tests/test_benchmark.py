@@ -245,7 +245,7 @@ def test_a_model_that_knows_the_key_is_right_and_one_that_says_a_has_the_share_o
         assert [record["answer"] for record in found] == list(map(label_of, asked))
         scores = [record["scores"] for record in found]
         assert benchmark.accuracies(asked, scores, 0)["accuracy"] == pytest.approx(share)
-        benchmark._path(cfg, name, False).unlink()
+        benchmark.records_path(cfg, name, False).unlink()
     keys = keys_in_the_files(fixtures, name)
     assert share == pytest.approx(keys[shots * (name == "arc") :].count(first) / len(asked))
 
@@ -274,7 +274,7 @@ def test_gsm8k_counts_the_last_number(fixtures, cfg):
     ):
         found = benchmark.run_task(Writer(text), "gsm8k", asked, cfg)
         assert sum(record["scores"]["accuracy"] for record in found) / 40 == pytest.approx(share)
-        benchmark._path(cfg, "gsm8k", False).unlink()
+        benchmark.records_path(cfg, "gsm8k", False).unlink()
     assert found[0]["reference"] == "18" and found[0]["stop"] == "stop"
 
 

@@ -13,7 +13,8 @@ import pytest
 from common.config import EvaluationFlags
 from common.data.turns import Turn
 from common.evaluation import evaluate, overlap
-from common.evaluation.report import by_length, metric_rows, overlap_text
+from common.evaluation.records import predictions
+from common.evaluation.tables import by_length, metric_rows, overlap_text
 from common.files import file_hash
 from common.inference.answerer import Answer
 from gemma_sft.ft_gemma.config import Config
@@ -94,9 +95,7 @@ def test_the_worst_ten_rows(compared):
 
 def test_scores_by_length_add_up(compared):
     folder, results, _ = compared
-    records = {
-        name: evaluate.predictions(Config(model_save_dir=str(folder)), name == "base") for name in ("base", "tuned")
-    }
+    records = {name: predictions(Config(model_save_dir=str(folder)), name == "base") for name in ("base", "tuned")}
     groups = by_length(records, 42)
     assert [label for label, _, _ in groups] == ["11", "21", "32", "42"]
     assert sum(count for _, count, _ in groups) == 20

@@ -13,6 +13,7 @@ from common.data import dataset
 from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import evaluate, metrics
+from common.evaluation.records import predictions
 from common.inference.answerer import Answer
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import evaluation, predict, train
@@ -156,7 +157,7 @@ def test_a_row_that_fails_scores_0_and_says_why(cfg, tmp_path):
     bad = rows[2][1][0].text
     fake = Fake(bad=[bad])
     scores = evaluate.evaluate(fake, rows, cfg())
-    records = evaluate.predictions(cfg())
+    records = predictions(cfg())
     assert sorted(records) == list(range(6))
     assert records[2]["answer"] == "" and set(records[2]["scores"].values()) == {0.0}
     assert records[2]["stop"].startswith("error") and "too long" in records[2]["stop"]
@@ -212,8 +213,8 @@ def test_a_killed_evaluation_goes_on_without_asking_twice(cfg, tmp_path, tail):
     assert len(asked_twice) <= (tail == "no newline")  # such a line may count as cut off
     assert len(second.asked) == 7 + len(asked_twice)
     resumed, uninterrupted = (
-        evaluate.predictions(cfg()),
-        evaluate.predictions(cfg(model_save_dir=str(tmp_path / "whole"))),
+        predictions(cfg()),
+        predictions(cfg(model_save_dir=str(tmp_path / "whole"))),
     )
     assert {n: without(r, "seconds", "key") for n, r in resumed.items()} == {
         n: without(r, "seconds", "key") for n, r in uninterrupted.items()
@@ -228,7 +229,7 @@ def test_any_line_end_within_a_text(cfg, mark):
     again = Fake()
     assert evaluate.evaluate(again, rows, cfg()) == scores
     assert again.asked == []
-    assert evaluate.predictions(cfg())[0]["question"] == f"甲{mark}乙"
+    assert predictions(cfg())[0]["question"] == f"甲{mark}乙"
 
 
 def test_asking_for_the_same_again_asks_nothing(cfg):
@@ -427,7 +428,7 @@ def test_training_ends_with_a_comparison_on_the_validation_rows(trained):
 
     rows = dataset.prepare(cfg, load_tokenizer(cfg.base, prompt), prompt)
     for base in (True, False):
-        scored = {record["where"] for record in evaluate.predictions(cfg, base).values()}
+        scored = {record["where"] for record in predictions(cfg, base).values()}
         assert len(scored) == 2
         assert scored <= set(rows.validation["where"]) and not scored & set(rows.train["where"])
     assert "| bleu-4 |" in (folder / "README.md").read_text(encoding="utf-8")

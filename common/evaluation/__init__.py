@@ -2,10 +2,13 @@
 
 In reading order:
 
-evaluate       rows answered, scored, written down as they are made, and gone on with after a kill
+evaluate       base and tuned on held-out rows: the road from rows to printed scores
+records        answers and scores, written down as they are made, and gone on with after a kill
 metrics        scores of an answer against its reference
 intervals      how far a score would move on other rows
 overlap        rows that the training files hold too
+results        all_results.json
+tables         scores as rows of text
 report         eval_report.md and eval_report.png
 tasks          benchmark questions from local files
 benchmark      them asked, and counted by subject

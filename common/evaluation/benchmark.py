@@ -4,24 +4,38 @@ A choice is the option whose ids the model finds likeliest on average; a written
 Prompts are those of training, rendered by the family's own `prompt`; examples are earlier rounds of the conversation.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from common import files
 from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import evaluate, intervals, tasks
-from common.evaluation.report import heads, task_rows
+from common.evaluation.records import Progress, Record, key_of, predict, read_records, score_rows, shortest_first
+from common.evaluation.report import leave_report
+from common.evaluation.results import read_results, write_results
+from common.evaluation.tables import heads, task_rows
 from common.inference import likelihood
 from common.inference.answerer import Sampling
+
+if TYPE_CHECKING:
+    from common.config import EvaluationFlags, SFTConfig
+    from common.evaluation.tasks import Question
+    from common.inference.answerer import Answerer
+    from common.inference.remote import Remote
 
 PROMPT_LIMIT = 2048  # ids of a prompt, more than tuning allows, unless --max_length_q says otherwise
 
 
-def report(answer, questions, cfg, flags):
-    """Ask base, tuned or both (flags: EvaluationFlags) the `questions` of tasks.read; print and leave the accuracies.
+def report(
+    answer: Answerer | Remote, questions: dict[str, list[Question]], cfg: SFTConfig, flags: EvaluationFlags
+) -> None:
+    """Ask base, tuned or both the `questions` of tasks.read; print and leave the accuracies.
 
     Under torchrun each process asks its share, and the first one prints and writes.
     """
@@ -33,44 +47,53 @@ def report(answer, questions, cfg, flags):
             run_task(answer, task, asked, cfg, model == "base")
     if evaluate.is_first():
         results = save_results(questions, models, cfg, flags)
-        evaluate.leave_report(cfg, results)
+        leave_report(cfg, results)
         show_table(results["tasks"], models, questions)
 
 
-def run_task(answer, task, questions, cfg, base=False):
+def run_task(
+    answer: Answerer | Remote, task: str, questions: Sequence[Question], cfg: SFTConfig, base: bool = False
+) -> list[Record]:
     """The records of a task's `questions`, in order; kept in a file, and gone on with, as an evaluation's are."""
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens)
     settings = [questions, vars(sampling), answer.max_length_q, "likelihood an id"]
 
-    def predict(numbers):
+    def ask(numbers: list[int]) -> Iterable[Record]:
         asked = [(number, questions[number]) for number in numbers]
         if questions[0].options:
             return _choose(answer, asked, cfg.eval_batch_size, base)
         batch = [(number, each.where, [*each.turns, Turn("assistant", each.key)]) for number, each in asked]
-        return evaluate.predict(answer, batch, sampling, base, _number_score)
+        return predict(answer, batch, sampling, base, _number_score)
 
-    return evaluate.score_rows(
-        _path(cfg, task, base),
-        evaluate.key_of(cfg, base, settings),
-        sorted(range(len(questions)), key=lambda number: sum(len(turn.text) for turn in questions[number].turns)),
-        predict,
+    return score_rows(
+        records_path(cfg, task, base),
+        key_of(cfg, base, settings),
+        shortest_first([question.turns for question in questions]),
+        ask,
         cfg,
-        (f"{task} {'基座 base' if base else '微调 tuned'}", "accuracy"),
+        Progress(f"{task} {'基座 base' if base else '微调 tuned'}", "accuracy"),
     )
 
 
-def save_results(questions, models, cfg, flags):
+def records_path(cfg: SFTConfig, task: str, base: bool) -> Path:
+    """Where the records of a task are kept."""
+    return Path(cfg.model_save_dir) / f"task_{task}{'_base' if base else ''}.jsonl"
+
+
+def save_results(
+    questions: dict[str, list[Question]], models: Sequence[str], cfg: SFTConfig, flags: EvaluationFlags
+) -> dict[str, Any]:
     """Put {model: {task: accuracies}} and their change into all_results.json; all of it.
 
     The other model's accuracies on other questions of the same task are dropped.
     """
-    results = evaluate.read_results(cfg)
+    results = read_results(cfg)
     found = {name: dict(results.get("tasks", {}).get(name, {})) for name in ("base", "tuned")}
     for task, asked in questions.items():
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         for name in ("base", "tuned"):
             if name in models:
-                scores = [record["scores"] for record in evaluate.records_in(_path(cfg, task, name == "base"))]
+                scores = [record["scores"] for record in read_records(records_path(cfg, task, name == "base"))]
                 found[name][task] = accuracies(asked, scores, cfg.seed) | {
                     "method": method(task, asked, flags.shots, cfg),
                     "sha256": digest,
@@ -78,16 +101,16 @@ def save_results(questions, models, cfg, flags):
             elif found[name].get(task, {}).get("sha256") != digest:
                 found[name].pop(task, None)
     results["tasks"] = {name: each for name, each in found.items() if each} | {"change": _changes(found, cfg)}
-    files.write_json(Path(cfg.model_save_dir) / "all_results.json", results)
+    write_results(cfg, results)
     return results
 
 
-def accuracies(questions, scores, seed):
+def accuracies(questions: Sequence[Question], scores: Sequence[dict[str, float]], seed: int) -> dict[str, Any]:
     """{accuracy, interval, questions, average, loss, subjects} of a task: shares of right answers.
 
     average is the mean over the subjects; loss (nats an id) is that of the right answers, where there are options.
     """
-    subjects = {}
+    subjects: dict[str, list[float]] = {}
     for question, score in zip(questions, scores, strict=True):
         subjects.setdefault(question.subject, []).append(score["accuracy"])
     shares = {name: {"accuracy": _mean(part), "questions": len(part)} for name, part in subjects.items()}
@@ -101,7 +124,7 @@ def accuracies(questions, scores, seed):
     } | ({"loss": _mean(losses)} if losses else {})
 
 
-def method(task, questions, shots, cfg):
+def method(task: str, questions: Sequence[Question], shots: int, cfg: SFTConfig) -> str:
     """How a task was asked and counted, in words."""
     if not questions[0].options:
         how = f"the last number of a greedy answer of at most {cfg.max_new_tokens} tokens"
@@ -110,8 +133,8 @@ def method(task, questions, shots, cfg):
     return f"{task}: {0 if task == 'probe' else shots}-shot, {how}"
 
 
-def show_table(found, models, questions):
-    """Print accuracy by task and subject, a column a model."""
+def show_table(found: Mapping[str, Any], models: Sequence[str], questions: Iterable[str]) -> None:
+    """Print accuracy by task and subject, a column a model. found: the results' "tasks"; questions: names of tasks."""
     for task in questions:
         print(found[models[0]][task]["method"])
     kept = {name: {task: found[name][task] for task in questions} for name in models} | {"change": found["change"]}
@@ -120,7 +143,9 @@ def show_table(found, models, questions):
         print(f"{name:<32} {count:>9}  " + "".join(f"{cell:<26}" for cell in cells).rstrip())
 
 
-def _choose(answer, asked, batch_size, base):
+def _choose(
+    answer: Answerer | Remote, asked: list[tuple[int, Question]], batch_size: int, base: bool
+) -> Iterator[Record]:
     """Records of (row number, Question), each answered by its likeliest option; one that cannot be asked scores 0."""
     started = time.monotonic()
     try:
@@ -135,7 +160,7 @@ def _choose(answer, asked, batch_size, base):
     seconds = (time.monotonic() - started) / len(asked)
     for (number, question), fits in zip(asked, found, strict=True):
         losses = dict(zip(question.options, (fit.loss / fit.ids for fit in fits or []), strict=False))
-        chosen = min(losses, key=losses.get, default="")
+        chosen = min(losses, key=lambda label: losses[label], default="")
         right = {"accuracy": float(chosen == question.key)}
         yield {
             "row": number,
@@ -151,26 +176,26 @@ def _choose(answer, asked, batch_size, base):
         }
 
 
-def _number_score(text, reference, question):
+def _number_score(text: str, reference: str, question: str) -> dict[str, float]:
     return {"accuracy": float(tasks.last_number(text) == tasks.last_number(reference))}
 
 
-def _changes(found, cfg):
+def _changes(found: Mapping[str, Any], cfg: SFTConfig) -> dict[str, list[float]]:
     """{task: [low, high]} of the change of accuracy, for the tasks that both models have."""
     changes = {}
     for task in found["base"].keys() & found["tuned"].keys():
-        each = [_alone([r["scores"] for r in evaluate.records_in(_path(cfg, task, base))]) for base in (True, False)]
-        changes[task] = intervals.change_intervals(*each, cfg.seed)["accuracy"]
+        before, after = (
+            _alone([record["scores"] for record in read_records(records_path(cfg, task, base))])
+            for base in (True, False)
+        )
+        changes[task] = intervals.change_intervals(before, after, cfg.seed)["accuracy"]
     return changes
 
 
-def _alone(scores):
+def _alone(scores: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The accuracies, without the losses beside them."""
     return [{"accuracy": score["accuracy"]} for score in scores]
 
 
-def _mean(values):
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _path(cfg, task, base):
-    return Path(cfg.model_save_dir) / f"task_{task}{'_base' if base else ''}.jsonl"

@@ -5,16 +5,24 @@ nltk, rouge and sacrebleu compute them. rouge 1.0.1 is kept from three of its fa
 n-gram function is called directly, and the common subsequence is found here, the one that rouge would choose.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.metadata
 import logging
 import re
 import warnings
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge.rouge_score import f_r_p_rouge_n, rouge_n
 from sacrebleu.metrics.chrf import CHRF
+
+if TYPE_CHECKING:
+    from jieba import Tokenizer
+    from numpy import ndarray
 
 ENTITY = re.compile(r"(\S.*)_([^\W\d_]{1,10})")  # name_type; the type is a word
 NO_ENTITY = "没有"
@@ -25,7 +33,7 @@ _CHRF = CHRF()
 _CHRF.sentence_score("", [""])  # it knows its signature once it has scored
 
 
-def signature():
+def signature() -> str:
     """What the numbers mean: tokens, smoothing, averaging, library versions."""
     versions = {name: importlib.metadata.version(name) for name in ("nltk", "rouge", "jieba")}
     return (
@@ -41,12 +49,12 @@ def signature():
     )
 
 
-def score(prediction, reference, question=""):
+def score(prediction: str, reference: str, question: str = "") -> dict[str, Any]:
     """{name: value} of one answer for all NAMES; attributes or entities where the row has them.
 
     entities: {type: [right, predicted, expected]} of a row whose reference lists entities, or says there is none.
     """
-    scores = dict.fromkeys(NAMES, 0.0)
+    scores: dict[str, Any] = dict.fromkeys(NAMES, 0.0)
     characters = _characters(prediction), _characters(reference)
     if all(characters):
         scores |= _overlaps(*characters)
@@ -62,12 +70,12 @@ def score(prediction, reference, question=""):
     return scores
 
 
-def average(scores):
+def average(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The mean of each metric over the rows that have it; precision, recall and F1 of all entities, by type too."""
     return {name: float(_ratio(*map(numpy.sum, sums))) for name, sums in ratios(scores).items()}
 
 
-def ratios(scores):
+def ratios(scores: Sequence[dict[str, Any]]) -> dict[str, tuple[ndarray, ndarray]]:
     """{metric: (numerators [N], denominators [N])} of N rows' scores: a metric is the sum of these by the sum of those.
 
     For a mean they are value and 1, or 0 and 0 where a row lacks the metric; entity metrics count entities.
@@ -79,15 +87,15 @@ def ratios(scores):
     return found | _entity_ratios([row.get("entities", {}) for row in scores])
 
 
-def _column(values):
+def _column(values: Iterable[Any]) -> ndarray:
     return numpy.array(list(values), dtype=float)
 
 
-def _ratio(numerator, denominator):
+def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else 0.0
 
 
-def _overlaps(hypothesis, target):
+def _overlaps(hypothesis: list[str], target: list[str]) -> dict[str, float]:
     """OVERLAPS of two lists of tokens, neither of them empty."""
     scores = {"bleu-4": float(sentence_bleu([target], hypothesis, smoothing_function=_SMOOTHING))}
     for kind in (1, 2):
@@ -98,17 +106,19 @@ def _overlaps(hypothesis, target):
     return scores | {f"rouge-l-{stat}": float(found[stat]) for stat in "rpf"}
 
 
-def common_subsequence(left, right):
+def common_subsequence(left: Sequence[Hashable], right: Sequence[Hashable]) -> list[Any]:
     """A longest common subsequence of two lists of tokens, last token first: the one rouge 1.0.1 finds.
 
     Bit-parallel: each row of the table is one integer of len(right) bits, so 10,000 by 10,000 tokens take 12 MB and
     well under a second. A zero bit says that the length grows at this column
     (H. Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004).
     """
-    places = {}
+    places: dict[Hashable, int] = {}
     for number, token in enumerate(right):
         places[token] = places.get(token, 0) | 1 << number
-    row, rows, ones = (1 << len(right)) - 1, [], (1 << len(right)) - 1
+    ones = (1 << len(right)) - 1
+    row = ones
+    rows = []
     for token in left:
         hits = row & places.get(token, 0)
         row = (row + hits | row - hits) & ones
@@ -125,36 +135,36 @@ def common_subsequence(left, right):
     return found
 
 
-def _distinct_pairs(characters):
+def _distinct_pairs(characters: Sequence[str]) -> float:
     """Different pairs of neighbours by all of them; 1 where one character has no neighbour to repeat."""
     pairs = list(zip(characters, characters[1:], strict=False))
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
-def entities(text):
+def entities(text: str) -> set[tuple[str, str]]:
     """The set of (name, type) in an answer of `name_type` lines; lines of any other form are no entities."""
     found = (ENTITY.fullmatch(line.strip()) for line in text.splitlines())
     return {(match[1], match[2]) for match in found if match}
 
 
-def lists_entities(text):
+def lists_entities(text: str) -> bool:
     """Whether a reference is `name_type` lines and nothing else, or says that there is no entity."""
     lines = text.strip().splitlines()
     return lines == [NO_ENTITY] or bool(lines) and all(ENTITY.fullmatch(line.strip()) for line in lines)
 
 
-def _entity_counts(predicted, expected):
+def _entity_counts(predicted: set[tuple[str, str]], expected: set[tuple[str, str]]) -> dict[str, list[int]]:
     """{type: [right, predicted, expected]}."""
     kinds = sorted({kind for _, kind in predicted | expected})
     parts = (predicted & expected, predicted, expected)
     return {kind: [sum(entity[1] == kind for entity in part) for part in parts] for kind in kinds}
 
 
-def _entity_ratios(rows):
+def _entity_ratios(rows: Sequence[dict[str, Sequence[int]]]) -> dict[str, tuple[ndarray, ndarray]]:
     """`ratios` of entity-p, entity-r, entity-f1 and entity-f1 TYPE; {} where no row expects an entity."""
     kinds = sorted({kind for row in rows for kind in row})
     counts = {kind: _column(row.get(kind, (0, 0, 0)) for row in rows).T for kind in kinds}
-    right, predicted, expected = sum(counts.values()) if counts else [_column([])] * 3
+    right, predicted, expected = numpy.sum(list(counts.values()), axis=0) if counts else [_column([])] * 3
     if not expected.any():
         return {}
     found = {"entity-p": (right, predicted), "entity-r": (right, expected)}
@@ -163,22 +173,22 @@ def _entity_ratios(rows):
     return found | {f"entity-f1 {kind}": (2 * counts[kind][0], sum(counts[kind][1:])) for kind in expected_kinds}
 
 
-def attribute_values(question):
+def attribute_values(question: str) -> list[str]:
     """The values asked for in ADVGEN's form, 类型#裙*颜色#黑色; [] for any other text."""
     pairs = [part.split("#") for part in question.strip().split("*")]
     return [value for _, value in pairs] if all(len(pair) == 2 and all(pair) for pair in pairs) else []
 
 
-def _characters(text):
+def _characters(text: str) -> list[str]:
     return [char for char in text if not char.isspace()]
 
 
-def _words(text):
+def _words(text: str) -> list[str]:
     return [word for word in _segmenter().lcut(text) if not word.isspace()]
 
 
 @functools.cache
-def _segmenter():
+def _segmenter() -> Tokenizer:
     """jieba's segmenter with its own dictionary; silent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its regular expressions are no raw strings; some setuptools warn too

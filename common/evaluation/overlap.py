@@ -1,25 +1,33 @@
 """Rows to be scored that the training files hold too: such a score says what was remembered, not what was learnt."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 from common import files
 from common.config import SFTConfig
 from common.data import conversations
-from common.data.turns import Conversation
+from common.data.turns import Conversation, Turn
 from common.errors import UserError
 
+Key = tuple[str, tuple[str, ...]]  # "q" or "a", and the texts of a conversation
 
-def count(manifest, rows, apart=False):
+
+def count(manifest: dict[str, Any], rows: Sequence[tuple[str, Sequence[Turn]]], apart: bool = False) -> dict[str, Any]:
     """{questions, rows, unread}: how many of `rows` [(where, turns)] have their question, or question and answer, in
     the files the run in `manifest` was trained on; `unread` names files that are gone or no longer the same.
 
     Blanks and system texts do not count. apart: the rows are the run's validation rows, which were kept out of
     training: what stands in their own line of the file is no overlap.
     """
-    wanted = {}
+    wanted: dict[Key, set[int]] = {}
     for number, (_, turns) in enumerate(rows):
         for kept in (turns[:-1], turns):
             wanted.setdefault(_key(kept), set()).add(number)
     own = {where for where, _ in rows} if apart else set()
-    trained, unread = set(), []
+    trained: set[Key] = set()
+    unread = []
     trained_with = manifest["config"]
     knobs = SFTConfig(model_name=tuple(trained_with["model_name"]), model_author=tuple(trained_with["model_author"]))
     for source in manifest["data"]:
@@ -37,12 +45,12 @@ def count(manifest, rows, apart=False):
     return {"questions": len(questions), "rows": len(whole), "unread": unread}
 
 
-def _keys_of(turns):
+def _keys_of(turns: Sequence[Turn]) -> set[Key]:
     """Keys of every question and every answer in a conversation, with all that was said before."""
     return {_key(turns[:end]) for end in range(1, len(turns) + 1)}
 
 
-def _key(turns):
+def _key(turns: Sequence[Turn]) -> Key:
     """("q" for a question or "a" for an answer at the end, the texts without blanks)."""
     texts = tuple("".join(turn.text.split()) for turn in turns if turn.role != "system")
     return ("a" if turns[-1].role == "assistant" else "q", texts)

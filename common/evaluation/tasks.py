@@ -1,15 +1,21 @@
 """Benchmark questions from local files: C-Eval, CMMLU, MMLU, ARC, GSM8K, and this project's probe for forgetting."""
 
+from __future__ import annotations
+
 import csv
 import re
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.config import DATA
 from common.data import sources
 from common.data.turns import Turn
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.config import EvaluationFlags
 
 LETTERS = "ABCD"
 CHINESE = "以下是一道单项选择题，请直接写出正确选项的字母。\n\n{question}\n{options}\n答案："
@@ -25,12 +31,17 @@ class Question(NamedTuple):
 
     where: str
     subject: str
-    turns: list  # the examples as earlier rounds, then the question
-    options: dict
+    turns: list[Turn]  # the examples as earlier rounds, then the question
+    options: dict[str, str]
     key: str  # the right label, or the right number
 
 
-def read(flags):
+Row = tuple[str, dict[str, Any]]  # file:line, and the JSON object there
+Example = tuple[Turn, Turn]  # a question and its answer
+Parsed = tuple[Question, Turn]  # a question, and the answer it has as an example
+
+
+def read(flags: EvaluationFlags) -> dict[str, list[Question]]:
     """{task: [Question]} as EvaluationFlags ask: `tasks` in `task_dir`, `shots` examples, `limit` a subject (0: all).
 
     Raises UserError naming the file, and the line, that is missing or not understood.
@@ -49,10 +60,10 @@ def read(flags):
     return found
 
 
-def _subjects(task, flags):
+def _subjects(task: str, flags: EvaluationFlags) -> list[list[Question]]:
     """The Questions of each subject of a task."""
     if task == "probe":
-        found = {}
+        found: dict[str, list[Question]] = {}
         for question in map(_probe, _records(DATA / "probe.jsonl")):
             found.setdefault(question.subject, []).append(question)
         return [part[: flags.limit or None] for part in found.values()]
@@ -63,17 +74,17 @@ def _subjects(task, flags):
     return [_rows(path, parse, flags) for path in _files(folder, pattern)]
 
 
-def _files(folder, pattern):
+def _files(folder: Path, pattern: str) -> list[Path]:
     found = sorted(folder.glob(pattern))
     if not found:
         raise UserError(f"{folder / pattern}: 没有这样的文件 no such file; check --task_dir")
     return found
 
 
-def _table(path, task, flags):
+def _table(path: Path, task: str, flags: EvaluationFlags) -> list[Question]:
     """Questions of a subject of C-Eval, CMMLU or MMLU, whose examples are in the folder `dev`."""
     template = TABLES[task][1]
-    asked = [(where, _ask(template, *question), key) for where, *question, key in _choices(path)]
+    asked = [(where, _ask(template, question, options), key) for where, question, options, key in _choices(path)]
     rounds = _rounds(_examples(path, template), flags.shots, path.parents[1] / "dev") if flags.shots else []
     return [
         Question(where, _subject(path), [*rounds, turn], {letter: letter for letter in LETTERS}, key)
@@ -81,31 +92,33 @@ def _table(path, task, flags):
     ]
 
 
-def _examples(path, template):
+def _examples(path: Path, template: str) -> list[Example]:
     """(question, answer) Turns of the subject's examples."""
     found = [file for file in (path.parents[1] / "dev").glob("*.csv") if _subject(file) == _subject(path)]
     return [
-        (_ask(template, *question), Turn("assistant", key)) for file in found for _, *question, key in _choices(file)
+        (_ask(template, question, options), Turn("assistant", key))
+        for file in found
+        for _, question, options, key in _choices(file)
     ]
 
 
-def _rounds(examples, count, place):
+def _rounds(examples: Sequence[Example], count: int, place: Path) -> list[Turn]:
     """The first `count` examples as one list of turns."""
     if len(examples) < count:
         raise UserError(f"--shots {count}: {place}: 只有 {len(examples)} 个例题 there are only so many examples")
     return [turn for example in examples[:count] for turn in example]
 
 
-def _subject(path):
+def _subject(path: Path) -> str:
     return re.sub(r"_(dev|val|test)$", "", path.stem)
 
 
-def _ask(template, question, options):
+def _ask(template: str, question: str, options: Sequence[str]) -> Turn:
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
     return Turn("user", template.format(question=question.strip(), options=lines))
 
 
-def _choices(path):
+def _choices(path: Path) -> Iterator[tuple[str, str, list[str], str]]:
     """Yield (file:line, question, [four options], letter) of a CSV file, with column names or without."""
     for where, cells in _csv(path):
         *_, question, a, b, c, d, key = cells
@@ -114,9 +127,10 @@ def _choices(path):
         yield where, question, [a, b, c, d], key.strip()
 
 
-def _csv(path):
+def _csv(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield (file:line, [question, A, B, C, D, answer]) of a CSV file."""
-    columns, line = None, 1
+    columns: Sequence[int] | None = None
+    line = 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
@@ -134,7 +148,7 @@ def _csv(path):
         raise UserError(f"{path}: 无法读取 cannot be read: {problem}") from None
 
 
-def _rows(path, parse, flags):
+def _rows(path: Path, parse: Callable[[Row], Parsed], flags: EvaluationFlags) -> list[Question]:
     """Questions of a JSON file. Its first rows are the examples, and are then not asked."""
     found = [parse(record) for record in _records(path)]
     rounds = _rounds([(question.turns[0], answer) for question, answer in found], flags.shots, path)
@@ -142,7 +156,7 @@ def _rows(path, parse, flags):
     return [question._replace(turns=[*rounds, *question.turns]) for question in asked]
 
 
-def _records(path):
+def _records(path: Path) -> list[Row]:
     """(file:line, row) of a JSON file."""
     found = [(f"{path}:{record.line}", record) for record in sources.read_records(str(path))]
     for where, record in found:
@@ -151,7 +165,7 @@ def _records(path):
     return [(where, record.value) for where, record in found]
 
 
-def _fields(record, *names):
+def _fields(record: Row, *names: str) -> list[str]:
     """Texts of a row's fields."""
     where, row = record
     if not all(isinstance(row.get(name), str) for name in names):
@@ -159,11 +173,11 @@ def _fields(record, *names):
     return [row[name] for name in names]
 
 
-def _format_choice(record):
+def _format_choice(record: Row) -> Parsed:
     """(Question, answer Turn) of ARC as an instruction that ends with "Answer format: answer1/answer2/…"."""
     instruction, output, key = _fields(record, "instruction", "output", "answer")
-    labels = FORMAT.search(instruction)
-    labels = labels[1].split("/") if labels else []
+    listed = FORMAT.search(instruction)
+    labels = listed[1].split("/") if listed else []
     if key not in labels or output.count(key) != 1:
         raise UserError(
             f"{record[0]}: 应以 Answer format: a/b/… 结尾 expected at the end, and the answer in the output"
@@ -173,23 +187,23 @@ def _format_choice(record):
     return Question(record[0], subject, [Turn("user", instruction)], options, key), Turn("assistant", output)
 
 
-def _sum(record):
+def _sum(record: Row) -> Parsed:
     """(Question, answer Turn) of GSM8K, whose answer ends with "#### number"."""
     question, answer = _fields(record, "question", "answer")
     key = answer.rpartition("####")[2].strip()
     if "####" not in answer or last_number(key) is None:
         raise UserError(f"{record[0]}: 答案应以 #### 数 结尾 the answer must end with #### and a number")
     turns = [Turn("user", SOLVE.format(question=question))]
-    shown = Turn("assistant", re.sub(r"<<.*?>>", "", answer))  # without the calculator's notes
-    return Question(record[0], "gsm8k", turns, {}, key), shown
+    worked = Turn("assistant", re.sub(r"<<.*?>>", "", answer))  # without the calculator's notes
+    return Question(record[0], "gsm8k", turns, {}, key), worked
 
 
-def _probe(record):
+def _probe(record: Row) -> Question:
     subject, question, key, *options = _fields(record, "subject", "question", "answer", *LETTERS)
     return Question(record[0], subject, [Turn("user", question)], dict(zip(LETTERS, options, strict=True)), key)
 
 
-def last_number(text):
+def last_number(text: str) -> Decimal | None:
     """The last number in a text as a Decimal, or None: 1,234 and 1234.0 are equal; a full stop after it is no part."""
     found = NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "")) if found else None

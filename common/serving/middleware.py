@@ -1,13 +1,23 @@
 """Around every request: its id, its log line, its counts for Prometheus, and how many are under way."""
 
+from __future__ import annotations
+
 import json
 import logging
 import re
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from common.engine.request import Ticket
+    from common.serving.tracing import Tracer
 
 log = logging.getLogger("service")
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -18,10 +28,10 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class Counts:
     """What /metrics shows."""
 
-    def __init__(self, waiting, active):
+    def __init__(self, waiting: Callable[[], int], active: Callable[[], int]) -> None:
         """waiting, active: called for the answers in the queue and in slots."""
         self.registry = CollectorRegistry()
-        made = {"registry": self.registry}
+        made: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("requests", "Requests answered", ["path", "status"], **made)
         self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens read", ["model"], **made)
         self.completion_tokens = Counter("completion_tokens", "Tokens generated", ["model"], **made)
@@ -31,11 +41,11 @@ class Counts:
         Gauge("requests_waiting", "Answers in the queue", **made).set_function(waiting)
         Gauge("requests_active", "Answers in slots", **made).set_function(active)
 
-    def text(self):
+    def text(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def add(self, record):
+    def add(self, record: dict[str, Any]) -> None:
         """Count one request that is over."""
         self.requests.labels(record["path"], record["status"]).inc()
         self.total.labels(record["path"]).observe(record["ms"] / 1000)
@@ -50,17 +60,21 @@ class Counts:
 class Watch:
     """WSGI around the app. `environ["service.record"]` is a dict the app adds to; it becomes the log line."""
 
-    def __init__(self, app, counts, tracer=None):
-        self.app, self.counts, self.tracer = app, counts, tracer
-        self.lock, self.under_way = threading.Lock(), 0
+    def __init__(self, app: WSGIApplication, counts: Counts, tracer: Tracer | None = None) -> None:
+        self.app = app
+        self.counts = counts
+        self.tracer = tracer
+        self.lock = threading.Lock()
+        self.under_way = 0  # requests that have begun and not ended
 
-    def __call__(self, environ, start_response):
-        given, started = environ.get("HTTP_X_REQUEST_ID", ""), time.monotonic()
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        started = time.monotonic()
+        given = environ.get("HTTP_X_REQUEST_ID", "")
         name = given if ID.fullmatch(given) else uuid.uuid4().hex
         record = {"id": name, "method": environ["REQUEST_METHOD"][:10], "path": "other", "status": 500}
         environ["service.record"] = record
 
-        def start(status, headers, exc_info=None):
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None, /) -> Callable[[bytes], object]:
             record["status"] = int(status[:3])
             headers += [("X-Request-ID", name), ("X-Content-Type-Options", "nosniff")]
             return start_response(status, headers, exc_info)
@@ -69,8 +83,9 @@ class Watch:
             self.under_way += 1
         return _Body(self.app(environ, start), lambda: self._end(environ, started))
 
-    def _end(self, environ, started):
-        record, seconds = environ["service.record"], time.monotonic() - started
+    def _end(self, environ: WSGIEnvironment, started: float) -> None:
+        record = environ["service.record"]
+        seconds = time.monotonic() - started
         with self.lock:
             self.under_way -= 1
         record |= {"ms": round(seconds * 1000), **_about(environ.get("service.ticket"))}
@@ -82,7 +97,7 @@ class Watch:
         log.log(logging.DEBUG if record["path"] in QUIET else logging.INFO, "%s", json.dumps(record))
 
 
-def _about(ticket):
+def _about(ticket: Ticket | None) -> dict[str, Any]:
     """What a log line says of a ticket, if there is one; no text of the user."""
     if ticket is None:
         return {}
@@ -98,18 +113,20 @@ def _about(ticket):
 
 
 class _Body:
-    """A response's body, of which is known when it is over: sent, or given up by the server."""
+    """A response's body. `end` is called once it is over: sent, or given up by the server."""
 
-    def __init__(self, body, end):
-        self.body, self.parts, self.end = body, iter(body), end
+    def __init__(self, body: Iterable[bytes], end: Callable[[], None]) -> None:
+        self.body = body
+        self.parts = iter(body)
+        self.end = end
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[bytes]:
         return self
 
-    def __next__(self):
+    def __next__(self) -> bytes:
         return next(self.parts)
 
-    def close(self):
+    def close(self) -> None:
         """Called by the server in any case."""
         try:
             if hasattr(self.body, "close"):

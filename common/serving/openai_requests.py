@@ -1,12 +1,19 @@
-"""OpenAI's chat/completions and completions: bodies to Asks, Parts to answers and chunks."""
+"""Bodies of OpenAI's chat/completions and completions, read into Asks for the engine."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.data.turns import Turn
 from common.engine.request import Ask
 from common.inference.answerer import Sampling
-from common.serving.validation import Field, Refused, checked, is_unicode, shown, values
+from common.serving.failures import RequestRefusedError
+from common.serving.validation import Field, check_value, excerpt, is_unicode, read_fields
+
+if TYPE_CHECKING:
+    from common.engine.batcher import Batcher
 
 MOST_ANSWERS = 16  # prompts × n
 SAMPLING = {
@@ -33,8 +40,8 @@ CHAT = SAMPLING | {
 COMPLETION = SAMPLING | {
     "logprobs": Field(int, None, 0, 20, "log probabilities, with so many alternatives"),
 }
-# taken where they say what happens anyway, refused where they ask for something else
-ONLY = {
+# fields with the values that change nothing here; any other value is refused
+ONLY: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -54,36 +61,38 @@ class Wanted(NamedTuple):
     """A body read: the model's name, one Ask an answer, n of them a prompt, and how to hand them over."""
 
     model: str
-    asks: list
+    asks: list[Ask]
     n: int
     stream: bool
     include_usage: bool
     chat: bool
 
 
-def read_chat(body, batcher, defaults):
+def read_chat(body: dict[str, Any], batcher: Batcher, defaults: Sampling) -> Wanted:
     """The Wanted of a chat/completions body; defaults: the service's Sampling."""
-    given = _values(body, CHAT, ("messages",))
+    given = _read_body(body, CHAT, ("messages",))
     if given["top_logprobs"] and not given["logprobs"]:
-        raise Refused("top_logprobs 需要 needs logprobs: true", param="top_logprobs", code="invalid_value")
+        raise RequestRefusedError("top_logprobs 需要 needs logprobs: true", param="top_logprobs", code="invalid_value")
     given["max_tokens"] = given["max_completion_tokens"] or given["max_tokens"]
     turns = read_messages(given["messages"])
     logprobs = given["top_logprobs"] if given["logprobs"] else None
     return _wanted(given, body, [batcher.prompt_ids(turns)], batcher, defaults, logprobs, chat=True)
 
 
-def read_completion(body, batcher, defaults):
+def read_completion(body: dict[str, Any], batcher: Batcher, defaults: Sampling) -> Wanted:
     """The Wanted of a completions body."""
-    given = _values(body, COMPLETION, ("prompt",))
+    given = _read_body(body, COMPLETION, ("prompt",))
     prompts = _read_prompts(body.get("prompt"), batcher)
     return _wanted(given, body, prompts, batcher, defaults, given["logprobs"], chat=False)
 
 
-def read_messages(messages):
+def read_messages(messages: Any) -> list[Turn]:
     """Turns, ending with a question, of a list of messages; neighbours of one role become one turn."""
     if not isinstance(messages, list) or not messages:
-        raise Refused("messages 应为非空列表 must be a list that is not empty", param="messages", code="invalid_type")
-    turns = []
+        raise RequestRefusedError(
+            "messages 应为非空列表 must be a list that is not empty", param="messages", code="invalid_type"
+        )
+    turns: list[Turn] = []
     for number, message in enumerate(messages):
         turn = _read_message(message, f"messages[{number}]")
         if turns and turns[-1].role == turn.role:
@@ -99,12 +108,12 @@ def read_messages(messages):
     return turns
 
 
-def _read_message(message, where):
+def _read_message(message: Any, where: str) -> Turn:
     if not isinstance(message, dict):
-        raise _bad_message(where, f"应为对象 an object expected, found {shown(message)}")
+        raise _bad_message(where, f"应为对象 an object expected, found {excerpt(message)}")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        raise _bad_message(f"{where}.role", f"应为 must be one of {', '.join(ROLES)}, found {shown(role)}")
+        raise _bad_message(f"{where}.role", f"应为 must be one of {', '.join(ROLES)}, found {excerpt(role)}")
     for name, value in message.items():
         if name not in ("role", "content", "name") and value:
             raise _bad_message(f"{where}.{name[:64]}", "不支持 is not supported")
@@ -116,58 +125,68 @@ def _read_message(message, where):
     return Turn(ROLES[role], text)
 
 
-def _read_content(content, where):
+def _read_content(content: Any, where: str) -> str:
     """The text of a content: a string, or a list of text parts."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise _bad_message(where, f"应为文字 must be text, or a list of text parts, found {shown(content)}")
+            raise _bad_message(where, f"应为文字 must be text, or a list of text parts, found {excerpt(content)}")
         if not is_unicode(part["text"]):
             raise _bad_message(where, "有半个字符 holds half a character (a lone surrogate)")
     return "\n".join(part["text"] for part in parts)
 
 
-def _bad_message(where, why):
-    return Refused(f"{where} {why}", param=where, code="invalid_message")
+def _bad_message(where: str, why: str) -> RequestRefusedError:
+    return RequestRefusedError(f"{where} {why}", param=where, code="invalid_message")
 
 
-def _read_prompts(prompt, batcher):
+def _read_prompts(prompt: Any, batcher: Batcher) -> list[list[int]]:
     """Lists of ids of a `prompt`: a text, a list of texts, a list of ids, or a list of lists of ids."""
     many = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     prompts = prompt if many else [prompt]
     if len(prompts) > MOST_ANSWERS:
-        raise Refused(f"prompt: 最多 at most {MOST_ANSWERS}, found {len(prompts)}", param="prompt", code="out_of_range")
+        raise RequestRefusedError(
+            f"prompt: 最多 at most {MOST_ANSWERS}, found {len(prompts)}", param="prompt", code="out_of_range"
+        )
     return [_read_prompt(one, batcher) for one in prompts]
 
 
-def _read_prompt(prompt, batcher):
+def _read_prompt(prompt: Any, batcher: Batcher) -> list[int]:
     if isinstance(prompt, str) and prompt and is_unicode(prompt):
         return batcher.text_ids(prompt)
     if isinstance(prompt, list) and prompt and all(type(id_) is int for id_ in prompt):
         problem = batcher.problem_of(prompt)
         if problem is None:
             return prompt
-        raise Refused(f"prompt: {problem}", param="prompt", code="invalid_prompt")
-    raise Refused(
-        f"prompt 应为非空的文字或 token id must be text or token ids that are not empty, found {shown(prompt)}",
+        raise RequestRefusedError(f"prompt: {problem}", param="prompt", code="invalid_prompt")
+    raise RequestRefusedError(
+        f"prompt 应为非空的文字或 token id must be text or token ids that are not empty, found {excerpt(prompt)}",
         param="prompt",
         code="invalid_type",
     )
 
 
-def _values(body, fields, others):
-    """The checked fields; what is there and means nothing here is passed over, what cannot be done is refused."""
+def _read_body(body: dict[str, Any], fields: Mapping[str, Field], others: tuple[str, ...]) -> dict[str, Any]:
+    """The checked fields. Those of ONLY and IGNORED may be there too; a value that ONLY does not list is refused."""
     for name, allowed in ONLY.items():
         if body.get(name) is not None and body[name] not in allowed:
-            raise Refused(f"{name} 不支持 is not supported here", param=name, code="unsupported_parameter")
-    return values(body, fields, (*others, "stop", *ONLY, *IGNORED), null=True)
+            raise RequestRefusedError(f"{name} 不支持 is not supported here", param=name, code="unsupported_parameter")
+    return read_fields(body, fields, (*others, "stop", *ONLY, *IGNORED), null=True)
 
 
-def _wanted(given, body, prompts, batcher, defaults, logprobs, chat):
+def _wanted(
+    given: dict[str, Any],
+    body: dict[str, Any],
+    prompts: list[list[int]],
+    batcher: Batcher,
+    defaults: Sampling,
+    logprobs: int | None,
+    chat: bool,
+) -> Wanted:
     options = given["stream_options"] or {}
-    include_usage = checked("stream_options.include_usage", options.get("include_usage", False), Field(bool))
+    include_usage = check_value("stream_options.include_usage", options.get("include_usage", False), Field(bool))
     if len(prompts) * given["n"] > MOST_ANSWERS:
-        raise Refused(f"n × prompt 最多 at most {MOST_ANSWERS}", param="n", code="out_of_range")
+        raise RequestRefusedError(f"n × prompt 最多 at most {MOST_ANSWERS}", param="n", code="out_of_range")
     sampling, stop = _sampling(given, defaults), _read_stop(body.get("stop"))
     asks = [
         Ask(
@@ -187,15 +206,16 @@ def _wanted(given, body, prompts, batcher, defaults, logprobs, chat):
     return Wanted(given["model"], asks, given["n"], given["stream"], include_usage, chat)
 
 
-def fitted(sampling, length, context, asked):
-    """`sampling` for a prompt of so many ids: prompt and answer fit in the context. Refused, with the numbers, if not.
+def fitted(sampling: Sampling, length: int, context: int, asked: bool) -> Sampling:
+    """`sampling`, shortened so that a prompt of `length` ids and its answer fit in `context`.
 
     asked: the client asked for this many tokens; otherwise the answer is as long as there is room.
+    RequestRefusedError, with the numbers, where there is no room.
     """
     room = context - length
     if room < 1 or asked and room < sampling.max_new_tokens:
         wanted = f" + max_tokens {sampling.max_new_tokens}" if asked else ""
-        raise Refused(
+        raise RequestRefusedError(
             f"提示太长 the prompt is too long: {length} tokens{wanted}, 上限 the limit for both is {context}",
             param="max_tokens" if room > 0 else None,
             code="context_length_exceeded",
@@ -203,7 +223,7 @@ def fitted(sampling, length, context, asked):
     return replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
 
 
-def _sampling(given, defaults):
+def _sampling(given: dict[str, Any], defaults: Sampling) -> Sampling:
     """The Sampling asked for. temperature 0 is greedy; what is left out is the service's default."""
     names = {"max_tokens": "max_new_tokens", "top_p": "top_p", "repetition_penalty": "repetition_penalty"}
     chosen = {ours: given[name] for name, ours in names.items() if given[name] is not None}
@@ -214,12 +234,12 @@ def _sampling(given, defaults):
     return Sampling(**vars(defaults) | {"num_beams": 1} | chosen)
 
 
-def _read_stop(stop):
+def _read_stop(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop or []
     good = isinstance(stops, list) and len(stops) <= 8
     if not good or not all(isinstance(s, str) and 0 < len(s) <= 256 and is_unicode(s) for s in stops):
-        raise Refused(
-            f"stop 应为 must be 1 to 8 texts of 1 to 256 characters, found {shown(stop)}",
+        raise RequestRefusedError(
+            f"stop 应为 must be 1 to 8 texts of 1 to 256 characters, found {excerpt(stop)}",
             param="stop",
             code="invalid_value",
         )

@@ -1,39 +1,50 @@
-"""OpenAI's answers: Parts to choices and chunks, and its error object."""
+"""OpenAI's answers: the engine's Parts as choices and chunks."""
+
+from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from common.engine.batcher import Batcher
+    from common.engine.request import Entry, Part
+    from common.serving.openai_requests import Wanted
 
 
 class Shape:
     """What a client gets: JSON objects of one request, whole or in chunks. Texts of several answers side by side."""
 
-    def __init__(self, wanted, name, model, batcher):
-        self.wanted, self.batcher, self.started = wanted, batcher, set()
+    def __init__(self, wanted: Wanted, name: str, model: str, batcher: Batcher) -> None:
+        """name: the request's id."""
+        self.wanted = wanted
+        self.batcher = batcher
+        self.started: set[int] = set()  # numbers of the answers whose first chunk is made
         prefix, kind = ("chatcmpl-", "chat.completion") if wanted.chat else ("cmpl-", "text_completion")
         self.head = {"id": prefix + name, "object": kind, "created": int(time.time()), "model": model}
-        self.offsets = [0] * len(wanted.asks)
+        self.offsets = [0] * len(wanted.asks)  # characters of each answer whose log probabilities are out
 
-    def usage(self, tokens):
+    def usage(self, tokens: int) -> dict[str, int]:
         """Token counts; a prompt with n answers counts once."""
         asked = sum(len(ask.ids) for ask in self.wanted.asks[:: self.wanted.n])
         return {"prompt_tokens": asked, "completion_tokens": tokens, "total_tokens": asked + tokens}
 
-    def whole(self, parts, tokens):
+    def whole(self, parts: Sequence[Part], tokens: int) -> dict[str, Any]:
         """The answer to a request that is not streamed; parts: all of them."""
         choices = []
         for index in range(len(self.wanted.asks)):
             mine = [part for part in parts if part.index == index]
-            text, entries = "".join(part.text for part in mine), [entry for part in mine for entry in part.entries]
-            said = (
-                {"message": {"role": "assistant", "content": text, "refusal": None}}
-                if self.wanted.chat
-                else {"text": text}
-            )
+            text = "".join(part.text for part in mine)
+            entries = [entry for part in mine for entry in part.entries]
+            said: dict[str, Any] = {"text": text}
+            if self.wanted.chat:
+                said = {"message": {"role": "assistant", "content": text, "refusal": None}}
             choices.append(self._choice(index, said, entries, mine[-1].stop))
         return self.head | {"choices": choices, "usage": self.usage(tokens)}
 
-    def chunk(self, part):
+    def chunk(self, part: Part) -> dict[str, Any]:
         """The chunk of one Part; the first one of a chat's answer names the role."""
-        said = {"text": part.text}
+        said: dict[str, Any] = {"text": part.text}
         if self.wanted.chat:
             role = {} if part.index in self.started else {"role": "assistant"}
             said = {"delta": role | ({"content": part.text} if part.text or role else {})}
@@ -42,26 +53,27 @@ class Shape:
         kind = "chat.completion.chunk" if self.wanted.chat else "text_completion"
         return self.head | {"object": kind, "choices": [choice]}
 
-    def last_chunk(self, tokens):
+    def last_chunk(self, tokens: int) -> dict[str, Any]:
         """The chunk that holds the token counts."""
         kind = "chat.completion.chunk" if self.wanted.chat else "text_completion"
         return self.head | {"object": kind, "choices": [], "usage": self.usage(tokens)}
 
-    def _choice(self, index, said, entries, stop):
-        wanted = self.wanted.asks[index].logprobs is not None
-        logprobs = (self._chat_logprobs if self.wanted.chat else self._logprobs)(index, entries) if wanted else None
+    def _choice(self, index: int, said: dict[str, Any], entries: Sequence[Entry], stop: str | None) -> dict[str, Any]:
+        logprobs = None
+        if self.wanted.asks[index].logprobs is not None:
+            logprobs = self._chat_logprobs(entries) if self.wanted.chat else self._logprobs(index, entries)
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": stop}
 
-    def _chat_logprobs(self, index, entries):
-        def one(id_, logprob):
+    def _chat_logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        def one(id_: int, logprob: float) -> dict[str, Any]:
             token, raw = self.batcher.token(id_)
             return {"token": token, "logprob": max(logprob, -9999.0), "bytes": raw}
 
         content = [one(e.id, e.logprob) | {"top_logprobs": [one(*other) for other in e.top]} for e in entries]
         return {"content": content, "refusal": None}
 
-    def _logprobs(self, index, entries):
-        found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    def _logprobs(self, index: int, entries: Sequence[Entry]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
             token, _ = self.batcher.token(entry.id)
             found["tokens"].append(token)
@@ -70,10 +82,3 @@ class Shape:
             found["text_offset"].append(self.offsets[index])
             self.offsets[index] += len(token)
         return found
-
-
-def error(message, status, param=None, code=None):
-    """OpenAI's error object."""
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

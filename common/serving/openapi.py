@@ -1,5 +1,12 @@
 """The OpenAPI document of the service, made from the tables the bodies are checked against."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.serving.validation import Field
+
 KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 MESSAGES = {
     "type": "array",
@@ -41,13 +48,14 @@ ERROR = {
 }
 
 
-def document(text_generate, chat, completion):
+def document(
+    text_generate: Mapping[str, Field], chat: Mapping[str, Field], completion: Mapping[str, Field]
+) -> dict[str, Any]:
     """The OpenAPI 3.0 document; each argument is {name: Field} of a body."""
-    prompt_or_messages = {"messages": MESSAGES}, {"prompt": PROMPT}
-    bodies = {
+    bodies: dict[str, tuple[str, Mapping[str, Field], dict[str, Any]]] = {
         "/nlg/text_generate": ("One question, one text", text_generate, {}),
-        "/v1/chat/completions": ("OpenAI's chat completions", chat, prompt_or_messages[0] | {"stop": STOP}),
-        "/v1/completions": ("OpenAI's completions", completion, prompt_or_messages[1] | {"stop": STOP}),
+        "/v1/chat/completions": ("OpenAI's chat completions", chat, {"messages": MESSAGES, "stop": STOP}),
+        "/v1/completions": ("OpenAI's completions", completion, {"prompt": PROMPT, "stop": STOP}),
     }
     pages = {
         "/v1/models": "The models served",
@@ -67,17 +75,18 @@ def document(text_generate, chat, completion):
     }
 
 
-def _post(summary, fields, others):
-    properties = {name: _property(field) for name, field in fields.items()} | others
+def _post(summary: str, fields: Mapping[str, Field], others: Mapping[str, Any]) -> dict[str, Any]:
+    properties: dict[str, Any] = {**{name: _property(field) for name, field in fields.items()}, **others}
     required = [name for name in ("messages", "prompt") if name in properties]
-    schema = {"type": "object", "properties": properties, "additionalProperties": False}
-    schema |= {"required": required} if required else {}
+    schema: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
+    if required:
+        schema["required"] = required
     content = {"application/json": {"schema": schema}}
     return {"summary": summary, "requestBody": {"required": True, "content": content}, "responses": _responses()}
 
 
-def _property(field):
-    found = {"type": KINDS[field.kind], "description": field.about}
+def _property(field: Field) -> dict[str, Any]:
+    found: dict[str, Any] = {"type": KINDS[field.kind], "description": field.about}
     if field.default is not None:
         found["default"] = field.default
     if field.least is not None:
@@ -85,7 +94,7 @@ def _property(field):
     return found
 
 
-def _responses():
+def _responses() -> dict[str, Any]:
     error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
     statuses = {"400": "wrong", "401": "no key", "429": "full", "503": "not ready"}
     return {"200": {"description": "the answer"}} | {s: {"description": d, **error} for s, d in statuses.items()}

@@ -1,5 +1,7 @@
 """A production WSGI server around the app: limits, errors in JSON, and an end that lets answers finish."""
 
+from __future__ import annotations
+
 import json
 import logging
 import signal
@@ -7,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from typing import TYPE_CHECKING, Any
 
 import waitress
 from waitress import wasyncore
@@ -14,8 +17,14 @@ from waitress.channel import HTTPChannel
 from waitress.task import ErrorTask
 
 from common.errors import UserError
-from common.serving.openai_responses import error as error_object
+from common.serving.failures import error_object
 from common.serving.validation import LIMIT
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from common.serving.middleware import Watch
+    from common.serving.service import Service
 
 HEADERS = 32 << 10  # bytes of a request's headers
 IDLE = 60  # seconds a connection may say nothing
@@ -24,13 +33,13 @@ IDLE = 60  # seconds a connection may say nothing
 class _ErrorTask(ErrorTask):
     """waitress' own refusals (headers, lengths, encodings), in the shape of all others."""
 
-    def execute(self):
+    def execute(self) -> None:
         problem = self.request.error
         body = json.dumps(error_object(str(problem.body), problem.code, code=problem.reason.lower().replace(" ", "_")))
         self.status = f"{problem.code} {problem.reason}"
         self.response_headers += [("Content-Type", "application/json"), ("X-Request-ID", uuid.uuid4().hex)]
         self.set_close_on_finish()
-        self.content_length = len(body)
+        self.content_length = len(body)  # type: ignore[assignment]  # the class itself starts it with None
         self.write(body.encode())
 
 
@@ -45,8 +54,8 @@ class Server:
     where nothing can listen there.
     """
 
-    def __init__(self, app, host, port, requests):
-        self.sockets = {}
+    def __init__(self, app: Flask, host: str, port: int, requests: int) -> None:
+        self.sockets: dict[int, Any] = {}  # waitress' listeners and connections by file number
         try:
             self.server = waitress.create_server(
                 app,
@@ -71,41 +80,44 @@ class Server:
             ) from None
         for listener in self._all("effective_port"):
             listener.channel_class = _Channel
-        self.host, self.port = host, getattr(self.server, "effective_port", port)
-        self.closing, self.thread = False, threading.Thread(target=self._run, name="waitress", daemon=True)
+        self.host = host
+        self.port = getattr(self.server, "effective_port", port)
+        self.closing = False
+        self.thread = threading.Thread(target=self._run, name="waitress", daemon=True)
         self.thread.start()
 
     @property
-    def address(self):
+    def address(self) -> str:
         """http://host:port"""
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
-    def unsent(self):
+    def unsent(self) -> int:
         """Bytes that wait to be sent."""
         return sum(channel.total_outbufs_len for channel in self._all("total_outbufs_len"))
 
-    def close(self):
+    def close(self) -> None:
         """Close all connections and stop listening."""
         self.closing = True
         for listener in self._all("effective_port"):
             listener.pull_trigger()
         self.thread.join()
 
-    def _run(self):
+    def _run(self) -> None:
         while not self.closing:
             wasyncore.loop(timeout=1, use_poll=True, map=self.sockets, count=1)
         self.server.task_dispatcher.shutdown(timeout=1)
         wasyncore.close_all(self.sockets)
 
-    def _all(self, attribute):
+    def _all(self, attribute: str) -> list[Any]:
+        """Sockets that have an attribute: effective_port picks the listeners, total_outbufs_len the connections."""
         return [one for one in list(self.sockets.values()) if hasattr(one, attribute)]
 
 
-def until_told():
-    """Wait for SIGTERM or Ctrl-C. The next one ends the process at once, as if nobody caught it."""
+def until_told() -> None:
+    """Wait for SIGTERM or Ctrl-C. A second one ends the process at once."""
     told = threading.Event()
 
-    def first(number, frame):
+    def first(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         told.set()
@@ -115,7 +127,7 @@ def until_told():
     told.wait()
 
 
-def drain(server, service, watch, seconds):
+def drain(server: Server, service: Service, watch: Watch, seconds: float) -> None:
     """Refuse new requests, let those under way finish, for at most so many seconds."""
     service.draining = True
     print(f"正在结束 draining {watch.under_way} request(s), at most {seconds} s", file=sys.stderr, flush=True)
@@ -125,7 +137,7 @@ def drain(server, service, watch, seconds):
     server.close()
 
 
-def log_to_stderr():
+def log_to_stderr() -> None:
     """One line a request, after its time and level."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("waitress").setLevel(logging.ERROR)

@@ -1,10 +1,14 @@
 """POST /nlg/text_generate: the fields and defaults of the original projects."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from common.data.turns import Turn
 from common.inference.answerer import Sampling
-from common.serving.validation import Field, Refused, values
+from common.serving.failures import RequestRefusedError
+from common.serving.validation import Field, read_fields
 
-# POST /nlg/text_generate: the originals' fields and defaults
 FIELDS = {
     "instruction": Field(str, "", about="the question, or what to do with text"),
     "text": Field(str, "", about="put on the next line"),
@@ -18,14 +22,14 @@ FIELDS = {
 }
 
 
-def read_request(body):
-    """(question's Turns, Sampling) of a text_generate body; Refused names the field and what is allowed."""
-    given = values(body, FIELDS)
+def read_request(body: dict[str, Any]) -> tuple[list[Turn], Sampling]:
+    """The question and the Sampling in a body; RequestRefusedError names the field and what is allowed."""
+    given = read_fields(body, FIELDS)
     question = "\n".join(part for part in (given.pop("instruction"), given.pop("text")) if part.strip())
     if not question:
-        raise Refused("instruction 和 text 都是空的 are both empty", param="instruction", code="empty")
+        raise RequestRefusedError("instruction 和 text 都是空的 are both empty", param="instruction", code="empty")
     if given.pop("penalty_alpha") and "penalty_alpha" in body and not given["do_sample"] and given["num_beams"] == 1:
-        raise Refused(
+        raise RequestRefusedError(
             "penalty_alpha: 对比搜索已不支持 contrastive search is gone from transformers; send 0, or do_sample true",
             param="penalty_alpha",
             code="unsupported_value",

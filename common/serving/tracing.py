@@ -1,8 +1,11 @@
 """OpenTelemetry spans of requests, where its packages are installed and an endpoint is configured; else nothing."""
 
+from __future__ import annotations
+
 import logging
 import os
 import time
+from typing import Any
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 NAMES = {  # of a log record: OpenTelemetry's names
@@ -22,7 +25,7 @@ log = logging.getLogger("service")
 class Tracer:
     """Sends one span a request to the endpoint the environment names (OTLP over HTTP)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -33,10 +36,11 @@ class Tracer:
         name = os.environ.get("OTEL_SERVICE_NAME", "chinese-sft")
         self.provider = TracerProvider(resource=Resource.create({"service.name": name}))  # flushed at exit
         self.provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        self.tracer, self.kind = self.provider.get_tracer("chinese-sft"), SpanKind.SERVER
+        self.tracer = self.provider.get_tracer("chinese-sft")
+        self.kind = SpanKind.SERVER
         self.context = TraceContextTextMapPropagator()
 
-    def add(self, record, traceparent):
+    def add(self, record: dict[str, Any], traceparent: str) -> None:
         """Send the span of a request that has just ended; record: its log line. traceparent: the client's header."""
         end = time.time_ns()
         span = self.tracer.start_span(
@@ -49,7 +53,7 @@ class Tracer:
         span.end(end)
 
 
-def tracer():
+def tracer() -> Tracer | None:
     """A Tracer, or None where no endpoint is configured or the packages are missing."""
     if not any(os.environ.get(name) for name in ENDPOINTS):
         return None

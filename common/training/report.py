@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import distributed, files
 from common.config import LORA
-from common.evaluation import evaluate, report
+from common.evaluation import evaluate, tables
 from common.inference.answerer import Answerer
 from common.knobs import BELONGS
 from common.launch import rank
@@ -205,7 +205,7 @@ def _score_table(results: dict[str, Any]) -> str:
         return ""
     rows = [
         f"| {name} | {results['base'][name]:.4f} | {results['tuned'][name]:.4f} |"
-        for name in report.shown({"base": results["base"], "tuned": results["tuned"]})
+        for name in tables.metric_names({"base": results["base"], "tuned": results["tuned"]})
     ]
     lines = [
         "",

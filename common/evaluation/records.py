@@ -1,0 +1,162 @@
+"""Predictions on disk: one JSON object a row, written as they are made, and gone on with where a kill stopped them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from tqdm import tqdm
+
+from common import distributed, files, launch
+from common.config import SFTConfig
+from common.data.turns import Turn
+from common.errors import UserError
+from common.evaluation import metrics
+from common.inference.answerer import Answer, Sampling
+from common.inference.tuned import trained_with
+from common.model.loading import base_hash
+from common.runs.manifest import read_manifest
+
+Record = dict[str, Any]  # row, where, prompt, question, reference, answer, stop, seconds, scores, …
+
+
+class Answers(Protocol):
+    """An Answerer, a Remote, or whatever is called like them."""
+
+    def __call__(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling, base: bool = False) -> list[Answer]:
+        """One answer for each conversation, in order; base: the base model's."""
+
+
+class Progress(NamedTuple):
+    """What a progress bar says: its title, and the score whose mean over the rows so far it shows."""
+
+    title: str
+    metric: str
+
+
+def score_rows(
+    path: Path,
+    key: str,
+    order: Sequence[int],
+    predict_rows: Callable[[list[int]], Iterable[Record]],
+    cfg: SFTConfig,
+    progress: Progress,
+) -> list[Record]:
+    """The records of the row numbers in `order`, sorted by number; `predict_rows(numbers)` gives those of a batch.
+
+    Each batch is appended to `path` as it is done; what an earlier call under the same `key` left there is not done
+    again. Batches and their seeds do not depend on where that call stopped, nor on the number of processes.
+    """
+    distributed.first(lambda: _gather(path, key))
+    done = {record["row"]: record for record in files.read_jsonl(path)}
+    distributed.wait()
+    batches = [order[start : start + cfg.eval_batch_size] for start in range(0, len(order), cfg.eval_batch_size)]
+    so_far = [record["scores"][progress.metric] for record in done.values()]
+    rank, count = (launch.rank(), launch.world_size()) if distributed.together() else (0, 1)
+    own_path = path.with_suffix(f".{rank}.part") if rank else path
+    with (
+        own_path.open("a", encoding="utf-8", newline="\n") as file,
+        tqdm(total=len(order), initial=len(done), desc=progress.title) as bar,
+    ):
+        for number in range(rank, len(batches), count):
+            left = [row for row in batches[number] if row not in done]
+            if not left:
+                continue
+            torch.manual_seed((cfg.seed + number) % 2**32)
+            records = list(predict_rows(left))
+            file.write("".join(files.line_of({"key": key, **record}) for record in records))
+            file.flush()
+            so_far += [record["scores"][progress.metric] for record in records]
+            bar.update(len(left))
+            bar.set_postfix_str(f"{progress.metric} {sum(so_far) / len(so_far):.3f}")
+    distributed.wait()
+    distributed.first(lambda: _gather(path, key))
+    return read_records(path)
+
+
+def predict(
+    answer: Answers,
+    batch: Sequence[tuple[int, str, Sequence[Turn]]],
+    sampling: Sampling,
+    base: bool,
+    score: Callable[[str, str, str], dict[str, Any]] = metrics.score,
+) -> Iterator[Record]:
+    """Records of a batch of (row number, where, turns); a row that cannot be asked scores 0 and says why.
+
+    score(answer, reference, question) gives {name: value}; whether it "stopped" by itself is added.
+    """
+    started = time.monotonic()
+    questions = [turns[:-1] for _, _, turns in batch]
+    try:
+        answers = answer(questions, sampling, base=base)
+    except UserError as problem:
+        if len(batch) > 1:
+            for row in batch:
+                yield from predict(answer, [row], sampling, base, score)
+            return
+        answers = [Answer("", f"error: {problem}", 0)]
+    seconds = (time.monotonic() - started) / len(batch)
+    for (number, where, turns), (text, stop, tokens) in zip(batch, answers, strict=True):
+        question, reference = turns[-2].text, turns[-1].text
+        ended = {"stopped": float(stop == "stop" and bool(text.strip()))}
+        yield {
+            "row": number,
+            "where": where,
+            "prompt": [{"role": turn.role, "content": turn.text} for turn in turns[:-1]],
+            "question": question,
+            "reference": reference,
+            "answer": text,
+            "stop": stop,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "scores": score(text, reference, question) | ended,
+        }
+
+
+def key_of(cfg: SFTConfig, base: bool, settings: list[Any]) -> str:
+    """16 hex digits for the model and for `settings`: the rows and whatever else a prediction depends on."""
+    trained = trained_with(cfg, read_manifest(cfg.model_save_dir), base)
+    weights = [base_hash(trained["path_model_pretrain"])]
+    adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
+    if not base:
+        weights.append(files.file_hash(str(adapter)) if adapter.exists() else base_hash(cfg.model_save_dir))
+    parts = [weights, trained, cfg.dtype, cfg.seed, base, *settings]
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def shortest_first(conversations: Sequence[Sequence[Turn]]) -> list[int]:
+    """Row numbers, shortest conversation first, so that those of a batch are about as long as each other."""
+    return sorted(range(len(conversations)), key=lambda row: sum(len(turn.text) for turn in conversations[row]))
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records `score_rows` left in a file, by row number."""
+    return sorted(files.read_jsonl(path), key=lambda record: record["row"])
+
+
+def predictions(cfg: SFTConfig, base: bool = False) -> dict[int, Record]:
+    """{row number: record} of the last evaluation on held-out rows, in that order."""
+    return {record["row"]: record for record in read_records(predictions_path(cfg, base))}
+
+
+def predictions_path(cfg: SFTConfig, base: bool) -> Path:
+    """Where the predictions on held-out rows are kept."""
+    return Path(cfg.model_save_dir) / f"predictions{'_base' if base else ''}.jsonl"
+
+
+def _gather(path: Path, key: str) -> None:
+    """Put the records made under `key` by all processes into `path`, without a line cut off by a kill; drop others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = sorted(path.parent.glob(f"{path.stem}.*.part"))
+    found = [record for file in [path, *parts] if file.exists() for record in files.read_jsonl(file)]
+    records = {record["row"]: record for record in found if record.get("key") == key}
+    draft = path.with_suffix(".draft")
+    files.write_jsonl(draft, records.values())
+    draft.replace(path)
+    for part in parts:
+        part.unlink()

@@ -1,0 +1,77 @@
+"""all_results.json in a run's folder: scores of base and tuned, their intervals, and on which rows they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import files
+from common.config import SFTConfig
+from common.data.turns import Turn
+from common.evaluation import intervals, metrics, overlap
+from common.evaluation.records import predictions
+from common.inference.answerer import Sampling
+from common.runs.manifest import read_manifest
+
+
+def read_results(cfg: SFTConfig) -> dict[str, Any]:
+    """What all_results.json in the run's folder holds, {} where there is none."""
+    path = _path(cfg)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_results(cfg: SFTConfig, results: dict[str, Any]) -> None:
+    """Replace all_results.json."""
+    files.write_json(_path(cfg), results)
+
+
+def add_scores(
+    cfg: SFTConfig,
+    rows: Sequence[tuple[str, Sequence[Turn]]],
+    scores: Mapping[str, dict[str, float]],
+    apart: bool = False,
+) -> dict[str, Any]:
+    """Put {base: …, tuned: …} with their intervals into all_results.json and return all of it.
+
+    Scores on other rows are dropped. held_out: number and hash of the rows, and how many of them were trained on.
+    apart: as in overlap.count.
+    """
+    results = read_results(cfg)
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    if results.get("held_out", {}).get("sha256") != digest:
+        results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
+    manifest = read_manifest(cfg.model_save_dir)
+    trained_on = overlap.count(manifest, rows, apart) if manifest else None
+    held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(sampling_of(cfg)), "overlap": trained_on}
+    results |= {**scores, "held_out": held_out, "signature": metrics.signature()}
+    by_model = {
+        name: [record["scores"] for record in predictions(cfg, name == "base").values()]
+        for name in ("base", "tuned")
+        if name in results
+    }
+    results["intervals"] = {name: intervals.intervals(each, cfg.seed) for name, each in by_model.items()}
+    if len(by_model) == 2:
+        results["intervals"]["change"] = intervals.change_intervals(by_model["base"], by_model["tuned"], cfg.seed)
+    write_results(cfg, results)
+    return results
+
+
+def sampling_of(cfg: SFTConfig) -> Sampling:
+    """How an evaluation draws answers: greedy unless the user asked for sampling."""
+    return Sampling.of(cfg, do_sample="do_sample" in cfg.given and cfg.do_sample)
+
+
+def _decoding(sampling: Sampling) -> str:
+    """How the answers were drawn, in words."""
+    drawn = f"sampled, temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}"
+    how = drawn if sampling.do_sample else "greedy"
+    beams = f", {sampling.num_beams} beams" if sampling.num_beams > 1 else ""
+    penalty = f", repetition penalty {sampling.repetition_penalty}" if sampling.repetition_penalty != 1 else ""
+    return f"{how}{beams}{penalty}, at most {sampling.max_new_tokens} tokens"
+
+
+def _path(cfg: SFTConfig) -> Path:
+    return Path(cfg.model_save_dir) / "all_results.json"
