@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flask import Flask, Response, request
 
+from common.config import SFTConfig
 from common.engine.batcher import Batcher
-from common.inference.answerer import Sampling
+from common.inference.answerer import Answerer, Sampling
 from common.serving import adapters, openai_requests, tracing
 from common.serving.failures import RequestRefusedError, add_error_handlers, json_response
 from common.serving.middleware import Counts, Watch
@@ -23,14 +24,16 @@ from common.serving.text_generate import FIELDS
 from common.serving.validation import LIMIT
 
 if TYPE_CHECKING:
-    from common.config import ServeFlags, SFTConfig
-    from common.inference.answerer import Answerer
+    from common.config import ServeFlags
+    from common.inference.remote import Remote
 
 PAGES = Path(__file__).with_name("pages")
 OPEN = ("/", "/docs", "/openapi.json", "/health")  # served without a key: they hold no text of a user
 GENERATING = ("/nlg/text_generate", "/v1/chat/completions", "/v1/completions")
 CSP = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 HERE = ("127.0.0.1", "localhost", "::1")  # hosts that other machines cannot reach
+
+Config = TypeVar("Config", bound=SFTConfig)  # a family's own
 
 
 def create_app(service: Service) -> Flask:
@@ -52,10 +55,10 @@ def create_app(service: Service) -> Flask:
     return app
 
 
-def run(load_answer: Callable[[SFTConfig, bool], Answerer], cfg: SFTConfig, flags: ServeFlags) -> None:
+def run(load_answer: Callable[[Config, bool], Answerer | Remote], cfg: Config, flags: ServeFlags) -> None:
     """What post_api.py does: listen, load, answer until told to stop, let answers finish.
 
-    load_answer(cfg, base) gives the Answerer. UserError where the port is taken or the model cannot be loaded.
+    load_answer(cfg, base) loads the Answerer; a Remote comes only with an address. UserError where the port is taken or the model cannot be loaded.
     """
     log_to_stderr()
     service = Service(
@@ -70,7 +73,7 @@ def run(load_answer: Callable[[SFTConfig, bool], Answerer], cfg: SFTConfig, flag
     app = create_app(service)
     server = Server(app, cfg.host, cfg.port, flags.slots + flags.queue)
     try:
-        answer = load_answer(cfg, flags.base)
+        answer = cast(Answerer, load_answer(cfg, flags.base))
         models = adapters.load(answer, flags.adapters, service.model)
         service.batcher = Batcher(answer, models, flags.slots, flags.queue, flags.request_tokens, flags.total_tokens)
         if cfg.host not in HERE and not flags.api_key:

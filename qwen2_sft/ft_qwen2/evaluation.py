@@ -24,12 +24,13 @@ def main(argv: list[str] | None = None) -> None:
 
     distributed.join(cfg)
     places.check_scoring(cfg)
-    rows = tasks.read(flags) if flags.tasks else evaluate.rows_to_score(cfg, flags.limit)
-    answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
+    base = flags.base and not flags.compare
     if flags.tasks:
-        benchmark.report(answer, rows, cfg, flags)
+        questions = tasks.read(flags)
+        benchmark.report(load_answer(cfg, base, flags.base_url), questions, cfg, flags)
     else:
-        evaluate.report(answer, rows, cfg, flags)
+        rows = evaluate.rows_to_score(cfg, flags.limit)
+        evaluate.report(load_answer(cfg, base, flags.base_url), rows, cfg, flags)
     distributed.part()
 
 
