@@ -58,7 +58,8 @@ def create_app(service: Service) -> Flask:
 def run(load_answer: Callable[[Config, bool], Answerer | Remote], cfg: Config, flags: ServeFlags) -> None:
     """What post_api.py does: listen, load, answer until told to stop, let answers finish.
 
-    load_answer(cfg, base) loads the Answerer; a Remote comes only with an address. UserError where the port is taken or the model cannot be loaded.
+    load_answer(cfg, base) loads the Answerer (a Remote comes only with an address). UserError where the port is taken
+    or the model cannot be loaded.
     """
     log_to_stderr()
     service = Service(
