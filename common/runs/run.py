@@ -1,4 +1,4 @@
-"""A run's folder: its manifest, its lock, its whole checkpoints, and what of it may be resumed."""
+"""A run's folder: started or resumed under a lock, saved into, and marked as finished."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FREE = set(
     "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
     "repetition_penalty num_beams eval_batch_size host port deepspeed given".split()
 )
-# without the same of these, a checkpoint's weights do not load
+# knobs that decide names and shapes of the weights: with others a checkpoint cannot be loaded
 SHAPING = set(
     "base tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules "
     "modules_to_save".split()
