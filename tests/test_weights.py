@@ -200,6 +200,17 @@ def test_a_tokenizer_that_is_a_pointer_is_named(base, rows_file, line_of):
     assert f"{base / 'tokenizer.json'}: " in line and line.endswith("git lfs pull")
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_sentencepiece_file_is_looked_at_where_it_is_read(base, alone):
+    (base / "tokenizer.model").write_bytes(POINTER)
+    if not alone:
+        assert weights.check_tokenizer(base) is None
+        return
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.model: .*git lfs pull"):
+        weights.check_tokenizer(base)
+
+
 # ---------------------------------------------------------------- shards
 
 

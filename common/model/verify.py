@@ -50,7 +50,7 @@ def verify_adapter(model: PeftModel, folder: str | Path, state: Mapping[str, tor
 
 
 def verify_whole(model: PreTrainedModel, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Reopen a whole model just saved: each tensor is as in memory, and none is missing but those tied to another.
+    """Reopen a whole model just saved: each tensor is as in memory, and none is missing except those tied to another.
 
     state: `whole_state(model)`, where the model itself may hold a part only.
     """

@@ -80,9 +80,13 @@ def adapter_file(folder: str | Path) -> Path:
 
 
 def check_tokenizer(path: str | Path) -> None:
-    """UserError where a tokenizer's file in the folder `path` is empty or a Git LFS pointer."""
+    """UserError where the tokenizer's file in the folder `path` is empty or a Git LFS pointer.
+
+    SentencePiece's *.model is looked at where there is no tokenizer.json, from which it would be read otherwise.
+    """
     folder = Path(path).expanduser()
-    for file in sorted([*folder.glob("tokenizer.json"), *folder.glob("*.model")]):
+    fast = folder / "tokenizer.json"
+    for file in [fast] if fast.is_file() else sorted(folder.glob("*.model")):
         _check_content(file)
 
 

@@ -1,7 +1,7 @@
 """A run's folder: what training leaves and everything else starts from.
 
-In: a config and the rows to train on. Out: a locked folder, a checkpoint to go on from, and a manifest that predict,
-evaluation, service and export hold the world against. In reading order:
+In: a config and the rows to train on. Out: a locked folder, a checkpoint to go on from, and a manifest with which
+predict, evaluation, service and export compare base, tokenizer and template. In reading order:
 
 places         whether its files can be read and written, asked before anything is loaded
 manifest       what a run was trained on and with

@@ -1,4 +1,4 @@
-"""run_manifest.json: what a run was trained on and with, and what its users must match."""
+"""run_manifest.json: data, base, tokenizer, template and options of a run; what uses the run is compared with it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "token
 
 
 def describe(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family, rows: TrainingData) -> dict[str, Any]:
-    """The manifest of a run about to start: all that decides what it learns, and what its users must match."""
+    """The manifest of a run about to start: all that decides what it learns, and what `check_fits` compares later."""
     template = render.template_text(tokenizer, prompt, cfg.prompt_style)
     knobs = {name: value for name, value in asdict(cfg).items() if name != "given"}
     return {

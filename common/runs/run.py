@@ -1,4 +1,4 @@
-"""A run's folder: its manifest, its lock, its whole checkpoints, and what of it may be resumed."""
+"""A run's folder: started or resumed under a lock, saved into, and marked as finished."""
 
 from __future__ import annotations
 

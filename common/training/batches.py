@@ -1,4 +1,4 @@
-"""What a batch is made of: rows of like length together, padded on the right, blank ones where a row is missing."""
+"""Batches: rows of like length together, padded on the right; blank rows fill the last batch of an epoch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
 
 WINDOW = 50  # batches sorted by length together: little padding, yet another order every epoch
-BLANK = -1  # number of a row that is none: it fills the last batch of an epoch, so that all processes have one
+BLANK = -1  # number of a blank row: they fill the last batch of an epoch, so that every process has rows of it
 
 
 def collate(rows: Sequence[Any], pad_id: int) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def collate(rows: Sequence[Any], pad_id: int) -> dict[str, Any]:
 
 
 class RowsAndBlanks(torch.utils.data.Dataset):
-    """The rows, or packs, of `rows`; number BLANK is a row that is not counted: the first one, its labels ignored."""
+    """The rows, or packs, of `rows`; number BLANK is a row that teaches nothing: the first one, its labels ignored."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -57,7 +57,7 @@ class RowsAndBlanks(torch.utils.data.Dataset):
 
 
 def _blank(row: Any) -> Any:
-    """A row, or a pack's first one, as one that teaches nothing and has no name."""
+    """A row, or the first row of a pack, as a blank one: its labels are ignored, and it has no name."""
     if isinstance(row, list):
         return [_blank(row[0])]
     return {"input_ids": row["input_ids"], "labels": [IGNORED] * len(row["input_ids"]), "where": ""}
@@ -72,8 +72,8 @@ def sampler_of(lengths: Sequence[int] | numpy.ndarray, cfg: SFTConfig) -> Length
 class LengthGroupedSampler(torch.utils.data.Sampler):
     """Row numbers in batches (of an optimizer step) of like length.
 
-    The order depends on lengths, batch, seed and epoch alone: a resume repeats it, and so does another split into micro
-    batches and processes. Blank rows at the end of an epoch make its rows a multiple of `multiple`.
+    The order depends on lengths, batch, seed and epoch alone: it is the same after a resume, and with other numbers of
+    micro batches or processes. Blank rows at the end of an epoch make its number of rows a multiple of `multiple`.
     """
 
     def __init__(self, lengths: Sequence[int] | numpy.ndarray, batch: int, seed: int, multiple: int = 1) -> None:
@@ -97,7 +97,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
     def batches(self) -> list[list[int]]:
         """Lists of row numbers, shuffled; the longest row's comes first, a smaller one, if any, last.
 
-        So what does not fit into memory is seen at once, and a CPU's memory is taken once, not in pieces that grow.
+        With the longest rows first, a lack of memory shows in the first step, and a CPU's memory is taken once.
         """
         order = numpy.random.default_rng((self.seed, self.epoch)).permutation(len(self.lengths))
         window = self.batch * WINDOW

@@ -36,8 +36,8 @@ class StoppedError(UserError):
 class StopOnSignal(TrainerCallback):
     """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second signal ends at once.
 
-    All processes stop together after the step in which one of them was told to. There a second signal is none: a
-    launcher hands on what the terminal has already sent to all, and ends them itself when they take too long.
+    Of several processes all stop after the step in which one of them got the signal. There a second signal is ignored:
+    the launcher passes on a Ctrl-C that each process has already got from the terminal, and ends slow ones itself.
     """
 
     def __init__(self) -> None:
@@ -73,9 +73,10 @@ class NothingLeftError(Exception):
 
 
 class EarlyStop(TrainerCallback):
-    """Stops when `patience` validation losses in a row were no new best; 0 never does. A resume counts on.
+    """Stops when `patience` validation losses in a row were no new best; with 0 it never does.
 
-    Raises NothingLeftError where the run that is resumed has stopped so, or has made its last step.
+    The losses of before a resume count too. Raises NothingLeftError where the run that is resumed had stopped early, or
+    has made its last step.
     """
 
     def __init__(self, patience: int) -> None:

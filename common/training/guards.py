@@ -1,4 +1,4 @@
-"""What stops a training that would spoil what is saved or train nothing, and says when the loss stands still."""
+"""What stops a training that would spoil what is saved, or train nothing; and a word when the loss does not fall."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Guard(TrainerCallback):
         self.where = []
 
     def _stop_non_finite(self, step: int) -> None:
-        """UserError naming the rows: those of the processes that have such a loss, or of all where only the norm is."""
+        """UserError naming the rows of the processes whose loss is not finite; of all, where only the norm is not."""
         found = distributed.gather(([round(float(loss), 4) for loss in self.losses], self.where))
         bad = [(losses, rows) for losses, rows in found if not numpy.isfinite(losses).all()] or found
         rows = [row for _, rows in bad for row in rows if row]
@@ -72,7 +72,8 @@ class Guard(TrainerCallback):
 class Gradients:
     """Which trainable tensors of `net` got a gradient that is not zero in the first step, whoever keeps it.
 
-    DeepSpeed takes gradients away before the step, so hooks see them; FSDP2's do not pass by hooks, but stay.
+    Hooks note gradients as they are computed: DeepSpeed has taken them away when `check` is called. FSDP2 calls no
+    hooks; there `check` finds the gradients still on the parameters.
     """
 
     def __init__(self, net: torch.nn.Module) -> None:
@@ -80,7 +81,7 @@ class Gradients:
         self.reached: set[str] = set()  # names of tensors that got a gradient
         trained = self._trained(net)
         partners = {name: trained.get(PARTNER.sub(lambda found: PARTNERS[found[0]], name)) for name in trained}
-        self.waiting = {  # one factor of a LoRA layer has no gradient while the other is zero, as it is at the start
+        self.waiting = {  # one factor of a LoRA layer gets no gradient in the first step: the other is still zero
             name
             for name, partner in partners.items()
             if partner is not None and partner is not trained[name] and not partner.any()

@@ -1,4 +1,4 @@
-"""Bytes: what a training step will take, what it took, what is free. Tried on small batches, not told by formula."""
+"""Bytes that a training step will take, that it took, and that are free: tried on small batches, not computed."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def kept_by(net: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[in
             torch.random.fork_rng(devices=on_gpu),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing),
         ):
-            net(**batch)  # no backward pass follows; a tensor packed would keep what made it, for ever
+            net(**batch)  # no backward pass follows; `pack` gives None, so that the graph keeps no tensor alive
     finally:
         for hook in hooks:
             hook.remove()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.data.dataset import TrainingData
 
-PASSES = 3  # over the data, of which the heaviest micro batch is looked for
+PASSES = 3  # passes over the data in which the heaviest micro batch is looked for
 
 
 def rehearse(

@@ -123,7 +123,7 @@ def _best(state: TrainerState, cfg: SFTConfig) -> dict[str, Any]:
 
 
 def training_data(net: PreTrainedModel | PeftModel, rows: Any, cfg: SFTConfig) -> tuple[Any, Any]:
-    """(what batches are made of, its lengths): rows, or packs proven on the first not to let rows see each other."""
+    """(rows or packs, ids of each). With packing, the first pack is tried: its rows must not see each other."""
     if not cfg.packing:
         return rows.with_format("numpy"), lengths_of(rows)
     capacity = cfg.max_length_q + cfg.max_length_a
@@ -292,7 +292,7 @@ class SupervisedTrainer(Trainer):
         return self.guard.norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # a count nobody reads, for which all parameters would be visited in every step
+        return 0  # nobody reads this count, and it would visit all parameters in every step
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
