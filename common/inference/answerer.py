@@ -2,8 +2,9 @@
 
 import contextlib
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -11,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from common.data import render
 from common.errors import UserError
-from common.inference.text import decode
+from common.inference.text import Wording, decode
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Answerer:
         if sampling.num_beams > 1:  # beams change their minds: there is nothing to show before the end
             yield self([turns], sampling, base)[0].text
             return
-        streamer = _Pieces(self.tokenizer, self.prompt, self.stop_ids)
+        streamer = _Pieces(Wording(self.tokenizer, self.prompt.clean), self.stop_ids)
         arguments = ([self.prompt_ids(turns)], sampling, base, streamer)
         worker = threading.Thread(target=streamer.run, args=(self._generate, *arguments), daemon=True)
         worker.start()
@@ -142,15 +143,21 @@ def _forget_generation_config(net):
 class _Pieces(BaseStreamer):
     """Hands generated text from `generate`'s thread to an iterator, whole characters only."""
 
-    def __init__(self, tokenizer, prompt, stop_ids):
-        self.tokenizer, self.prompt, self.stop_ids = tokenizer, prompt, stop_ids
-        self.ids, self.sent, self.cancelled, self.error, self.prompt_seen = [], "", False, None, False
-        self.ready, self.parts, self.done = threading.Condition(), [], False
+    def __init__(self, words: Wording, stop_ids: list[int]) -> None:
+        self.words = words
+        self.stop_ids = stop_ids
+        self.prompt_seen = False
+        self.cancelled = False  # the reader is gone
+        self.ready = threading.Condition()  # guards what follows
+        self.parts: list[str] = []
+        self.done = False
+        self.error: BaseException | None = None
 
-    def run(self, generate, *arguments):
+    def run(self, generate: Callable[..., Any], *arguments: Any) -> None:
+        """What the generating thread does: call `generate`, then hand over what is left of the text."""
         try:
             generate(*arguments)
-            self._show(ended=True)
+            self._hand_over(self.words.more(ended=True))
         except BaseException as error:  # carried over to the reader's thread, which raises it
             self.error = error
         finally:
@@ -158,30 +165,29 @@ class _Pieces(BaseStreamer):
                 self.done = True
                 self.ready.notify()
 
-    def put(self, value):
-        if not self.prompt_seen:  # generate hands over the prompt first
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt's ids, and then with each new id."""
+        if not self.prompt_seen:
             self.prompt_seen = True
             return
-        self.ids += [id_ for id_ in value.flatten().tolist() if id_ not in self.stop_ids]
-        self._show(ended=False)
+        self.words.ids += [id_ for id_ in value.flatten().tolist() if id_ not in self.stop_ids]
+        self._hand_over(self.words.more())
 
-    def _show(self, ended):
-        """Hand over what is new in the answer so far; what later ids could still change waits."""
-        whole = self.prompt.clean(decode(self.tokenizer, self.ids), ended)
-        if len(whole) > len(self.sent):
+    def _hand_over(self, text: str) -> None:
+        if text:
             with self.ready:
-                self.parts.append(whole[len(self.sent) :])
-                self.sent = whole
+                self.parts.append(text)
                 self.ready.notify()
 
-    def end(self):
-        pass  # `run` says when it is over, also after an error
+    def end(self) -> None:
+        """Called by `generate` at its end; `run` says when it is over, also after an error."""
 
-    def stopped(self, input_ids, scores, **kwargs):
-        """A stopping criterion: the reader is gone."""
+    def stopped(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """A stopping criterion, bool [B]: whether the reader is gone."""
         return torch.full((input_ids.shape[0],), self.cancelled, device=input_ids.device)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
+        """The parts, as they come; raises what `generate` raised."""
         while True:
             with self.ready:
                 self.ready.wait_for(lambda: self.parts or self.done)
