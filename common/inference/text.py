@@ -105,6 +105,7 @@ class Wording:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, clean: Clean | None = None, stops: Sequence[str] = ()
     ) -> None:
+        self.tokenizer = tokenizer
         self.decoding = Decoding(tokenizer)
         self.cleaning = Cleaning(clean) if clean else None
         self.stops = stops
