@@ -13,6 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from common.data import render
 from common.errors import UserError
 from common.inference.text import Wording, decode
+from common.model.layers import causal_of
+from common.model.loading import pad_id_of
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,21 @@ class Answerer:
         self.net, self.tokenizer, self.prompt, self.style = net, tokenizer, prompt, style
         self.load_base, self.base_net = load_base, None
         self.max_length_q, self.stop_ids = max_length_q, prompt.stop_ids(tokenizer, style)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
+        self.pad_id = pad_id_of(tokenizer, self.stop_ids[0])
         self.lock = threading.Lock()
         _forget_generation_config(net)
 
-    def prompt_ids(self, turns):
-        """The ids the model is asked with; UserError where even the headers do not fit."""
-        try:
-            return render.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)[0]
-        except render.TooLong as problem:
-            raise UserError(str(problem)) from None
+    def fitted_ids(self, turns):
+        """The ids the model is asked with, cut to `max_length_q`; UserError where not even a character fits."""
+        return fitted_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
 
     def __call__(self, conversations, sampling, base=False):
         """Answers (in order) to conversations, each a list of Turns that ends with a question, in one batch.
 
         base: without the adapter. Sampling draws from torch's global generator.
         """
-        prompts = [self.prompt_ids(turns) for turns in conversations]
-        rows = self._generate(prompts, sampling, base)
+        prompts = [self.fitted_ids(turns) for turns in conversations]
+        rows = self.generate(prompts, sampling, base)
         return [self._answer(row) for row in rows]
 
     def stream(self, turns, sampling, base=False):
@@ -75,8 +74,8 @@ class Answerer:
             yield self([turns], sampling, base)[0].text
             return
         streamer = _Pieces(Wording(self.tokenizer, self.prompt.clean), self.stop_ids)
-        arguments = ([self.prompt_ids(turns)], sampling, base, streamer)
-        worker = threading.Thread(target=streamer.run, args=(self._generate, *arguments), daemon=True)
+        arguments = ([self.fitted_ids(turns)], sampling, base, streamer)
+        worker = threading.Thread(target=streamer.run, args=(self.generate, *arguments), daemon=True)
         worker.start()
         try:
             yield from streamer
@@ -84,7 +83,7 @@ class Answerer:
             streamer.cancelled = True
             worker.join()
 
-    def _generate(self, prompts, sampling, base=False, streamer=None):
+    def generate(self, prompts, sampling, base=False, streamer=None):
         """New ids of each prompt, pads and all; padded on the left for the batch."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts], device=self.net.device)
@@ -134,10 +133,17 @@ class Answerer:
         return Answer(text, "stop" if ends else "length", len(kept))
 
 
+def fitted_ids(tokenizer, prompt, turns, style, max_length):
+    """Ids that ask for the answer to `turns`, cut to `max_length`; UserError where that is impossible."""
+    try:
+        return render.prompt_ids(tokenizer, prompt, turns, style, max_length)[0]
+    except render.TooLong as problem:
+        raise UserError(str(problem)) from None
+
+
 def _forget_generation_config(net):
     """What the checkpoint's own generation config asks for would mix with ours."""
-    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
-    causal.generation_config = GenerationConfig()
+    causal_of(net).generation_config = GenerationConfig()
 
 
 class _Pieces(BaseStreamer):

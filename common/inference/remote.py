@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common.data import render
 from common.errors import UserError
-from common.inference.answerer import Answer
+from common.inference.answerer import Answer, fitted_ids
 from common.inference.text import Cleaning
 from common.inference.tuned import trained_with
 from common.model import loading
@@ -64,10 +64,7 @@ class Remote:
 
     def _complete(self, turns, sampling, base, stream=False):
         """The open response to a completion of the conversation."""
-        try:
-            ids, _ = render.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
-        except render.TooLong as problem:
-            raise UserError(str(problem)) from None
+        ids = fitted_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
         body, refused = self._body(sampling, base) | {"stream": stream}, None
         if not self.as_text:
             try:

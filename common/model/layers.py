@@ -1,8 +1,20 @@
 """What a model is made of: its linear layers, its parameters, and how they are shown."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def causal_of(net: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal model itself: what is in peft's wrapper, or `net` where it has none."""
+    return net.get_base_model() if hasattr(net, "get_base_model") else net
 
 
 def linear_layers(model):

@@ -30,6 +30,11 @@ def load_tokenizer(path, prompt):
     return tokenizer
 
 
+def pad_id_of(tokenizer, otherwise):
+    """The id that fills up a batch: the tokenizer's own, or the id `otherwise` where it has none."""
+    return otherwise if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def load_base(path, dtype, bits=0):
     """The base model in evaluation mode; `dtype` is the knob's value.
 

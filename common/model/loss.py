@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common.data.render import IGNORED
 from common.model.frozen_layers import times_transposed, with_pads
+from common.model.layers import causal_of
 
 LOGITS, ROWS = 1 << 24, 128  # of logits alive at once on a CPU: 64 MiB in fp32, and more rows are no faster
 
@@ -28,7 +29,7 @@ def use_supervised_loss(model, smoothing=0.0):
     that is not given. In evaluation mode `logits` holds [B, 2] instead: each row's summed loss and counted ids.
     smoothing: share of the target that all pieces get alike, in training mode.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_of(model)
     plain_forward = causal.forward
     _score_in_head(causal.get_output_embeddings())
 

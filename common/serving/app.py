@@ -225,7 +225,7 @@ def _known(service, name, names):
 
 def _text_generate(service):
     turns, sampling = read_request(read_json(request))
-    ids = service.batcher.cut_prompt_ids(turns)
+    ids = service.batcher.encoder.fitted_ids(turns)
     ask = Ask(ids, openai_requests.fitted(sampling, len(ids), service.batcher.context, asked=False))
     ticket = _submit(service, service.model, [ask])
     return _json("".join(part.text for parts in ticket.parts(_gone()) for part in parts))

@@ -54,7 +54,7 @@ class Shape:
 
     def _chat_logprobs(self, index, entries):
         def one(id_, logprob):
-            token, raw = self.batcher.token(id_)
+            token, raw = self.batcher.encoder.token(id_)
             return {"token": token, "logprob": max(logprob, -9999.0), "bytes": raw}
 
         content = [one(e.id, e.logprob) | {"top_logprobs": [one(*other) for other in e.top]} for e in entries]
@@ -63,10 +63,10 @@ class Shape:
     def _logprobs(self, index, entries):
         found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
-            token, _ = self.batcher.token(entry.id)
+            token, _ = self.batcher.encoder.token(entry.id)
             found["tokens"].append(token)
             found["token_logprobs"].append(max(entry.logprob, -9999.0))
-            found["top_logprobs"].append({self.batcher.token(id_)[0]: max(p, -9999.0) for id_, p in entry.top})
+            found["top_logprobs"].append({self.batcher.encoder.token(id_)[0]: max(p, -9999.0) for id_, p in entry.top})
             found["text_offset"].append(self.offsets[index])
             self.offsets[index] += len(token)
         return found

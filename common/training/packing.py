@@ -7,6 +7,7 @@ import torch
 
 from common.data.render import IGNORED
 from common.errors import UserError
+from common.model.layers import causal_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the norm; what rounding leaves
 
@@ -100,7 +101,7 @@ def check_apart(net, packs, dtype):
 
 def _hidden(net, pack, dtype):
     """Last hidden states [T, H], fp32, of one pack, without dropout."""
-    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+    causal = causal_of(net)
     batch, was_training = collate([pack], 0), net.training
     inputs = {name: batch[name].to(causal.device) for name in ("input_ids", "position_ids")}
     net.eval()

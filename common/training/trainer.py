@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.launch import world_size
 from common.model.frozen_layers import make_lean
 from common.model.layers import parameter_counts
+from common.model.loading import pad_id_of
 from common.model.loss import use_supervised_loss
 from common.runs import run
 from common.training import packing, tuning
@@ -93,7 +94,7 @@ def training_data(net, rows, cfg):
 
 def make_trainer(net, args, train, validation, sampler, callbacks, tokenizer):
     """The SupervisedTrainer over `train` in the sampler's order, its Guard before the other callbacks."""
-    pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
+    pad_id = pad_id_of(tokenizer, 0)  # any id will do: padding is masked by length, never by id
     guard = Guard(Path(args.output_dir), net)
     trainer = SupervisedTrainer(
         sampler,
