@@ -22,6 +22,8 @@ from common.errors import UserError
 from common.evaluation import evaluate
 from common.inference.tuned import open_run
 from common.model.adapter import load_tuned, merge_reasons
+from common.model.layers import causal_of
+from common.model.loading import pad_id_of
 from common.runs.places import check_writable
 
 if TYPE_CHECKING:
@@ -74,8 +76,7 @@ def load(cfg: SFTConfig, prompt: Family) -> Tuned:
         print("合并到未量化的基座 merging into the unquantised base: not bit for bit what the adapter was trained on")
     net = load_tuned(trained | {"bits": 0}, cfg.model_save_dir, "float32")
     adapter = getattr(net, "peft_config", {}).get("default")
-    causal = net.get_base_model() if adapter else net
-    causal.generation_config = GenerationConfig()  # the checkpoint's own would mix with ours
+    causal_of(net).generation_config = GenerationConfig()  # the checkpoint's own would mix with ours
     turns = _questions(cfg, manifest)
     style, limit = trained["prompt_style"], trained["max_length_q"]
     prompts = [render.prompt_ids(tokenizer, prompt, asked, style, limit)[0] for asked in turns]
@@ -98,7 +99,7 @@ def merge(tuned: Tuned) -> PreTrainedModel:
     """
     if not tuned.rank:
         return tuned.net
-    untie(tuned.net.get_base_model())
+    untie(causal_of(tuned.net))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's advice on tied heads, followed above
         return tuned.net.merge_and_unload(safe_merge=True)
@@ -189,7 +190,7 @@ def write(whole: PreTrainedModel, expected: Expected, folder: Path, cfg: SFTConf
 def save(net: PreTrainedModel, tuned: Tuned, draft: Path, prompt: Family) -> None:
     """Weights, config, generation config, tokenizer with the run's chat template, and the Modelfile, into `draft`."""
     tokenizer, style = tuned.tokenizer, tuned.manifest["template"]["style"]
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tuned.stop_ids[0]
+    pad_id = pad_id_of(tokenizer, tuned.stop_ids[0])
     net.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tuned.stop_ids, pad_token_id=pad_id
     )

@@ -54,7 +54,7 @@ def test_each_name_answers_as_its_run_alone(small_gemma, runs):
     names = adapters.load(answer, [f"a={runs[1]}", f"b={runs[2]}"])
     assert names == {"tuned": "default", "base": None, "a": "a", "b": "b"}
     batcher = Batcher(answer, names)
-    ids = [batcher.prompt_ids([Turn("user", question)]) for question in QUESTIONS]
+    ids = [batcher.encoder.whole_ids([Turn("user", question)]) for question in QUESTIONS]
     tickets = [(name, batcher.submit(name, [Ask(one, greedy)])) for one in ids for name in names]
     found = {name: [] for name in names}
     for name, ticket in tickets:

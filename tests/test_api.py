@@ -40,14 +40,14 @@ FULL = {  # what the clients of the original services send
 
 
 class Fake:
-    """In a Batcher's place: answers with `text`, or raises it, and remembers the turns and Asks it got."""
+    """In a Batcher's place and its encoder's: answers with `text`, or raises it, and remembers what it got."""
 
     models, context, alive, waiting, active_count = {"tuned": "default", "base": None}, 8192, True, (), 0
 
     def __init__(self, text="一条“黑色”裙子\n好看"):
-        self.text, self.asked = text, []
+        self.text, self.asked, self.encoder = text, [], self
 
-    def cut_prompt_ids(self, turns):
+    def fitted_ids(self, turns):
         if isinstance(self.text, UserError):
             raise self.text
         self.turns = turns

@@ -105,7 +105,7 @@ def test_answers_do_not_depend_on_the_batch(architecture, trained):
     alone = [answer([turns], greedy)[0] for turns in QUESTIONS]
     assert answer(QUESTIONS, greedy) == alone
     batcher = Batcher(answer, {"tuned": "default"})
-    tickets = [batcher.submit("tuned", [Ask(batcher.prompt_ids(turns), greedy)]) for turns in QUESTIONS]
+    tickets = [batcher.submit("tuned", [Ask(batcher.encoder.whole_ids(turns), greedy)]) for turns in QUESTIONS]
     assert ["".join(part.text for parts in ticket.parts() for part in parts) for ticket in tickets] == [
         answer.text for answer in alone
     ]

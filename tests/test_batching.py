@@ -60,7 +60,7 @@ def batcher_of(gemma):
 
 def ask(batcher, text, tokens=12, **changes):
     sampling = Sampling(max_new_tokens=tokens, **changes.pop("sampling", {}))
-    return Ask(batcher.prompt_ids([Turn("user", text)]), sampling, **changes)
+    return Ask(batcher.encoder.whole_ids([Turn("user", text)]), sampling, **changes)
 
 
 def ids_and_stop(ticket):
@@ -75,7 +75,7 @@ def text_of(ticket):
 
 def generated(answer, question, **sampling):
     """(ids, stop) of transformers' generate for one question alone."""
-    (row,) = answer._generate([answer.prompt_ids([Turn("user", question)])], Sampling(**sampling))
+    (row,) = answer.generate([answer.fitted_ids([Turn("user", question)])], Sampling(**sampling))
     ends = [number for number, id_ in enumerate(row) if id_ in answer.stop_ids]
     return (row[: ends[0]], "stop") if ends else (row, "length")
 
@@ -201,7 +201,7 @@ def test_stop_strings(batcher_of, live):
     """The text ends before the first stop string, of which no part was ever sent; logprobs are those of the text."""
     batcher = batcher_of()
     sampling = Sampling(max_new_tokens=60, do_sample=True, temperature=3.0)
-    asked = Ask(batcher.prompt_ids([Turn("user", "有")]), sampling, clean=False, live=live)
+    asked = Ask(batcher.encoder.whole_ids([Turn("user", "有")]), sampling, clean=False, live=live)
     seed, whole = next(
         (seed, text)
         for seed in range(50)

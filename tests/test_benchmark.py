@@ -168,7 +168,7 @@ ASKED = [
 
 def one_by_one(answerer, turns, text):
     """(loss, ids) of an answer from the logits of one plain forward pass over prompt and answer."""
-    prompt = answerer.prompt_ids(turns)
+    prompt = answerer.fitted_ids(turns)
     rendered = answerer.prompt.render(answerer.tokenizer, [*turns, Turn("assistant", text)], answerer.style)
     whole = [id_ for piece in rendered for id_ in piece.ids]
     assert whole[: len(prompt)] == prompt and whole[-1] in answerer.stop_ids

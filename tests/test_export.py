@@ -90,7 +90,7 @@ def test_transformers_alone_gives_the_adapters_answers(family, trained, tmp_path
     )
     questions = [[Turn("user", text)] for text in prompts]
     with torch.no_grad():
-        ids = [torch.tensor([answer.prompt_ids(turns)]) for turns in questions]
+        ids = [torch.tensor([answer.fitted_ids(turns)]) for turns in questions]
         expected = torch.stack([answer.net(input_ids=row).logits[0, -1] for row in ids])
     theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert (theirs - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -98,7 +98,7 @@ torch.save(logits, adapter + "/logits.pt")
 def test_plain_peft_gives_our_logits_in_another_process(family, trained, answer, request, environment):
     folder, _ = trained
     base = request.getfixturevalue(family.fixture)
-    ids = answer.prompt_ids([Turn("user", "1+2 是")])
+    ids = answer.fitted_ids([Turn("user", "1+2 是")])
     script = PLAIN_PEFT.replace("{imports}", family.imports)
     command = [sys.executable, "-c", script, base, folder, ",".join(map(str, ids))]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)

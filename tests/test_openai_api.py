@@ -73,7 +73,7 @@ def test_chat(client):
     (choice,) = found.choices
     assert (choice.message.content, choice.finish_reason) == (expected.text, expected.stop)
     assert choice.message.role == "assistant" and found.object == "chat.completion" and found.model == "base"
-    prompt = len(client.batcher.prompt_ids([Turn("user", "有问答吗")]))
+    prompt = len(client.batcher.encoder.whole_ids([Turn("user", "有问答吗")]))
     counts = found.usage
     assert (counts.prompt_tokens, counts.completion_tokens) == (prompt, expected.tokens)
     assert counts.total_tokens == prompt + expected.tokens
@@ -132,7 +132,7 @@ def test_seeds_and_n(client):
     texts = [choice.message.content for choice in first.choices]
     assert texts == [choice.message.content for choice in again.choices] and len(set(texts)) == 3
     assert [choice.index for choice in first.choices] == [0, 1, 2]
-    prompt = len(client.batcher.prompt_ids([Turn("user", "有问答吗")]))
+    prompt = len(client.batcher.encoder.whole_ids([Turn("user", "有问答吗")]))
     assert first.usage.prompt_tokens == prompt
     streamed = ["", "", ""]
     for chunk in client.chat(seed=5, n=3, stream=True, **LIVELY):
@@ -144,7 +144,7 @@ def test_logprobs(client):
     """As the model gives them: those of a forward pass over prompt and answer."""
     import torch
 
-    ids = client.batcher.prompt_ids([Turn("user", "有问答吗")])
+    ids = client.batcher.encoder.whole_ids([Turn("user", "有问答吗")])
     found = client.chat(temperature=0, max_tokens=6, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert 0 < len(found) <= 6
     with torch.inference_mode():
@@ -152,7 +152,7 @@ def test_logprobs(client):
     best = scores.topk(2)
     assert [entry.logprob for entry in found[0].top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
     assert found[0].logprob == pytest.approx(best.values[0].item(), abs=1e-4)
-    assert found[0].token == client.batcher.token(best.indices[0].item())[0]
+    assert found[0].token == client.batcher.encoder.token(best.indices[0].item())[0]
     streamed = client.chat(temperature=0, max_tokens=6, logprobs=True, top_logprobs=2, stream=True)
     entries = [entry for chunk in streamed for entry in (chunk.choices[0].logprobs or found and None or []).content]
     assert entries == found
@@ -160,7 +160,7 @@ def test_logprobs(client):
 
 def test_completions(client):
     """A prompt as token ids, as text, and several at once."""
-    ids = client.batcher.prompt_ids([Turn("user", "有问答吗")])
+    ids = client.batcher.encoder.whole_ids([Turn("user", "有问答吗")])
     chatted = client.answer([[Turn("user", "有问答吗")]], Sampling(max_new_tokens=12))[0].text
     one = client.complete(ids, temperature=0, max_tokens=12)
     assert one.choices[0].text.strip() == chatted or client.answer.prompt.clean(one.choices[0].text) == chatted

@@ -164,7 +164,7 @@ def test_pain_05_another_template_than_the_one_trained_with_is_refused(trained, 
     cfg, _ = parse(Config, TrainFlags, flags(trained))
     answerer, turns = predict.load_answer(cfg), [Turn("user", "a"), Turn("assistant", "b")]
     sample = render.training_sample(answerer.tokenizer, prompt, turns, "chat", "answer", 50, 50)
-    ids = answerer.prompt_ids(turns[:1])
+    ids = answerer.fitted_ids(turns[:1])
     assert sample.input_ids[: len(ids)] == ids, "one renderer for training and answering"
     one_newline_less(monkeypatch)
     with pytest.raises(UserError, match="提示模板 prompt template .* is not the one trained with"):
@@ -173,10 +173,10 @@ def test_pain_05_another_template_than_the_one_trained_with_is_refused(trained, 
 
 def test_pain_05_without_the_guard_it_answers_another_prompt(trained, flags, monkeypatch):
     cfg, _ = parse(Config, TrainFlags, flags(trained))
-    ids = predict.load_answer(cfg).prompt_ids([Turn("user", "a")])
+    ids = predict.load_answer(cfg).fitted_ids([Turn("user", "a")])
     one_newline_less(monkeypatch)
     off(monkeypatch, tuned, "check_fits")
-    assert predict.load_answer(cfg).prompt_ids([Turn("user", "a")]) != ids
+    assert predict.load_answer(cfg).fitted_ids([Turn("user", "a")]) != ids
 
 
 @pytest.mark.parametrize("style", prompt.STYLES)

@@ -7,13 +7,13 @@ from collections import deque
 
 import torch
 
-from common.data import render
 from common.data.turns import Turn
 from common.engine import sampling
 from common.engine.beam_search import Beams
-from common.engine.kv_batch import Rows, prompt_positions
+from common.engine.kv_batch import Rows
+from common.engine.prompt_encoder import PromptEncoder
 from common.engine.request import Failed, Ticket
-from common.inference.text import BYTE
+from common.model.layers import causal_of
 
 CHUNK = 512  # prompt tokens read between two steps of the rows under way
 log = logging.getLogger(__name__)
@@ -46,16 +46,16 @@ class Batcher:
     def __init__(self, answer, models, slots=16, queue=128, request_tokens=0, total_tokens=0):
         self.answer, self.models, self.slots, self.queue, self.total_tokens = answer, models, slots, queue, total_tokens
         self.tokenizer, self.stop_ids, self.clean = answer.tokenizer, set(answer.stop_ids), answer.prompt.clean
-        net = answer.net
-        self.net, self.peft = (net.get_base_model(), net) if hasattr(net, "get_base_model") else (net, None)
+        self.net = causal_of(answer.net)
+        self.peft = None if answer.net is self.net else answer.net
         context = getattr(self.net.config, "max_position_embeddings", None) or 2**31
         self.context = min(context, request_tokens or context)  # most tokens of a prompt and its answer
         self.waiting, self.groups, self.beams = deque(), {name: Group() for name in models}, []
         self.active_count, self.forwards, self.broken, self.closed = 0, 0, False, False
         self.adapter = "" if self.peft else None  # what the net is set to; "" is nothing yet
-        self.changed, self.encoding = threading.Condition(), threading.Lock()
-        self.anchor = render.encode_text(answer.tokenizer, "a")  # something before a piece, so that its blank shows
-        self.probe = self.prompt_ids([Turn("user", "你好")])
+        self.changed = threading.Condition()
+        self.encoder = PromptEncoder(answer)
+        self.probe = self.encoder.whole_ids([Turn("user", "你好")])
         self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self.thread.start()
 
@@ -63,43 +63,6 @@ class Batcher:
     def alive(self):
         """Whether requests are still answered."""
         return self.thread.is_alive() and not self.broken
-
-    def prompt_ids(self, turns):
-        """Ids that ask for the answer to `turns`; nothing is cut."""
-        with self.encoding:  # a tokenizer's settings are no business of two threads at once
-            answer = self.answer
-            return render.prompt_ids(answer.tokenizer, answer.prompt, turns, answer.style, 2**31)[0]
-
-    def cut_prompt_ids(self, turns):
-        """The same, cut to the length the model was trained with; UserError where that is impossible."""
-        with self.encoding:
-            return self.answer.prompt_ids(turns)
-
-    def text_ids(self, text):
-        """Ids of a text without a template: what the tokenizer puts around one, and control tokens in it stay text."""
-        with self.encoding:
-            return self.tokenizer.encode(text, split_special_tokens=True)
-
-    def problem_of(self, ids):
-        """Why the model cannot read these ids as a prompt, or None."""
-        size = self.net.get_input_embeddings().num_embeddings
-        wrong = [id_ for id_ in ids if not 0 <= id_ < size]
-        if wrong:
-            return f"{str(wrong[0])[:20]}: 不是 is not a token id of this model, 0 to {size - 1}"
-        try:
-            ids = torch.tensor([ids])
-            getattr(self.net, "prompt_positions", prompt_positions)(ids, torch.ones_like(ids))
-        except ValueError as problem:
-            return str(problem)
-
-    def token(self, id_):
-        """(text, UTF-8 bytes) of one id within a text; the bytes of half a character are None."""
-        with self.encoding:
-            text = self.tokenizer.decode([*self.anchor, id_])[len(self.tokenizer.decode(self.anchor)) :]
-        piece = self.tokenizer.convert_ids_to_tokens(id_) or ""
-        if byte := BYTE.fullmatch(piece):
-            return piece, [int(byte[1], 16)]
-        return text or piece, None if "\ufffd" in text else list((text or piece).encode())
 
     def submit(self, model, asks, seconds=None):
         """The Ticket of a request for one answer to each Ask; Full where they do not fit, Failed where nobody works."""

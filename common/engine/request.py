@@ -132,7 +132,8 @@ class Row:
         self.ticket, self.index, self.ask, self.stop_ids = ticket, index, ask, batcher.stop_ids
         self.words = Wording(batcher.tokenizer, batcher.clean if ask.clean else None, ask.stop)
         self.ids, self.counts, self.entries = self.words.ids, Counter(), []
-        self.random, self.sent, self.stop, self.over = random.Random(ask.seed), 0, None, False
+        self.unsent, self.sent = "", 0  # text to be handed over, and characters that have been
+        self.random, self.stop, self.over = random.Random(ask.seed), None, False
 
     @property
     def width(self):
@@ -147,19 +148,17 @@ class Row:
         self.ids.append(id_)
         self.counts[id_] += 1
         if self.ask.live or self.ask.stop:
-            self.words.more()
+            self.unsent += self.words.more()
         if logprob:
             self.entries.append((self.words.length, Entry(id_, *logprob)))
         if self.words.stopped or len(self.ids) >= self.ask.sampling.max_new_tokens:
             self.end("length")
-        elif self.ask.live and (
-            len(self.words.shown) > self.sent or len(self.ids) == 1
-        ):  # the first id is a sign of life
+        elif self.ask.live and (self.unsent or len(self.ids) == 1):  # the first id is a sign of life
             self._send(None)
 
     def end(self, stop):
         """Hand over what is left of the text."""
-        self.words.more(ended=True)
+        self.unsent += self.words.more(ended=True)
         self.over, self.stop = True, "stop" if self.words.stopped else stop
         self._send(self.stop)
 
@@ -170,7 +169,8 @@ class Row:
 
     def _send(self, stop):
         """Hand over the new text with the entries of its ids; those of a stop string stay behind."""
-        text, self.sent = self.words.shown[self.sent :], len(self.words.shown)
+        text, self.unsent = self.unsent, ""
+        self.sent += len(text)
         whole = stop and not self.words.stopped
         ready = [entry for length, entry in self.entries if whole or length <= self.sent]
         self.entries = self.entries[len(ready) :]

@@ -2,8 +2,9 @@
 
 import contextlib
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -11,7 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from common.data import render
 from common.errors import UserError
-from common.inference.text import decode
+from common.inference.text import Wording, decode
+from common.model.layers import causal_of
+from common.model.loading import pad_id_of
 
 
 @dataclass(frozen=True)
@@ -48,24 +51,21 @@ class Answerer:
         self.net, self.tokenizer, self.prompt, self.style = net, tokenizer, prompt, style
         self.load_base, self.base_net = load_base, None
         self.max_length_q, self.stop_ids = max_length_q, prompt.stop_ids(tokenizer, style)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
+        self.pad_id = pad_id_of(tokenizer, self.stop_ids[0])
         self.lock = threading.Lock()
         _forget_generation_config(net)
 
-    def prompt_ids(self, turns):
-        """The ids the model is asked with; UserError where even the headers do not fit."""
-        try:
-            return render.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)[0]
-        except render.TooLongError as problem:
-            raise UserError(str(problem)) from None
+    def fitted_ids(self, turns):
+        """The ids the model is asked with, cut to `max_length_q`; UserError where not even a character fits."""
+        return fitted_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
 
     def __call__(self, conversations, sampling, base=False):
         """Answers (in order) to conversations, each a list of Turns that ends with a question, in one batch.
 
         base: without the adapter. Sampling draws from torch's global generator.
         """
-        prompts = [self.prompt_ids(turns) for turns in conversations]
-        rows = self._generate(prompts, sampling, base)
+        prompts = [self.fitted_ids(turns) for turns in conversations]
+        rows = self.generate(prompts, sampling, base)
         return [self._answer(row) for row in rows]
 
     def stream(self, turns, sampling, base=False):
@@ -73,9 +73,9 @@ class Answerer:
         if sampling.num_beams > 1:  # beams change their minds: there is nothing to show before the end
             yield self([turns], sampling, base)[0].text
             return
-        streamer = _Pieces(self.tokenizer, self.prompt, self.stop_ids)
-        arguments = ([self.prompt_ids(turns)], sampling, base, streamer)
-        worker = threading.Thread(target=streamer.run, args=(self._generate, *arguments), daemon=True)
+        streamer = _Pieces(Wording(self.tokenizer, self.prompt.clean), self.stop_ids)
+        arguments = ([self.fitted_ids(turns)], sampling, base, streamer)
+        worker = threading.Thread(target=streamer.run, args=(self.generate, *arguments), daemon=True)
         worker.start()
         try:
             yield from streamer
@@ -83,7 +83,7 @@ class Answerer:
             streamer.cancelled = True
             worker.join()
 
-    def _generate(self, prompts, sampling, base=False, streamer=None):
+    def generate(self, prompts, sampling, base=False, streamer=None):
         """New ids of each prompt, pads and all; padded on the left for the batch."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts], device=self.net.device)
@@ -133,24 +133,37 @@ class Answerer:
         return Answer(text, "stop" if ends else "length", len(kept))
 
 
+def fitted_ids(tokenizer, prompt, turns, style, max_length):
+    """Ids that ask for the answer to `turns`, cut to `max_length`; UserError where that is impossible."""
+    try:
+        return render.prompt_ids(tokenizer, prompt, turns, style, max_length)[0]
+    except render.TooLong as problem:
+        raise UserError(str(problem)) from None
+
+
 def _forget_generation_config(net):
     """What the checkpoint's own generation config asks for would mix with ours."""
-    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
-    causal.generation_config = GenerationConfig()
+    causal_of(net).generation_config = GenerationConfig()
 
 
 class _Pieces(BaseStreamer):
     """Hands generated text from `generate`'s thread to an iterator, whole characters only."""
 
-    def __init__(self, tokenizer, prompt, stop_ids):
-        self.tokenizer, self.prompt, self.stop_ids = tokenizer, prompt, stop_ids
-        self.ids, self.sent, self.cancelled, self.error, self.prompt_seen = [], "", False, None, False
-        self.ready, self.parts, self.done = threading.Condition(), [], False
+    def __init__(self, words: Wording, stop_ids: list[int]) -> None:
+        self.words = words
+        self.stop_ids = stop_ids
+        self.prompt_seen = False
+        self.cancelled = False  # the reader is gone
+        self.ready = threading.Condition()  # guards what follows
+        self.parts: list[str] = []
+        self.done = False
+        self.error: BaseException | None = None
 
-    def run(self, generate, *arguments):
+    def run(self, generate: Callable[..., Any], *arguments: Any) -> None:
+        """What the generating thread does: call `generate`, then hand over what is left of the text."""
         try:
             generate(*arguments)
-            self._show(ended=True)
+            self._hand_over(self.words.more(ended=True))
         except BaseException as error:  # carried over to the reader's thread, which raises it
             self.error = error
         finally:
@@ -158,30 +171,29 @@ class _Pieces(BaseStreamer):
                 self.done = True
                 self.ready.notify()
 
-    def put(self, value):
-        if not self.prompt_seen:  # generate hands over the prompt first
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt's ids, and then with each new id."""
+        if not self.prompt_seen:
             self.prompt_seen = True
             return
-        self.ids += [id_ for id_ in value.flatten().tolist() if id_ not in self.stop_ids]
-        self._show(ended=False)
+        self.words.ids += [id_ for id_ in value.flatten().tolist() if id_ not in self.stop_ids]
+        self._hand_over(self.words.more())
 
-    def _show(self, ended):
-        """Hand over what is new in the answer so far; what later ids could still change waits."""
-        whole = self.prompt.clean(decode(self.tokenizer, self.ids), ended)
-        if len(whole) > len(self.sent):
+    def _hand_over(self, text: str) -> None:
+        if text:
             with self.ready:
-                self.parts.append(whole[len(self.sent) :])
-                self.sent = whole
+                self.parts.append(text)
                 self.ready.notify()
 
-    def end(self):
-        pass  # `run` says when it is over, also after an error
+    def end(self) -> None:
+        """Called by `generate` at its end; `run` says when it is over, also after an error."""
 
-    def stopped(self, input_ids, scores, **kwargs):
-        """A stopping criterion: the reader is gone."""
+    def stopped(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """A stopping criterion, bool [B]: whether the reader is gone."""
         return torch.full((input_ids.shape[0],), self.cancelled, device=input_ids.device)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
+        """The parts, as they come; raises what `generate` raised."""
         while True:
             with self.ready:
                 self.ready.wait_for(lambda: self.parts or self.done)

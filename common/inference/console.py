@@ -6,7 +6,7 @@ import time
 
 from common.data import render
 from common.data.turns import Turn
-from common.errors import UserError
+from common.inference.answerer import fitted_ids
 from common.inference.tuned import trained_with
 from common.model import loading
 from common.runs.manifest import read_manifest
@@ -44,10 +44,7 @@ def print_prompt(cfg, prompt, question, system=""):
     trained = trained_with(cfg, manifest, base=True)
     tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
     turns = [*_system(system), Turn("user", question)]
-    try:
-        ids, _ = render.prompt_ids(tokenizer, prompt, turns, trained["prompt_style"], trained["max_length_q"])
-    except render.TooLongError as problem:
-        raise UserError(str(problem)) from None
+    ids = fitted_ids(tokenizer, prompt, turns, trained["prompt_style"], trained["max_length_q"])
     text = render.shown(tokenizer, ids)
     print(json.dumps({"text": text, "input_ids": ids}, ensure_ascii=False))
 

@@ -7,6 +7,7 @@ import torch
 from common.data import render
 from common.data.turns import Turn
 from common.errors import UserError
+from common.model.layers import causal_of
 from common.model.loss import token_losses
 
 
@@ -48,7 +49,7 @@ def fits(answerer, questions, base=False, batch_size=32):
 
 def _sequences(answerer, turns, answers):
     """One Sequence for all answers that differ in their last id alone, as letters do; or else one for each."""
-    prompt = answerer.prompt_ids(turns)
+    prompt = answerer.fitted_ids(turns)
     endings = [_answer_ids(answerer, turns[-1], answer) for answer in answers]
     if len({tuple(ending[:-1]) for ending in endings}) == 1:
         groups = [list(enumerate(endings))]
@@ -84,7 +85,7 @@ def _losses(answerer, sequences, base):
         strict=True,
     )
     with answerer.lock, torch.inference_mode(), answerer.chosen(base) as net:
-        causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+        causal = causal_of(net)
         trunk = causal.get_decoder()
         hidden = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
         found = token_losses(

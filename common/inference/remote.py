@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common.data import render
 from common.errors import UserError
-from common.inference.answerer import Answer
+from common.inference.answerer import Answer, fitted_ids
+from common.inference.text import Cleaning
 from common.inference.tuned import trained_with
 from common.model import loading
 from common.runs import manifest
@@ -43,7 +44,7 @@ class Remote:
 
     def stream(self, turns, sampling, base=False):
         """Yield the pieces of text of one answer as they come. Closing the generator leaves the server."""
-        text, sent = "", ""
+        cleaning = Cleaning(self.prompt.clean)
         with self._complete(turns, sampling, base, stream=True) as response:
             for line in response:
                 data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b"[DONE]"
@@ -52,11 +53,8 @@ class Remote:
                 event = json.loads(data)
                 if "error" in event:
                     raise UserError(f"{self.url}: {event['error'].get('message', event['error'])}")
-                text += event["choices"][0]["text"] if event["choices"] else ""
-                whole = self.prompt.clean(text, ended=False)
-                yield whole[len(sent) :]
-                sent = whole
-        yield self.prompt.clean(text)[len(sent) :]
+                yield cleaning.more(event["choices"][0]["text"] if event["choices"] else "")
+        yield cleaning.more("", ended=True)
 
     def _answer(self, turns, sampling, base):
         with self._complete(turns, sampling, base) as response:
@@ -66,10 +64,7 @@ class Remote:
 
     def _complete(self, turns, sampling, base, stream=False):
         """The open response to a completion of the conversation."""
-        try:
-            ids, _ = render.prompt_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
-        except render.TooLongError as problem:
-            raise UserError(str(problem)) from None
+        ids = fitted_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
         body, refused = self._body(sampling, base) | {"stream": stream}, None
         if not self.as_text:
             try:

@@ -1,73 +1,143 @@
 """Ids as text: at once, or while they arrive: whole characters, cleaned, ended by a stop string that is left out."""
 
+from __future__ import annotations
+
 import itertools
 import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    Clean = Callable[[str, bool], str]  # Family.clean: (text, ended) to the text that is shown
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte piece of a SentencePiece vocabulary
+WINDOW = 8  # ids that are decoded again with those after them; one character has at most four bytes, so four ids
+AROUND = 64  # characters that are cleaned again with those after them; a family's clean looks at fewer neighbours
 
 
-def decode(tokenizer, ids):
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of generated ids; bytes that make no whole character are left out."""
     if not tokenizer.is_fast:
         return tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
     text = ""
-    for are_bytes, run_ids in itertools.groupby(ids, key=lambda id_: _byte(tokenizer, id_) is not None):
+    for are_bytes, run in itertools.groupby(((id_, _byte(tokenizer, id_)) for id_ in ids), lambda p: p[1] is not None):
         if are_bytes:  # the tokenizer would turn a whole run into U+FFFD for one byte that is missing
-            text += bytes(_byte(tokenizer, id_) for id_ in run_ids).decode("utf-8", "ignore")
+            text += bytes(byte for _, byte in run if byte is not None).decode("utf-8", "ignore")
         else:
-            text += tokenizer.decode(list(run_ids), skip_special_tokens=True)
+            text += tokenizer.decode([id_ for id_, _ in run], skip_special_tokens=True)
     return text.replace("\ufffd", "")
 
 
-def _byte(tokenizer, id_):
+def _byte(tokenizer: PreTrainedTokenizerBase, id_: int) -> int | None:
+    """The byte that an id stands for, where its piece is a byte."""
     match = BYTE.fullmatch(tokenizer.convert_ids_to_tokens(id_) or "")
     return int(match[1], 16) if match else None
 
 
+class Decoding:
+    """Turns ids into text as they come, in work that grows with their number: the parts add up to `decode` of all.
+
+    Only the ids from `context` on are decoded. Those up to `end` have been given out as text; they are decoded again
+    because a tokenizer writes some pieces differently at the start of a text, and because a character's first bytes
+    may be among them. `context` itself may lie within a character: what is left of it there is no whole character,
+    and so adds nothing. `ids` are the caller's to append to.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.context = 0
+        self.end = 0
+        self.given = 0  # characters of the text of ids[context:] that have been given out
+
+    def more(self) -> str:
+        """The text that is new since the last call; a character whose bytes are not all there waits."""
+        text = decode(self.tokenizer, self.ids[self.context :])
+        new = text[self.given :]
+        self.given = max(self.given, len(text))
+        if len(self.ids) - self.end >= WINDOW:
+            self.context, self.end = self.end, len(self.ids)
+            self.given = len(decode(self.tokenizer, self.ids[self.context :]))
+        return new
+
+
+class Cleaning:
+    """Cleans text as it comes, in work that grows with its length: the parts add up to `clean` of all of it.
+
+    clean(text, ended): how the family shows an answer; until it has ended, what later text could change is kept back.
+    Only `raw`, the end of the text, is cleaned again. `given`: characters of the cleaned `raw` that were given out.
+    """
+
+    def __init__(self, clean: Clean) -> None:
+        self.clean = clean
+        self.raw = ""
+        self.given = 0
+
+    def more(self, text: str, ended: bool = False) -> str:
+        """The cleaned text that is new with `text`; with `ended` all that is left."""
+        self.raw += text
+        cleaned = self.clean(self.raw, ended)
+        new = cleaned[self.given :]
+        self.given = max(self.given, len(cleaned))
+        if len(self.raw) >= 2 * AROUND:
+            self._shorten(cleaned)
+        return new
+
+    def _shorten(self, cleaned: str) -> None:
+        """Keep only the last AROUND characters, where they are cleaned in the same way without those before them."""
+        rest = self.raw[-AROUND:]
+        alone = self.clean(rest, False)
+        if len(alone) > AROUND // 2 and cleaned.endswith(alone):
+            self.raw = rest
+            self.given = len(alone)
+
+
 class Wording:
-    """Turns ids into text as they come; each id is decoded a few times, however long the answer.
+    """Turns the ids of an answer into its text as they come: whole characters, cleaned, up to a stop string.
 
     clean(text, ended): how the family shows an answer; None leaves it as generated.
     stops: strings that end the text; of one that may be about to appear nothing is given out.
     `ids` are the caller's to append to. `length`: characters so far, also of what is kept back.
     """
 
-    def __init__(self, tokenizer, clean=None, stops=()):
-        self.tokenizer, self.clean, self.stops = tokenizer, clean, stops
-        self.ids, self.settled, self.context, self.end = [], "", 0, 0
-        self.shown, self.stopped, self.length = "", False, 0
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, clean: Clean | None = None, stops: Sequence[str] = ()
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.decoding = Decoding(tokenizer)
+        self.cleaning = Cleaning(clean) if clean else None
+        self.stops = stops
+        self.ids = self.decoding.ids
+        self.parts: list[str] = []  # what was given out
+        self.kept = ""  # cleaned text that may be the start of a stop string
+        self.length = 0
+        self.stopped = False
 
-    def more(self, ended=False):
+    @property
+    def shown(self) -> str:
+        """All text given out so far."""
+        return "".join(self.parts)
+
+    def more(self, ended: bool = False) -> str:
         """The text that is new and will not change; with `ended` all that is left. `stopped` after a stop string."""
         if self.stopped:
             return ""
-        whole = self._whole()
-        if self.clean:
-            whole = self.clean(whole, ended)
-        self.length = len(whole)
-        found = [at for stop in self.stops if (at := whole.find(stop, len(self.shown))) >= 0]
+        new = self.decoding.more()
+        if self.cleaning:
+            new = self.cleaning.more(new, ended)
+        self.length += len(new)
+        self.kept += new
+        found = [at for stop in self.stops if (at := self.kept.find(stop)) >= 0]
         self.stopped = bool(found)
-        end = min(found) if found else len(whole) - (0 if ended else self._held(whole))
-        new = whole[len(self.shown) : end]
-        self.shown += new
-        return new
+        end = min(found) if found else len(self.kept) - (0 if ended else self._held())
+        part, self.kept = self.kept[:end], self.kept[end:]
+        self.parts.append(part)
+        return part
 
-    def _whole(self):
-        """All text so far. Only ids after `context` are decoded; those up to `end` have made whole characters."""
-        before = decode(self.tokenizer, self.ids[self.context : self.end])
-        whole = self.settled + decode(self.tokenizer, self.ids[self.context :])[len(before) :]
-        if self.ids and not self._in_a_character():
-            self.settled, self.context, self.end = whole, self.end, len(self.ids)
-        return whole
-
-    def _in_a_character(self):
-        last = self.ids[-4:]
-        if BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(last[-1]) or ""):
-            return True
-        return self.tokenizer.decode(last).endswith("\ufffd")
-
-    def _held(self, whole):
-        """Characters at the end that may be the start of a stop string."""
+    def _held(self) -> int:
+        """Number of characters at the end of `kept` that may be the start of a stop string."""
         longest = max((len(stop) for stop in self.stops), default=1) - 1
-        ends = (whole[-length:] for length in range(min(longest, len(whole)), 0, -1))
+        ends = (self.kept[-length:] for length in range(min(longest, len(self.kept)), 0, -1))
         return next((len(end) for end in ends if any(stop.startswith(end) for stop in self.stops)), 0)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from common.config import LORA
 from common.errors import UserError
+from common.model.layers import causal_of
 from common.model.loading import load_base
 from common.model.verify import adapter_state, compare_adapter
 from common.model.weights import check_adapter, readable
@@ -72,7 +73,7 @@ def saved_alone(net: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 def merge_reasons(model: PeftModel) -> list[str]:
     """Why engines that only add LoRA to linear layers (vLLM) cannot serve this adapter beside its base; [] if none."""
-    config, causal = model.peft_config["default"], model.get_base_model()
+    config, causal = model.peft_config["default"], causal_of(model)
     changed = [causal.get_input_embeddings(), causal.get_output_embeddings()]
     return [
         reason

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def causal_of(net: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal model itself: what is in peft's wrapper, or `net` where it has none."""
+    return net.get_base_model() if hasattr(net, "get_base_model") else net
+
+
 def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, list[tuple[str, tuple[int, int]]]]:
     """{name: [(full name, shape [out, in])]} of the linear layers LoRA can attach to, the output head left out."""
     head = model.get_output_embeddings()

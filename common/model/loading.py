@@ -45,6 +45,11 @@ def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def pad_id_of(tokenizer: PreTrainedTokenizerBase, otherwise: int) -> int:
+    """The id that fills up a batch: the tokenizer's own, or the id `otherwise` where it has none."""
+    return otherwise if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def load_base(path: str | Path, dtype: str, bits: int = 0) -> PreTrainedModel:
     """The base model in evaluation mode; `dtype` is the knob's value. UserError where it cannot be loaded.
 

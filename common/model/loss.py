@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common.data.render import IGNORED
 from common.model.frozen_layers import times_transposed, with_pads
+from common.model.layers import causal_of
 from common.model.patches import replaced
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def supervised(model: PreTrainedModel | PeftModel, smoothing: float = 0.0) -> It
     that is not given. In evaluation mode `logits` holds [B, 2] instead: each row's summed loss and counted ids.
     smoothing: share of the target that all pieces get alike, in training mode.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_of(model)
     head = causal.get_output_embeddings()
     with replaced({causal: _forward_with_loss(causal, smoothing), head: _forward_of_head(head)}):
         causal.accepts_loss_kwargs = True  # the Trainer then hands in num_items_in_batch, of the whole batch

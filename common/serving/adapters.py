@@ -4,6 +4,7 @@ import re
 
 from common.errors import UserError
 from common.model import adapter, loading
+from common.model.layers import causal_of
 from common.runs.manifest import read_manifest
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -16,7 +17,7 @@ def load(answer, specs, alone="tuned"):
     adapter is called `alone`: base, or tuned where its own weights were. UserError where a name is taken or a run's
     base or prompt style is another one.
     """
-    models = {"tuned": "default", "base": None} if hasattr(answer.net, "get_base_model") else {alone: None}
+    models = {"tuned": "default", "base": None} if causal_of(answer.net) is not answer.net else {alone: None}
     for spec in specs:
         name, equals, folder = spec.partition("=")
         if not equals or not NAME.fullmatch(name) or name in (*models, "tuned", "default"):
@@ -34,7 +35,7 @@ def _check(answer, folder):
     manifest = read_manifest(folder)
     if manifest is None:
         return
-    net = answer.net.get_base_model() if hasattr(answer.net, "get_base_model") else answer.net
+    net = causal_of(answer.net)
     served = loading.base_hash(net.name_or_path), answer.style
     trained = manifest["base"]["sha256"], manifest["template"]["style"]
     if trained != served:

@@ -76,7 +76,7 @@ def read_chat(body: dict[str, Any], batcher: Batcher, defaults: Sampling) -> Wan
     given["max_tokens"] = given["max_completion_tokens"] or given["max_tokens"]
     turns = read_messages(given["messages"])
     logprobs = given["top_logprobs"] if given["logprobs"] else None
-    return _wanted(given, body, [batcher.prompt_ids(turns)], batcher, defaults, logprobs, chat=True)
+    return _wanted(given, body, [batcher.encoder.whole_ids(turns)], batcher, defaults, logprobs, chat=True)
 
 
 def read_completion(body: dict[str, Any], batcher: Batcher, defaults: Sampling) -> Wanted:
@@ -153,9 +153,9 @@ def _read_prompts(prompt: Any, batcher: Batcher) -> list[list[int]]:
 
 def _read_prompt(prompt: Any, batcher: Batcher) -> list[int]:
     if isinstance(prompt, str) and prompt and is_unicode(prompt):
-        return batcher.text_ids(prompt)
+        return batcher.encoder.text_ids(prompt)
     if isinstance(prompt, list) and prompt and all(type(id_) is int for id_ in prompt):
-        problem = batcher.problem_of(prompt)
+        problem = batcher.encoder.problem_of(prompt)
         if problem is None:
             return prompt
         raise RequestRefusedError(f"prompt: {problem}", param="prompt", code="invalid_prompt")

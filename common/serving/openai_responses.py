@@ -66,7 +66,7 @@ class Shape:
 
     def _chat_logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
         def one(id_: int, logprob: float) -> dict[str, Any]:
-            token, raw = self.batcher.token(id_)
+            token, raw = self.batcher.encoder.token(id_)
             return {"token": token, "logprob": max(logprob, -9999.0), "bytes": raw}
 
         content = [one(e.id, e.logprob) | {"top_logprobs": [one(*other) for other in e.top]} for e in entries]
@@ -75,10 +75,10 @@ class Shape:
     def _logprobs(self, index: int, entries: Sequence[Entry]) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
-            token, _ = self.batcher.token(entry.id)
+            token, _ = self.batcher.encoder.token(entry.id)
             found["tokens"].append(token)
             found["token_logprobs"].append(max(entry.logprob, -9999.0))
-            found["top_logprobs"].append({self.batcher.token(id_)[0]: max(p, -9999.0) for id_, p in entry.top})
+            found["top_logprobs"].append({self.batcher.encoder.token(id_)[0]: max(p, -9999.0) for id_, p in entry.top})
             found["text_offset"].append(self.offsets[index])
             self.offsets[index] += len(token)
         return found

@@ -67,7 +67,7 @@ def text_generate(service: Service) -> Response:
     """Answer the current request of POST /nlg/text_generate: one JSON string."""
     turns, sampling = read_request(read_json(request))
     batcher = service.loaded
-    ids = batcher.cut_prompt_ids(turns)
+    ids = batcher.encoder.fitted_ids(turns)
     ask = Ask(ids, fitted(sampling, len(ids), batcher.context, asked=False))
     ticket = _submit(service, service.model, [ask])
     return json_response("".join(part.text for parts in ticket.parts(_gone()) for part in parts))

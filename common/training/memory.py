@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from common import distributed
 from common.data.dataset import lengths_of
 from common.device import device
+from common.model.loading import pad_id_of
 from common.model.loss import chunk_rows
 from common.training.batches import LengthGroupedSampler, collate
 
@@ -195,7 +196,7 @@ def estimate_memory(
     order = numpy.argsort(lengths, kind="stable")
     short = order[lengths[order] <= PROBE].tolist() or order[:1].tolist()
     pairs = [[short[0], short[len(short) // 4]], [short[0], short[-1]]]
-    tried = [collate([rows.train[number] for number in pair], tokenizer.pad_token_id or 0) for pair in pairs]
+    tried = [collate([rows.train[number] for number in pair], pad_id_of(tokenizer, 0)) for pair in pairs]
     for batch in tried:
         del batch["where"], batch["tokens"]
     small, larger = tried

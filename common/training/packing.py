@@ -11,6 +11,7 @@ import torch
 
 from common.data.render import IGNORED
 from common.errors import UserError
+from common.model.layers import causal_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -112,7 +113,7 @@ def check_apart(net: PreTrainedModel | PeftModel, packs: Packs, dtype: torch.dty
 
 def _hidden(net: PreTrainedModel | PeftModel, pack: Sequence[dict[str, Any]], dtype: torch.dtype) -> torch.Tensor:
     """Last hidden states [T, H], fp32, of one pack, without dropout."""
-    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+    causal = causal_of(net)
     batch, was_training = collate([pack], 0), net.training
     inputs = {name: batch[name].to(causal.device) for name in ("input_ids", "position_ids")}
     net.eval()

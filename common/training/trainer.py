@@ -22,6 +22,7 @@ from common.launch import world_size
 from common.model.adapter import saved_alone
 from common.model.frozen_layers import lean
 from common.model.layers import parameter_counts
+from common.model.loading import pad_id_of
 from common.model.loss import supervised
 from common.runs import run
 from common.training import packing, tuning
@@ -143,7 +144,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
 ) -> SupervisedTrainer:
     """The SupervisedTrainer over `train` in the sampler's order, its Guard before the other callbacks."""
-    pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked by length, never by id
+    pad_id = pad_id_of(tokenizer, 0)  # any id will do: padding is masked by length, never by id
     guard = Guard(Path(args.output_dir), net)
     trainer = SupervisedTrainer(
         sampler,

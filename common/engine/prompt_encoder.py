@@ -1,0 +1,72 @@
+"""Conversations and texts as prompt ids, and ids as tokens, for many threads over one tokenizer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.data import render
+from common.engine.kv_batch import prompt_positions
+from common.inference.text import BYTE
+from common.model.layers import causal_of
+
+if TYPE_CHECKING:
+    from common.data.turns import Turn
+    from common.inference.answerer import Answerer
+
+NO_LIMIT = 2**31  # more ids than any prompt has
+
+
+class PromptEncoder:
+    """Encodes prompts for one Answerer's model; all methods may be called from any thread.
+
+    Encoding changes settings of the tokenizer for a moment, so one thread at a time does it.
+    """
+
+    def __init__(self, answer: Answerer) -> None:
+        self.answer = answer
+        self.tokenizer = answer.tokenizer
+        self.net = causal_of(answer.net)
+        self.lock = threading.Lock()
+        self.anchor = render.encode_text(answer.tokenizer, "a")  # a piece shows its blank only after another piece
+
+    def whole_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids that ask for the answer to `turns`; nothing is cut."""
+        answer = self.answer
+        with self.lock:
+            return render.prompt_ids(self.tokenizer, answer.prompt, turns, answer.style, NO_LIMIT)[0]
+
+    def fitted_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """The same, cut to the length the model was trained with; UserError where that is impossible."""
+        with self.lock:
+            return self.answer.fitted_ids(turns)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text without a template: what the tokenizer puts around one, and control tokens in it stay text."""
+        with self.lock:
+            return self.tokenizer.encode(text, split_special_tokens=True)
+
+    def problem_of(self, ids: list[int]) -> str | None:
+        """Why the model cannot read these ids as a prompt, or None."""
+        size = self.net.get_input_embeddings().num_embeddings
+        wrong = [id_ for id_ in ids if not 0 <= id_ < size]
+        if wrong:
+            return f"{str(wrong[0])[:20]}: 不是 is not a token id of this model, 0 to {size - 1}"
+        try:
+            row = torch.tensor([ids])
+            getattr(self.net, "prompt_positions", prompt_positions)(row, torch.ones_like(row))
+        except ValueError as problem:
+            return str(problem)
+        return None
+
+    def token(self, id_: int) -> tuple[str, list[int] | None]:
+        """(text, UTF-8 bytes) of one id within a text; the bytes of half a character are None."""
+        with self.lock:
+            text = self.tokenizer.decode([*self.anchor, id_])[len(self.tokenizer.decode(self.anchor)) :]
+        piece = self.tokenizer.convert_ids_to_tokens(id_) or ""
+        if byte := BYTE.fullmatch(piece):
+            return piece, [int(byte[1], 16)]
+        return text or piece, None if "\ufffd" in text else list((text or piece).encode())
