@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Family(Protocol):
-    """A module such as gemma_sft/prompt.py; mypy checks each against it where a recipe hands it to common/."""
+    """The prompt.py of a family, a module; mypy checks each where a recipe hands it to common/."""
 
     __name__: str
     __file__: str | None
