@@ -11,8 +11,8 @@ from pathlib import Path
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from common.engine.batcher import Batcher, Full
-from common.engine.request import Ask, Failed, Gone, TimedOut
+from common.engine.batcher import Batcher, QueueFullError
+from common.engine.request import Ask, ClientGoneError, ModelFailedError, RequestTimeoutError
 from common.errors import UserError
 from common.inference.answerer import Sampling
 from common.serving import adapters, openai_requests, openai_responses, tracing
@@ -27,9 +27,9 @@ OPEN = ("/", "/docs", "/openapi.json", "/health")  # served without a key: nothi
 GENERATING = ("/nlg/text_generate", "/v1/chat/completions", "/v1/completions")
 CSP = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 FAILURES = {  # what ends a request: (message, status, code)
-    Failed: ("模型出错 the model failed; see the server's log", 500, "model_failed"),
-    TimedOut: ("超时 the request took too long", 503, "timeout"),
-    Gone: ("客户端已离开 the client has left", 499, "client_gone"),
+    ModelFailedError: ("模型出错 the model failed; see the server's log", 500, "model_failed"),
+    RequestTimeoutError: ("超时 the request took too long", 503, "timeout"),
+    ClientGoneError: ("客户端已离开 the client has left", 499, "client_gone"),
 }
 log = logging.getLogger("service")
 
@@ -251,7 +251,7 @@ def _submit(service, model, asks):
     """The Ticket of some Asks; Refused where they cannot be taken. The log line will tell of it."""
     try:
         ticket = service.batcher.submit(model, asks, service.seconds)
-    except Full:
+    except QueueFullError:
         why = "服务繁忙 all slots and the queue are full; try again"
         raise Refused(why, 429, code="queue_full", headers={"Retry-After": "1"}) from None
     request.environ["service.ticket"] = ticket
@@ -272,10 +272,10 @@ def _events(first, parts, ticket, shape):
         if shape.wanted.include_usage:
             yield _event(shape.last_chunk(ticket.tokens))
         yield b"data: [DONE]\n\n"
-    except (Failed, TimedOut) as error:
+    except (ModelFailedError, RequestTimeoutError) as error:
         message, status, code = FAILURES[type(error)]
         yield _event(openai_responses.error(message, status, code=code))
-    except Gone:
+    except ClientGoneError:
         pass
     finally:
         parts.close()
