@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from common.data.turns import Turn
-from common.engine.batcher import Batcher, Full
-from common.engine.request import Ask, Failed, Gone, TimedOut
+from common.engine.batcher import Batcher, QueueFullError
+from common.engine.request import Ask, ClientGoneError, ModelFailedError, RequestTimeoutError
 from common.inference.answerer import Sampling
 from common.inference.text import Wording, decode
 
@@ -153,10 +153,10 @@ def test_a_slot_is_free_as_soon_as_a_client_leaves(batcher_of):
     batcher = batcher_of(slots=1, queue=1)
     long = batcher.submit("base", [ask(batcher, "有", 900)])
     queued = batcher.submit("base", [ask(batcher, "有", 900)])
-    with pytest.raises(Full):
+    with pytest.raises(QueueFullError):
         batcher.submit("base", [ask(batcher, "有")])
     queued.cancel()
-    with pytest.raises(Gone):
+    with pytest.raises(ClientGoneError):
         list(long.parts(gone=lambda: True))
     assert text_of(batcher.submit("base", [ask(batcher, "问", 4)])) is not None
     assert len(long.rows[0].ids) < 900 and queued.rows[0].ids == [] and not batcher.waiting
@@ -164,7 +164,7 @@ def test_a_slot_is_free_as_soon_as_a_client_leaves(batcher_of):
 
 def test_a_time_limit(batcher_of):
     batcher = batcher_of()
-    with pytest.raises(TimedOut):
+    with pytest.raises(RequestTimeoutError):
         list(batcher.submit("base", [ask(batcher, "有", 900)], seconds=0.05).parts())
 
 
@@ -223,7 +223,7 @@ def test_a_request_that_fails_harms_no_other(batcher_of):
     batcher = batcher_of()
     bad = batcher.submit("base", [Ask([10**6], Sampling(max_new_tokens=3))])
     good = [batcher.submit("base", [ask(batcher, "有", 6)]) for _ in range(3)]
-    with pytest.raises(Failed):
+    with pytest.raises(ModelFailedError):
         list(bad.parts())
     assert len({tuple(ids_and_stop(ticket)[0][0]) for ticket in good}) == 1 and batcher.alive
 
@@ -235,11 +235,11 @@ def test_a_model_that_is_broken_is_not_alive(batcher_of, monkeypatch):
         raise RuntimeError("CUDA error")
 
     monkeypatch.setattr(batcher.net, "forward", broken)
-    with pytest.raises(Failed):
+    with pytest.raises(ModelFailedError):
         list(batcher.submit("base", [ask(batcher, "有", 6)]).parts())
     batcher.thread.join(10)
     assert not batcher.alive
-    with pytest.raises(Failed):
+    with pytest.raises(ModelFailedError):
         batcher.submit("base", [ask(batcher, "有", 6)])
 
 

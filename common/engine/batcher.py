@@ -1,38 +1,47 @@
 """One model for many requests at once: a thread that owns it, and slots that rows take and leave between two steps."""
 
+from __future__ import annotations
+
 import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from common.data.turns import Turn
 from common.engine import sampling
 from common.engine.beam_search import Beams
-from common.engine.kv_batch import Rows
+from common.engine.kv_batch import KVBatch
 from common.engine.prompt_encoder import PromptEncoder
-from common.engine.request import Failed, Ticket
+from common.engine.request import Ask, ModelFailedError, Row, Ticket
 from common.model.layers import causal_of
+
+if TYPE_CHECKING:
+    from common.inference.answerer import Answerer
 
 CHUNK = 512  # prompt tokens read between two steps of the rows under way
 log = logging.getLogger(__name__)
 
 
-class Full(Exception):
+class QueueFullError(Exception):
     """No slot is free, and no place in the queue."""
 
 
 class Group:
-    """What goes on under one name (base, or an adapter): prompts to read, prompts being read, rows under way."""
+    """What goes on under one name (base, or an adapter)."""
 
-    def __init__(self):
-        self.pending, self.readings, self.rows = deque(), deque(), None
+    def __init__(self) -> None:
+        self.pending: deque[Row] = deque()  # their prompts are to be read
+        self.prefills: deque[KVBatch] = deque()  # their prompts are being read
+        self.batch: KVBatch | None = None  # they get an id a step
 
-    def owners(self):
+    def rows(self) -> list[Row]:
         """All Rows it has."""
-        under_way = self.rows.owners if self.rows else []
-        return [*self.pending, *(owner for reading in self.readings for owner in reading.owners), *under_way]
+        reading = [row for prefill in self.prefills for row in prefill.rows]
+        return [*self.pending, *reading, *(self.batch.rows if self.batch else [])]
 
 
 class Batcher:
@@ -43,51 +52,74 @@ class Batcher:
     total_tokens: most in the cache, pads included, 0: no limit.
     """
 
-    def __init__(self, answer, models, slots=16, queue=128, request_tokens=0, total_tokens=0):
-        self.answer, self.models, self.slots, self.queue, self.total_tokens = answer, models, slots, queue, total_tokens
-        self.tokenizer, self.stop_ids, self.clean = answer.tokenizer, set(answer.stop_ids), answer.prompt.clean
+    def __init__(
+        self,
+        answer: Answerer,
+        models: dict[str, str | None],
+        slots: int = 16,
+        queue: int = 128,
+        request_tokens: int = 0,
+        total_tokens: int = 0,
+    ) -> None:
+        self.answer = answer
+        self.models = models
+        self.slots = slots
+        self.queue = queue
+        self.total_tokens = total_tokens
+        self.tokenizer = answer.tokenizer
+        self.stop_ids = set(answer.stop_ids)
+        self.clean = answer.prompt.clean
+        self.encoder = PromptEncoder(answer)
         self.net = causal_of(answer.net)
         self.peft = None if answer.net is self.net else answer.net
+        self.adapter: str | None = "" if self.peft else None  # what the net is set to; "" is nothing yet
         context = getattr(self.net.config, "max_position_embeddings", None) or 2**31
         self.context = min(context, request_tokens or context)  # most tokens of a prompt and its answer
-        self.waiting, self.groups, self.beams = deque(), {name: Group() for name in models}, []
-        self.active_count, self.forwards, self.broken, self.closed = 0, 0, False, False
-        self.adapter = "" if self.peft else None  # what the net is set to; "" is nothing yet
-        self.changed = threading.Condition()
-        self.encoder = PromptEncoder(answer)
         self.probe = self.encoder.whole_ids([Turn("user", "你好")])
+        self.changed = threading.Condition()  # guards `waiting`
+        self.waiting: deque[Row] = deque()
+        self.groups = {name: Group() for name in models}
+        self.beams: list[Beams] = []
+        self.active_count = 0
+        self.forwards = 0
+        self.broken = False
+        self.closed = False
         self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self.thread.start()
 
     @property
-    def alive(self):
+    def alive(self) -> bool:
         """Whether requests are still answered."""
         return self.thread.is_alive() and not self.broken
 
-    def submit(self, model, asks, seconds=None):
-        """The Ticket of a request for one answer to each Ask; Full where they do not fit, Failed where nobody works."""
+    def submit(self, model: str, asks: Sequence[Ask], seconds: float | None = None) -> Ticket:
+        """The Ticket of a request for one answer to each Ask, to be given within `seconds`.
+
+        QueueFullError where they do not fit, ModelFailedError where nobody works.
+        """
         ticket = Ticket(model, asks, self, seconds)
         with self.changed:
             if self.closed or not self.alive:
-                raise Failed
+                raise ModelFailedError
             if len(self.waiting) + self.active_count + len(asks) > self.slots + self.queue:
-                raise Full
+                raise QueueFullError
             self.waiting += ticket.rows
             self.changed.notify()
         return ticket
 
-    def wake(self):
+    def wake(self) -> None:
         """Have a look: something was cancelled."""
         with self.changed:
             self.changed.notify()
 
-    def close(self):
+    def close(self) -> None:
         """Give up what is under way and end the thread."""
         self.closed = True
         self.wake()
         self.thread.join()
 
-    def _run(self):
+    def _run(self) -> None:
+        """The thread: a step of every group, again and again, as long as there are rows."""
         try:
             with torch.inference_mode():
                 while not self.closed and not self.broken:
@@ -102,23 +134,25 @@ class Batcher:
             with self.changed:
                 self.broken = True
                 for row in [*self._active(), *self.waiting]:
-                    row.fail(Failed("the model's thread has ended"))
-                self.waiting, self.active_count = deque(), 0
+                    row.fail(ModelFailedError("the model's thread has ended"))
+                self.waiting = deque()
+                self.active_count = 0
 
-    def _active(self):
-        in_groups = [owner for group in self.groups.values() for owner in group.owners()]
+    def _active(self) -> list[Row]:
+        """All rows that have a slot."""
+        in_groups = [row for group in self.groups.values() for row in group.rows()]
         return in_groups + [beams.row for beams in self.beams]
 
-    def _let_go(self):
+    def _let_go(self) -> None:
         """Free the slots of rows whose clients have left."""
         for group in self.groups.values():
             group.pending = deque(row for row in group.pending if not row.ticket.cancelled)
-            group.readings = deque(r for r in group.readings if not all(row.ticket.cancelled for row in r.owners))
+            group.prefills = deque(p for p in group.prefills if not all(row.ticket.cancelled for row in p.rows))
             self._sieve(group, lambda row: not row.ticket.cancelled)
         with self.changed:
             self.waiting = deque(row for row in self.waiting if not row.ticket.cancelled)
 
-    def _admit(self):
+    def _admit(self) -> None:
         """Move rows from the queue into slots, in order."""
         with self.changed:
             active = self._active()
@@ -132,77 +166,79 @@ class Batcher:
                     self.groups[row.ticket.model].pending.append(row)
             self.active_count = len(active)
 
-    def _fits(self, active, row):
+    def _fits(self, active: list[Row], row: Row) -> bool:
+        """Whether there is a slot and room in the cache for one more row; a row alone always fits."""
         rows = [*active, row]
         used = sum(other.ask.sampling.num_beams for other in rows)
         within = not self.total_tokens or used * max(other.width for other in rows) <= self.total_tokens
         return not active or used <= self.slots and within
 
-    def _work(self, name, group):
+    def _work(self, name: str, group: Group) -> None:
         """At most one chunk of prompts is read, then every row gets one more id."""
-        if not group.owners():
+        if not group.rows():
             return
         self._use(self.models[name])
-        short = []
+        short: list[Row] = []
         while group.pending and (len(short) + 1) * max(len(r.ask.ids) for r in [*short, group.pending[0]]) <= CHUNK:
             short.append(group.pending.popleft())
         if group.pending and not short:
             short = [group.pending.popleft()]
         if short:
-            group.readings.append(self._reading(short))
-        if group.readings:
-            self._read(group, group.readings.popleft())
-        if group.rows:
-            self._step(group)
+            group.prefills.append(self._prefill_of(short))
+        if group.prefills:
+            self._read(group, group.prefills.popleft())
+        if group.batch:
+            self._step(group, group.batch)
 
-    def _reading(self, rows):
-        return Rows(self.net, rows, [row.ask.ids for row in rows], self.answer.pad_id)
+    def _prefill_of(self, rows: list[Row]) -> KVBatch:
+        return KVBatch(self.net, rows, [row.ask.ids for row in rows], self.answer.pad_id)
 
-    def _read(self, group, reading):
+    def _read(self, group: Group, prefill: KVBatch) -> None:
         """Read the next chunk; rows whose prompts are read join those under way."""
         try:
-            logits = reading.read(CHUNK)
+            logits = prefill.prefill(CHUNK)
         except Exception as error:
-            if len(reading.owners) > 1:  # one of them may be to blame: each alone
-                group.readings += [self._reading([row]) for row in reading.owners]
+            if len(prefill.rows) > 1:  # one of them may be to blame: each alone
+                group.prefills += [self._prefill_of([row]) for row in prefill.rows]
             else:
-                self._failure(reading.owners, error)
+                self._failure(prefill.rows, error)
             return
         if logits is None:
-            group.readings.append(reading)
+            group.prefills.append(prefill)
             return
-        self._take(reading.owners, logits)
-        going = [number for number, row in enumerate(reading.owners) if not row.over]
+        self._take(prefill.rows, logits)
+        going = [number for number, row in enumerate(prefill.rows) if not row.over]
         if not going:
             return
-        if len(going) < len(reading.owners):
-            reading.keep(going)
-        if group.rows:
-            group.rows.join(reading)
+        if len(going) < len(prefill.rows):
+            prefill.keep(going)
+        if group.batch:
+            group.batch.join(prefill)
         else:
-            group.rows = reading
+            group.batch = prefill
 
-    def _step(self, group):
+    def _step(self, group: Group, batch: KVBatch) -> None:
+        """Give every row of the group's batch one more id."""
         try:
-            logits = group.rows.step([row.ids[-1] for row in group.rows.owners])
+            logits = batch.step([row.ids[-1] for row in batch.rows])
         except Exception as error:
-            self._failure(group.rows.owners, error)
-            group.rows = None
+            self._failure(batch.rows, error)
+            group.batch = None
             return
-        self._take(group.rows.owners, logits)
+        self._take(batch.rows, logits)
         self._sieve(group, lambda row: not row.over)
 
-    def _sieve(self, group, wanted):
+    def _sieve(self, group: Group, wanted: Callable[[Row], bool]) -> None:
         """Keep the wanted ones of the rows under way."""
-        if group.rows:
-            numbers = [number for number, row in enumerate(group.rows.owners) if wanted(row)]
+        if group.batch:
+            numbers = [number for number, row in enumerate(group.batch.rows) if wanted(row)]
             if not numbers:
-                group.rows = None
-            elif len(numbers) < len(group.rows.owners):
-                group.rows.keep(numbers)
+                group.batch = None
+            elif len(numbers) < len(group.batch.rows):
+                group.batch.keep(numbers)
 
-    def _take(self, rows, logits):
-        """Give each row its next id."""
+    def _take(self, rows: list[Row], logits: torch.Tensor) -> None:
+        """Give each row its next id; logits [B, V]."""
         self.forwards += 1
         wanted = [row.ask.logprobs for row in rows]
         given = logits.clone() if any(count is not None for count in wanted) else logits
@@ -213,7 +249,7 @@ class Batcher:
             except Exception as error:
                 self._failure([row], error)
 
-    def _turn_beams(self):
+    def _turn_beams(self) -> None:
         """One step of each beam search."""
         for beams in list(self.beams):
             self._use(self.models[beams.row.ticket.model])
@@ -224,24 +260,25 @@ class Batcher:
                 else:
                     self._end_beams(beams.row, beams.ids)
 
-    def _end_beams(self, row, ids):
+    def _end_beams(self, row: Row, ids: list[int]) -> None:
+        """Hand over the answer that a beam search has found."""
         ends = [number for number, id_ in enumerate(ids) if id_ in self.stop_ids]
         row.ticket.first = time.monotonic()
         row.ids += ids[: ends[0]] if ends else ids
         row.end("stop" if ends else "length")
 
-    def _failure(self, rows, error):
+    def _failure(self, rows: list[Row], error: Exception) -> None:
         """Fail these rows. The others go on, unless the model cannot even read a greeting any more."""
         log.error("模型出错 the model failed on %d request(s)", len(rows), exc_info=error)
         for row in rows:
-            row.fail(Failed(type(error).__name__))
+            row.fail(ModelFailedError(type(error).__name__))
         try:
-            Rows(self.net, [None], [self.probe], self.answer.pad_id).read(CHUNK)
+            KVBatch(self.net, [], [self.probe], self.answer.pad_id).prefill(CHUNK)
         except Exception:
             self.broken = True
             log.exception("模型不再工作 the model does not work any more")
 
-    def _use(self, adapter):
+    def _use(self, adapter: str | None) -> None:
         """Set the net to an adapter, None for the base."""
         if self.peft is None or adapter == self.adapter:
             return

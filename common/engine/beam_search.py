@@ -1,29 +1,42 @@
 """A beam search that takes turns with the batcher: transformers' generate in a thread, held after each step."""
 
+from __future__ import annotations
+
 import threading
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+    from common.engine.request import Row
 
 
 class Beams(threading.Thread):
     """Generates the answer to `row` (one of the batcher's); `step` lets it go on for one step."""
 
-    def __init__(self, net, row, config):
+    def __init__(self, net: PreTrainedModel, row: Row, config: GenerationConfig) -> None:
         super().__init__(daemon=True)
-        self.net, self.row, self.config = net, row, config
-        self.mine, self.theirs = threading.Semaphore(0), threading.Semaphore(0)
-        self.ids, self.error, self.over = None, None, False
+        self.net = net
+        self.row = row
+        self.config = config
+        self.may_go_on = threading.Semaphore(0)
+        self.has_stopped = threading.Semaphore(0)  # after a step, or at the end
+        self.over = False
+        self.ids: list[int] = []  # the answer, once it is over
+        self.error: Exception | None = None
         self.start()
 
-    def step(self):
+    def step(self) -> bool:
         """Let it do one step; True when it is over, with `ids` or `error`."""
-        self.mine.release()
-        self.theirs.acquire()
+        self.may_go_on.release()
+        self.has_stopped.acquire()
         return self.over
 
-    def run(self):
+    def run(self) -> None:
         """The thread; not to be called."""
-        self.mine.acquire()
+        self.may_go_on.acquire()
         try:
             ids = torch.tensor([self.row.ask.ids], device=self.net.device)
             with torch.inference_mode():
@@ -38,10 +51,10 @@ class Beams(threading.Thread):
             self.error = error
         finally:
             self.over = True
-            self.theirs.release()
+            self.has_stopped.release()
 
-    def _pause(self, input_ids, scores, **kwargs):
-        """A stopping criterion: hands the model back, waits for the next turn, and ends where nobody listens."""
-        self.theirs.release()
-        self.mine.acquire()
+    def _pause(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """A stopping criterion, bool [B]: hands the model back, waits for its turn, and ends where nobody listens."""
+        self.has_stopped.release()
+        self.may_go_on.acquire()
         return torch.full((len(input_ids),), self.row.ticket.cancelled, device=input_ids.device)

@@ -5,54 +5,72 @@ A model whose positions or masks are its own says so by three attributes: `promp
 `whole_prompts` (true where a prompt must be read in one call).
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def prompt_positions(input_ids, attention_mask):
+    from common.engine.request import Row
+
+
+def prompt_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions [B, S] of left-padded prompts: 0, 1, 2, … from the first token."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def next_positions(position_ids):
+def next_positions(position_ids: torch.Tensor) -> torch.Tensor:
     """Positions [B, 1] after the last of [B, S]."""
     return position_ids[:, -1:] + 1
 
 
-class Rows:
-    """B rows under way. `owners` are theirs, in order; every tensor is padded on the left to K columns."""
+class KVBatch:
+    """B rows that go through the model together, and their key-value cache, padded on the left to K columns.
 
-    def __init__(self, net, owners, prompts, pad_id):
-        """Rows of prompts (lists of ids) that have not been read yet; see `read`."""
+    ids [B, S]: the prompts. mask [B, K]: 1 where a row has an id. positions: those of the prompts, and once these are
+    read those of the last two columns. read_to: columns of the prompts that have been read.
+    """
+
+    def __init__(self, net: PreTrainedModel, rows: Sequence[Row], prompts: Sequence[list[int]], pad_id: int) -> None:
+        """rows: whose prompts these are, in order. The prompts have not been read yet; see `prefill`."""
         width = max(map(len, prompts))
-        self.net, self.owners, self.at = net, list(owners), 0
+        self.net = net
+        self.rows = list(rows)
         self.ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=net.device)
         self.mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=net.device)
         self.positions = getattr(net, "prompt_positions", prompt_positions)(self.ids, self.mask)
         self.cache = DynamicCache()  # without the config: every layer keeps all keys, so that rows can be padded
+        self.read_to = 0
 
-    def read(self, most):
+    def prefill(self, most: int) -> torch.Tensor | None:
         """Read at most `most` columns of the prompts: the logits [B, V] after the last one, or None before the end."""
         columns = self.ids.shape[1]
-        end = columns if getattr(self.net, "whole_prompts", False) else min(columns, self.at + most)
-        logits = self._forward(self.ids[:, self.at : end], self.mask[:, :end], self.positions[..., self.at : end])
-        self.at = end
+        start = self.read_to
+        end = columns if getattr(self.net, "whole_prompts", False) else min(columns, start + most)
+        logits = self._forward(self.ids[:, start:end], self.mask[:, :end], self.positions[..., start:end])
+        self.read_to = end
         if end < columns:
             return None
         last = self.positions[..., -2:]
         self.positions = last if columns > 1 else torch.cat([last, last], -1)
         return logits
 
-    def step(self, ids):
+    def step(self, ids: list[int]) -> torch.Tensor:
         """Append one id to each row (a list of B): the logits [B, V] after it."""
-        ids = torch.tensor(ids, device=self.mask.device)[:, None]
+        column = torch.tensor(ids, device=self.mask.device)[:, None]
         self.mask = pad(self.mask, (0, 1), value=1)
         new = getattr(self.net, "next_positions", next_positions)(self.positions)
         self.positions = torch.cat([self.positions, new], -1)[..., -2:]
-        return self._forward(ids, self.mask, new)
+        return self._forward(column, self.mask, new)
 
-    def _forward(self, ids, mask, positions):
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V], fp32, after the last column of ids [B, S]; mask [B, K] covers the cached columns too."""
         output = self.net(
             input_ids=ids,
             attention_mask=mask,
@@ -63,30 +81,35 @@ class Rows:
         )
         return output.logits[:, -1].float()
 
-    def join(self, other):
+    def join(self, other: KVBatch) -> None:
         """Take in the rows of `other`, whose prompts have been read; both are padded to the wider one."""
         width = max(self.mask.shape[1], other.mask.shape[1])
         self._widen(width)
         other._widen(width)
-        self.owners += other.owners
+        self.rows += other.rows
         self.mask = torch.cat([self.mask, other.mask])
         self.positions = torch.cat([self.positions, other.positions])
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys, mine.values = torch.cat([mine.keys, theirs.keys]), torch.cat([mine.values, theirs.values])
+            mine.keys = torch.cat([mine.keys, theirs.keys])
+            mine.values = torch.cat([mine.values, theirs.values])
 
-    def keep(self, numbers):
+    def keep(self, numbers: list[int]) -> None:
         """Let go of all rows but these; columns that only they had go as well."""
-        self.owners = [self.owners[number] for number in numbers]
+        self.rows = [self.rows[number] for number in numbers]
         index = torch.tensor(numbers, device=self.mask.device)
         first = int(self.mask[index].any(0).int().argmax())
-        self.mask, self.positions = self.mask[index, first:], self.positions[index]
+        self.mask = self.mask[index, first:]
+        self.positions = self.positions[index]
         for layer in self.cache.layers:
-            rows = index.to(layer.keys.device)
-            layer.keys, layer.values = layer.keys[rows, :, first:], layer.values[rows, :, first:]
+            kept = index.to(layer.keys.device)
+            layer.keys = layer.keys[kept, :, first:]
+            layer.values = layer.values[kept, :, first:]
 
-    def _widen(self, width):
+    def _widen(self, width: int) -> None:
+        """Pad mask and cache on the left to `width` columns."""
         missing = width - self.mask.shape[1]
         if missing:
             self.mask = pad(self.mask, (missing, 0))
             for layer in self.cache.layers:
-                layer.keys, layer.values = (pad(layer.keys, (0, 0, missing, 0)), pad(layer.values, (0, 0, missing, 0)))
+                layer.keys = pad(layer.keys, (0, 0, missing, 0))
+                layer.values = pad(layer.values, (0, 0, missing, 0))

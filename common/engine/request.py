@@ -1,27 +1,35 @@
 """What the service's threads and the batcher's thread hand each other: an Ask, and the Parts of its answers."""
 
+from __future__ import annotations
+
 import queue
 import random
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.inference.answerer import Sampling
 from common.inference.text import Wording, decode
 
+if TYPE_CHECKING:
+    from common.engine.batcher import Batcher
+
 POLL = 0.2  # seconds between two looks whether a client is still there
 
+TopIds = list[tuple[int, float]]  # the most probable ids in one place, with their log probabilities
 
-class Gone(Exception):
+
+class ClientGoneError(Exception):
     """The client has left."""
 
 
-class TimedOut(Exception):
+class RequestTimeoutError(Exception):
     """The request's time is over."""
 
 
-class Failed(Exception):
+class ModelFailedError(Exception):
     """The model failed on this request."""
 
 
@@ -33,12 +41,12 @@ class Ask:
     for no log probabilities. clean: as chat answers are shown; else as generated. live: parts are wanted on the way.
     """
 
-    ids: list
+    ids: list[int]
     sampling: Sampling
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: tuple = ()
+    stop: tuple[str, ...] = ()
     logprobs: int | None = None
     clean: bool = True
     live: bool = False
@@ -49,7 +57,7 @@ class Entry(NamedTuple):
 
     id: int
     logprob: float
-    top: list
+    top: TopIds
 
 
 class Part(NamedTuple):
@@ -57,26 +65,31 @@ class Part(NamedTuple):
 
     index: int
     text: str
-    entries: list
+    entries: list[Entry]
     stop: str | None
 
 
 class Ticket:
     """A request under way: its rows, one for each answer wanted, and what has become of them."""
 
-    def __init__(self, model, asks, batcher, seconds=None):
+    def __init__(self, model: str, asks: Sequence[Ask], batcher: Batcher, seconds: float | None = None) -> None:
         """asks: one Ask an answer. seconds: the time limit."""
-        self.model, self.events, self.cancelled = model, queue.SimpleQueue(), False
+        self.model = model
+        self.events: queue.SimpleQueue[Part | Exception] = queue.SimpleQueue()
         self.rows = [Row(self, index, ask, batcher) for index, ask in enumerate(asks)]
-        self.created, self.started, self.first, self.ended = time.monotonic(), None, None, None
-        self.deadline = self.created + seconds if seconds else None
         self.wake = batcher.wake
+        self.cancelled = False
+        self.created = time.monotonic()
+        self.deadline = self.created + seconds if seconds else None
+        self.started: float | None = None  # its first row has a slot
+        self.first: float | None = None  # its first id is there
+        self.ended: float | None = None
 
-    def parts(self, gone=lambda: False):
+    def parts(self, gone: Callable[[], bool] = lambda: False) -> Iterator[list[Part]]:
         """Yield lists of Parts, as they come, until every answer has ended.
 
-        gone: asked now and then whether the client has left. Raises Gone, TimedOut or Failed; whatever ends it, the
-        rows are given up.
+        gone: asked now and then whether the client has left. Raises ClientGoneError, RequestTimeoutError or
+        ModelFailedError; whatever ends it, the rows are given up.
         """
         left = len(self.rows)
         try:
@@ -88,59 +101,71 @@ class Ticket:
             self.ended = time.monotonic()
             self.cancel()
 
-    def cancel(self):
+    def cancel(self) -> None:
         """Give the rows up, wherever they are."""
         self.cancelled = True
         self.wake()
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Ids generated so far, of all answers."""
         return sum(len(row.ids) for row in self.rows)
 
-    def texts(self):
+    def texts(self) -> dict[str, str | list[str]]:
         """{"prompt": text, "texts": answers}, for a log that is asked to hold them."""
-        words = self.rows[0].words
+        first = self.rows[0]
         return {
-            "prompt": decode(words.tokenizer, self.rows[0].ask.ids),
+            "prompt": decode(first.words.tokenizer, first.ask.ids),
             "texts": [row.words.shown for row in self.rows],
         }
 
-    def _next(self, gone):
+    def _next(self, gone: Callable[[], bool]) -> list[Part]:
+        """The Parts that have come since the last call, at least one; raises what came instead."""
         while True:
+            events: list[Part | Exception] = []
             try:
-                found = [self.events.get(timeout=POLL)]
+                events.append(self.events.get(timeout=POLL))
                 while not self.events.empty():
-                    found.append(self.events.get())
+                    events.append(self.events.get())
             except queue.Empty:
-                found = []
-            for event in found:
+                pass
+            found = []
+            for event in events:
                 if isinstance(event, Exception):
                     raise event
+                found.append(event)
             if found:
                 return found
             if gone():
-                raise Gone
+                raise ClientGoneError
             if self.deadline and time.monotonic() > self.deadline:
-                raise TimedOut
+                raise RequestTimeoutError
 
 
 class Row:
-    """One answer under way, in the batcher's hands."""
+    """One answer under way, in the batcher's hands. `ids`: those of its text; `counts`: how often it has each."""
 
-    def __init__(self, ticket, index, ask, batcher):
-        self.ticket, self.index, self.ask, self.stop_ids = ticket, index, ask, batcher.stop_ids
+    def __init__(self, ticket: Ticket, index: int, ask: Ask, batcher: Batcher) -> None:
+        self.ticket = ticket
+        self.index = index
+        self.ask = ask
+        self.stop_ids = batcher.stop_ids
         self.words = Wording(batcher.tokenizer, batcher.clean if ask.clean else None, ask.stop)
-        self.ids, self.counts, self.entries = self.words.ids, Counter(), []
-        self.unsent, self.sent = "", 0  # text to be handed over, and characters that have been
-        self.random, self.stop, self.over = random.Random(ask.seed), None, False
+        self.ids = self.words.ids
+        self.counts: Counter[int] = Counter()
+        self.random = random.Random(ask.seed)
+        self.unsent = ""  # text that is ready to be handed over
+        self.sent = 0  # characters that have been handed over
+        self.entries: list[tuple[int, Entry]] = []  # not handed over yet: (characters of the text up to it, Entry)
+        self.stop: str | None = None  # why it has ended: "stop" or "length"
+        self.over = False
 
     @property
-    def width(self):
+    def width(self) -> int:
         """Columns it may come to fill."""
         return len(self.ask.ids) + self.ask.sampling.max_new_tokens
 
-    def take(self, id_, logprob=None):
+    def take(self, id_: int, logprob: tuple[float, TopIds] | None = None) -> None:
         """Add the next id (with its log probability and alternatives); `over` where the answer ends with it."""
         self.ticket.first = self.ticket.first or time.monotonic()
         if id_ in self.stop_ids:
@@ -156,18 +181,19 @@ class Row:
         elif self.ask.live and (self.unsent or len(self.ids) == 1):  # the first id is a sign of life
             self._send(None)
 
-    def end(self, stop):
-        """Hand over what is left of the text."""
+    def end(self, stop: str) -> None:
+        """Hand over what is left of the text; stop: "stop" or "length", why it ended."""
         self.unsent += self.words.more(ended=True)
-        self.over, self.stop = True, "stop" if self.words.stopped else stop
+        self.stop = "stop" if self.words.stopped else stop
+        self.over = True
         self._send(self.stop)
 
-    def fail(self, error):
+    def fail(self, error: Exception) -> None:
         """End it with an exception."""
         self.over = True
         self.ticket.events.put(error)
 
-    def _send(self, stop):
+    def _send(self, stop: str | None) -> None:
         """Hand over the new text with the entries of its ids; those of a stop string stay behind."""
         text, self.unsent = self.unsent, ""
         self.sent += len(text)

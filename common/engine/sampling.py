@@ -1,9 +1,18 @@
 """The next id of each row of a batch: greedy or drawn, each row by its own settings and its own random numbers."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
+if TYPE_CHECKING:
+    from common.engine.request import Row, TopIds
+    from common.inference.answerer import Sampling
 
-def penalised(logits, row):
+
+def penalised(logits: torch.Tensor, row: Row) -> torch.Tensor:
     """A row's logits [V] after its penalties, changed in place.
 
     Repetition penalty: Keskar et al. 2019, arXiv 1909.05858, over prompt and answer; presence and frequency penalty:
@@ -21,8 +30,8 @@ def penalised(logits, row):
     return logits
 
 
-def next_ids(logits, rows):
-    """The next id of each row, as a list. logits [B, V] are changed; rows have `ask`, `ids`, `counts`, `random`."""
+def next_ids(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    """The next id of each row; logits [B, V] are changed."""
     for number, row in enumerate(rows):
         penalised(logits[number], row)
     chosen = logits.argmax(-1)
@@ -37,7 +46,7 @@ def next_ids(logits, rows):
     return chosen.tolist()
 
 
-def draw(logits, samplings, numbers):
+def draw(logits: torch.Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> torch.Tensor:
     """Ids [B] drawn from logits [B, V] by temperature, top_k, top_p and one random number in [0, 1) a row.
 
     The same row with the same number draws the same id in whatever batch it stands.
@@ -48,25 +57,27 @@ def draw(logits, samplings, numbers):
     top_k = torch.tensor([min(s.top_k or size, size) for s in samplings], device=device)[:, None]
     top_p = torch.tensor([s.top_p for s in samplings], device=device, dtype=torch.float64)[:, None]
     temperature = torch.tensor([s.temperature for s in samplings], device=device)[:, None]
-    scores, ids = logits.topk(int(top_k.max()))  # falling
+    scores, ids = logits.topk(int(top_k.max()))  # from the highest down
     scores = (scores - scores[:, :1]) / temperature
     scores = scores.masked_fill(torch.arange(scores.shape[1], device=device) >= top_k, float("-inf"))
     chances = scores.double().softmax(-1)
     sums = chances.cumsum(-1)
     chances = chances.masked_fill((sums - chances >= top_p) & (sums > chances), 0)  # the first always stays
     sums = chances.cumsum(-1)
-    numbers = torch.tensor(numbers, device=device, dtype=torch.float64)[:, None] * sums[:, -1:]
-    picked = torch.searchsorted(sums, numbers, right=True)
+    aims = torch.tensor(numbers, device=device, dtype=torch.float64)[:, None] * sums[:, -1:]
+    picked = torch.searchsorted(sums, aims, right=True)
     possible = (chances > 0).sum(-1, keepdim=True)
     return ids.gather(1, torch.minimum(picked, possible - 1))[:, 0]
 
 
-def logprobs(logits, chosen, alternatives):
+def logprobs(
+    logits: torch.Tensor, chosen: Sequence[int], alternatives: Sequence[int | None]
+) -> list[tuple[float, TopIds] | None]:
     """Per row None or (log probability of the chosen id, [(id, log probability)] of the most probable ones).
 
     logits [B, V] as the model gave them; alternatives: how many a row wants, None for no log probabilities at all.
     """
-    found = [None] * len(chosen)
+    found: list[tuple[float, TopIds] | None] = [None] * len(chosen)
     for number, count in enumerate(alternatives):
         if count is not None:
             scores = logits[number].log_softmax(-1)

@@ -10,14 +10,14 @@ from typing import Any
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from common.engine.request import Failed, Gone, TimedOut
+from common.engine.request import ClientGoneError, ModelFailedError, RequestTimeoutError
 from common.errors import UserError
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 FAILURES: dict[type[Exception], tuple[str, int, str]] = {  # what ends a request: (message, status, code)
-    Failed: ("模型出错 the model failed; see the server's log", 500, "model_failed"),
-    TimedOut: ("超时 the request took too long", 503, "timeout"),
-    Gone: ("客户端已离开 the client has left", 499, "client_gone"),
+    ModelFailedError: ("模型出错 the model failed; see the server's log", 500, "model_failed"),
+    RequestTimeoutError: ("超时 the request took too long", 503, "timeout"),
+    ClientGoneError: ("客户端已离开 the client has left", 499, "client_gone"),
 }
 log = logging.getLogger("service")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from flask import Response, request
 
-from common.engine.batcher import Batcher, Full
-from common.engine.request import Ask, Failed, Gone, Part, Ticket, TimedOut
+from common.engine.batcher import Batcher, QueueFullError
+from common.engine.request import Ask, ClientGoneError, ModelFailedError, Part, RequestTimeoutError, Ticket
 from common.inference.answerer import Sampling
 from common.serving.failures import FAILURES, RequestRefusedError, error_object, json_response
 from common.serving.openai_requests import Wanted, fitted
@@ -93,7 +93,7 @@ def _submit(service: Service, model: str, asks: list[Ask]) -> Ticket:
     """The Ticket of some Asks; RequestRefusedError where they cannot be taken. The log line will tell of it."""
     try:
         ticket = service.loaded.submit(model, asks, service.seconds)
-    except Full:
+    except QueueFullError:
         why = "服务繁忙 all slots and the queue are full; try again"
         raise RequestRefusedError(why, 429, code="queue_full", headers={"Retry-After": "1"}) from None
     request.environ["service.ticket"] = ticket
@@ -117,10 +117,10 @@ def _events(
         if shape.wanted.include_usage:
             yield _event(shape.last_chunk(ticket.tokens))
         yield b"data: [DONE]\n\n"
-    except (Failed, TimedOut) as error:
+    except (ModelFailedError, RequestTimeoutError) as error:
         message, status, code = FAILURES[type(error)]
         yield _event(error_object(message, status, code=code))
-    except Gone:
+    except ClientGoneError:
         pass
     finally:
         parts.close()
