@@ -72,13 +72,13 @@ class Expected(NamedTuple):
 def load(cfg: SFTConfig, prompt: Family) -> Tuned:
     """The Tuned of the finished run in `cfg.model_save_dir`, on the unquantised base; errors as in tuned.open_run."""
     manifest, trained, tokenizer = open_run(cfg, prompt)
-    if trained["bits"]:
+    if trained.bits:
         print("合并到未量化的基座 merging into the unquantised base: not bit for bit what the adapter was trained on")
-    net = load_tuned(trained | {"bits": 0}, cfg.model_save_dir, "float32")
+    net = load_tuned(trained._replace(bits=0), cfg.model_save_dir, "float32")
     adapter = getattr(net, "peft_config", {}).get("default")
     causal_of(net).generation_config = GenerationConfig()  # the checkpoint's own would mix with ours
     turns = _questions(cfg, manifest)
-    style, limit = trained["prompt_style"], trained["max_length_q"]
+    style, limit = trained.prompt_style, trained.max_length_q
     prompts = [render.prompt_ids(tokenizer, prompt, asked, style, limit)[0] for asked in turns]
     rank, reasons = (adapter.r, merge_reasons(net)) if adapter else (0, [])
     return Tuned(net, tokenizer, manifest, prompts, manifest["stop_ids"], rank, reasons)

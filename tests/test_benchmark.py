@@ -217,9 +217,9 @@ def rigged(tokenizer, prompt, asked, label_of):
     answerer = Answerer(Rigged(len(tokenizer)), tokenizer, prompt, "chat", 2048)
     wanted = {}
     for question in asked:
-        (sequence,) = likelihood._sequences(answerer, question.turns, list(question.options.values()))
-        ids = likelihood._answer_ids(answerer, question.turns[-1], question.options[label_of(question)])
-        wanted[tuple(sequence.ids)] = ids[-1]
+        said = Turn("assistant", question.options[label_of(question)])
+        *ids, _ = prompt.render(tokenizer, [question.turns[-1], said], "chat")[-1].ids  # its stop id is left out
+        wanted[tuple(answerer.fitted_ids(question.turns) + ids[:-1])] = ids[-1]
     answerer.net.wanted = lambda ids: wanted[tuple(ids)]
     return answerer
 

@@ -167,6 +167,17 @@ def test_a_row_that_fails_scores_0_and_says_why(cfg, tmp_path):
     assert evaluate.evaluate(again, rows, cfg()) == scores and again.asked == []
 
 
+def test_predictions_of_earlier_runs_keep_their_keys(tmp_path):
+    """What these two gave when predictions were first keyed so; another key would throw every prediction away."""
+    told = {"path_model_pretrain": "/nowhere/base", "dtype": "float32", "seed": 1}
+    untrained = Config(**told, model_save_dir=str(tmp_path / "none"), prompt_style="chat", max_length_q=512)
+    assert evaluate.key_of(untrained, True, [["rows"], {"max_new_tokens": 9}]) == "b32afe919036fcd0"
+    config = {"prompt_style": "plain", "max_length_q": 64, "tuning": "qlora", "quantization_bit": 8}
+    manifest = {"state": "finished", "base": {"path": "/nowhere/base", "sha256": ""}, "config": config}
+    (tmp_path / "run_manifest.json").write_text(json.dumps(manifest))
+    assert evaluate.key_of(Config(**told, model_save_dir=str(tmp_path)), False, ["rows"]) == "632556cac511595c"
+
+
 def test_attributes_are_scored_where_they_are_asked_for(cfg):
     fake = Fake()
     fake.text = lambda question, base: "黑色的裙子"

@@ -45,4 +45,8 @@ class Family(Protocol):
         """Ids that end an answer, the trained one first; ValueError where the tokenizer lacks one."""
 
     def clean(self, text: str, ended: bool = True) -> str:
-        """An answer as it is shown; until it has `ended`, what later text could change is kept back."""
+        """An answer as it is shown; until it has `ended`, what later text could change is kept back.
+
+        What becomes of a character depends on fewer than 32 neighbours: while an answer arrives, only the end of its
+        text is cleaned again.
+        """

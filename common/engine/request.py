@@ -60,7 +60,8 @@ class Entry(NamedTuple):
     top: TopIds
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """Some text of answer `index` and its Entries. `stop` is "stop" or "length" with the last part, else None."""
 
     index: int

@@ -81,7 +81,7 @@ def logprobs(
     for number, count in enumerate(alternatives):
         if count is not None:
             scores = logits[number].log_softmax(-1)
-            best = scores.topk(count) if count else None
-            top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if count else []
+            best = scores.topk(count)
+            top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
             found[number] = (scores[chosen[number]].item(), top)
     return found

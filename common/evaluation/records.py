@@ -121,11 +121,11 @@ def predict(
 def key_of(cfg: SFTConfig, base: bool, settings: list[Any]) -> str:
     """16 hex digits for the model and for `settings`: the rows and whatever else a prediction depends on."""
     trained = trained_with(cfg, read_manifest(cfg.model_save_dir), base)
-    weights = [base_hash(trained["path_model_pretrain"])]
+    weights = [base_hash(trained.path_model_pretrain)]
     adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
     if not base:
         weights.append(files.file_hash(str(adapter)) if adapter.exists() else base_hash(cfg.model_save_dir))
-    parts = [weights, trained, cfg.dtype, cfg.seed, base, *settings]
+    parts = [weights, trained._asdict(), cfg.dtype, cfg.seed, base, *settings]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 

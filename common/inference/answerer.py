@@ -1,10 +1,12 @@
 """The seam between a model and its users: turns in, answer text out, for console, evaluation and service alike."""
 
+from __future__ import annotations
+
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -15,6 +17,14 @@ from common.errors import UserError
 from common.inference.text import Wording, decode
 from common.model.layers import causal_of
 from common.model.loading import pad_id_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.config import SFTConfig
+    from common.data.family import Family
+    from common.data.turns import Turn
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,8 @@ class Sampling:
     num_beams: int = 1
 
     @classmethod
-    def of(cls, cfg, **changes):
-        """The sampling a config asks for."""
+    def of(cls, cfg: SFTConfig, **changes: Any) -> Sampling:
+        """The sampling a config asks for, with `changes`."""
         return cls(**{name: getattr(cfg, name) for name in cls.__dataclass_fields__} | changes)
 
 
@@ -46,20 +56,33 @@ class Answer(NamedTuple):
 class Answerer:
     """Answers conversations with one model; safe to call from several threads, one generation at a time."""
 
-    def __init__(self, net, tokenizer, prompt, style, max_length_q, load_base=None):
+    def __init__(
+        self,
+        net: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Family,
+        style: str,
+        max_length_q: int,
+        load_base: Callable[[], PreTrainedModel] | None = None,
+    ) -> None:
         """load_base: gives the base of a `net` that has no adapter to switch off, when it is first asked for."""
-        self.net, self.tokenizer, self.prompt, self.style = net, tokenizer, prompt, style
-        self.load_base, self.base_net = load_base, None
-        self.max_length_q, self.stop_ids = max_length_q, prompt.stop_ids(tokenizer, style)
+        self.net = net
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.style = style
+        self.max_length_q = max_length_q
+        self.load_base = load_base
+        self.base_net: PreTrainedModel | None = None
+        self.stop_ids = prompt.stop_ids(tokenizer, style)
         self.pad_id = pad_id_of(tokenizer, self.stop_ids[0])
         self.lock = threading.Lock()
         _forget_generation_config(net)
 
-    def fitted_ids(self, turns):
-        """The ids the model is asked with, cut to `max_length_q`; UserError where not even a character fits."""
+    def fitted_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """The ids the model is asked with, cut to `max_length_q`; UserError where that is impossible."""
         return fitted_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
 
-    def __call__(self, conversations, sampling, base=False):
+    def __call__(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling, base: bool = False) -> list[Answer]:
         """Answers (in order) to conversations, each a list of Turns that ends with a question, in one batch.
 
         base: without the adapter. Sampling draws from torch's global generator.
@@ -68,7 +91,7 @@ class Answerer:
         rows = self.generate(prompts, sampling, base)
         return [self._answer(row) for row in rows]
 
-    def stream(self, turns, sampling, base=False):
+    def stream(self, turns: Sequence[Turn], sampling: Sampling, base: bool = False) -> Generator[str, None, None]:
         """Yield the pieces of text of one answer as they are generated. Closing the generator stops the generation."""
         if sampling.num_beams > 1:  # beams change their minds: there is nothing to show before the end
             yield self([turns], sampling, base)[0].text
@@ -83,8 +106,10 @@ class Answerer:
             streamer.cancelled = True
             worker.join()
 
-    def generate(self, prompts, sampling, base=False, streamer=None):
-        """New ids of each prompt, pads and all; padded on the left for the batch."""
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, base: bool = False, streamer: _Pieces | None = None
+    ) -> list[list[int]]:
+        """New ids of each prompt (a list of ids), pads and all; the prompts are padded on the left for the batch."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts], device=self.net.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.net.device)
@@ -99,7 +124,7 @@ class Answerer:
         return output[:, width:].tolist()
 
     @contextlib.contextmanager
-    def chosen(self, base):
+    def chosen(self, base: bool) -> Iterator[PreTrainedModel | PeftModel]:
         """The net that answers: the tuned one, its adapter switched off for `base`, or the base loaded beside it."""
         if base and hasattr(self.net, "disable_adapter"):
             with self.net.disable_adapter():
@@ -112,7 +137,7 @@ class Answerer:
         else:
             yield self.net
 
-    def generation_config(self, sampling):
+    def generation_config(self, sampling: Sampling) -> GenerationConfig:
         """transformers' settings for a Sampling."""
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         return GenerationConfig(
@@ -126,14 +151,17 @@ class Answerer:
             **(drawn if sampling.do_sample else {}),
         )
 
-    def _answer(self, ids):
+    def _answer(self, ids: list[int]) -> Answer:
+        """The Answer that generated ids are: up to the first stop id."""
         ends = [number for number, id_ in enumerate(ids) if id_ in self.stop_ids]
         kept = ids[: ends[0]] if ends else ids
         text = self.prompt.clean(decode(self.tokenizer, kept))
         return Answer(text, "stop" if ends else "length", len(kept))
 
 
-def fitted_ids(tokenizer, prompt, turns, style, max_length):
+def fitted_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Family, turns: Sequence[Turn], style: str, max_length: int
+) -> list[int]:
     """Ids that ask for the answer to `turns`, cut to `max_length`; UserError where that is impossible."""
     try:
         return render.prompt_ids(tokenizer, prompt, turns, style, max_length)[0]
@@ -141,8 +169,8 @@ def fitted_ids(tokenizer, prompt, turns, style, max_length):
         raise UserError(str(problem)) from None
 
 
-def _forget_generation_config(net):
-    """What the checkpoint's own generation config asks for would mix with ours."""
+def _forget_generation_config(net: PreTrainedModel | PeftModel) -> None:
+    """Empty the checkpoint's own generation config: what it asks for would mix with a Sampling."""
     causal_of(net).generation_config = GenerationConfig()
 
 

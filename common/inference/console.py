@@ -1,25 +1,35 @@
 """The console chat of predict.py, on any object with `stream(turns, sampling, base)`."""
 
+from __future__ import annotations
+
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from common.data import render
 from common.data.turns import Turn
-from common.inference.answerer import fitted_ids
+from common.inference.answerer import Sampling, fitted_ids
 from common.inference.tuned import trained_with
 from common.model import loading
 from common.runs.manifest import read_manifest
 
+if TYPE_CHECKING:
+    from common.config import PredictFlags, SFTConfig
+    from common.data.family import Family
+    from common.inference.answerer import Answerer
+    from common.inference.remote import Remote
+
 HELP = "输入 CLEAR 清空对话 clears the history, EXIT 或 Ctrl-D 退出 leaves, Ctrl-C 停止当前回答 stops an answer"
 
 
-def chat(answer, sampling, flags, ask=input):
-    """Ask, stream the answer, remember both; until EXIT or the end of the input. flags: PredictFlags."""
+def chat(answer: Answerer | Remote, sampling: Sampling, flags: PredictFlags, ask: Callable[[str], str] = input) -> None:
+    """Ask, stream the answer, remember both; until EXIT or the end of the input."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # half a character, left by a backspace, is no reason to leave
     print(HELP)
-    history = []
+    history: list[Turn] = []
     while (question := _question(ask)) is not None:
         if question.strip().upper() == "CLEAR":
             history = []
@@ -29,7 +39,7 @@ def chat(answer, sampling, flags, ask=input):
             history = [*asked, Turn("assistant", _show(answer, [*_system(flags.system), *asked], sampling, flags.base))]
 
 
-def ask_once(answer, sampling, flags):
+def ask_once(answer: Answerer | Remote, sampling: Sampling, flags: PredictFlags) -> None:
     """Print the answer to `flags.query`; with `flags.compare` the base's above the tuned model's."""
     turns = [*_system(flags.system), Turn("user", flags.query)]
     if flags.compare:
@@ -38,22 +48,21 @@ def ask_once(answer, sampling, flags):
     print(answer([turns], sampling, base=flags.base and not flags.compare)[0].text)
 
 
-def print_prompt(cfg, prompt, question, system=""):
+def print_prompt(cfg: SFTConfig, prompt: Family, question: str, system: str = "") -> None:
     """Print text and ids of the prompt for `question` as one JSON object; only the tokenizer is loaded."""
-    manifest = read_manifest(cfg.model_save_dir)
-    trained = trained_with(cfg, manifest, base=True)
-    tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
+    trained = trained_with(cfg, read_manifest(cfg.model_save_dir), base=True)
+    tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
     turns = [*_system(system), Turn("user", question)]
-    ids = fitted_ids(tokenizer, prompt, turns, trained["prompt_style"], trained["max_length_q"])
+    ids = fitted_ids(tokenizer, prompt, turns, trained.prompt_style, trained.max_length_q)
     text = render.shown(tokenizer, ids)
     print(json.dumps({"text": text, "input_ids": ids}, ensure_ascii=False))
 
 
-def _system(text):
+def _system(text: str) -> list[Turn]:
     return [Turn("system", text)] if text else []
 
 
-def _question(ask):
+def _question(ask: Callable[[str], str]) -> str | None:
     """What the user typed; None to leave."""
     while True:
         try:
@@ -67,17 +76,18 @@ def _question(ask):
         return None if question.strip().upper() == "EXIT" else question
 
 
-def _show(answer, turns, sampling, base):
+def _show(answer: Answerer | Remote, turns: Sequence[Turn], sampling: Sampling, base: bool) -> str:
     """Stream one answer to the screen and return it; Ctrl-C keeps what there is."""
     print("请稍等...")
-    started, text = time.time(), ""
+    started = time.time()
+    parts = []
     stream = answer.stream(turns, sampling, base=base)
     try:
         for part in stream:
             print(part, end="", flush=True)
-            text += part
+            parts.append(part)
     except KeyboardInterrupt:
         stream.close()
         print(" [已停止 stopped]", end="")
     print(f"\n{time.time() - started:.2f} 秒 seconds")
-    return text
+    return "".join(parts)

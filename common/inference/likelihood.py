@@ -1,6 +1,9 @@
 """How likely a model finds given answers: their log probability after the very prompt it was trained with."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -10,6 +13,9 @@ from common.errors import UserError
 from common.model.layers import causal_of
 from common.model.loss import token_losses
 
+if TYPE_CHECKING:
+    from common.inference.answerer import Answerer
+
 
 class Fit(NamedTuple):
     """A model's view of one answer: its loss in nats over `ids` ids (the stop id left out)."""
@@ -18,37 +24,41 @@ class Fit(NamedTuple):
     ids: int
 
 
-class Sequence(NamedTuple):
+class _Scored(NamedTuple):
     """Ids to run through the model, and which of its outputs count: (answer number, position, id to be predicted)."""
 
-    ids: list
-    targets: list
+    ids: list[int]
+    targets: list[tuple[int, int, int]]
 
 
-def fits(answerer, questions, base=False, batch_size=32):
+def fits(
+    answerer: Answerer,
+    questions: Sequence[tuple[Sequence[Turn], Sequence[str]]],
+    base: bool = False,
+    batch_size: int = 32,
+) -> list[list[Fit]]:
     """A list of Fits for each (turns, answers) of `questions`, in order.
 
-    answerer: an answer.Answerer; turns end with a question, rendered as in training; answers are texts. base: without
-    the adapter. batch_size: sequences run together. UserError where a prompt's headers exceed the answerer's limit.
+    answerer: an answerer.Answerer; turns end with a question, rendered as in training; answers are texts. base:
+    without the adapter. batch_size: sequences run together. UserError where a prompt's headers exceed the answerer's
+    limit, or an answer has no ids.
     """
-    sequences = [
-        (number, sequence) for number, question in enumerate(questions) for sequence in _sequences(answerer, *question)
-    ]
-    sequences.sort(key=lambda item: len(item[1].ids))
+    scored = [(number, one) for number, question in enumerate(questions) for one in _scored(answerer, *question)]
+    scored.sort(key=lambda item: len(item[1].ids))
     losses = [[0.0] * len(answers) for _, answers in questions]
     counts = [[0] * len(answers) for _, answers in questions]
-    for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
-        places = [(number, answer) for number, sequence in batch for answer, _, _ in sequence.targets]
-        found = _losses(answerer, [sequence for _, sequence in batch], base)
+    for start in range(0, len(scored), batch_size):
+        batch = scored[start : start + batch_size]
+        places = [(number, answer) for number, one in batch for answer, _, _ in one.targets]
+        found = _losses(answerer, [one for _, one in batch], base)
         for (number, answer), loss in zip(places, found, strict=True):
             losses[number][answer] += loss
             counts[number][answer] += 1
     return [list(map(Fit, *parts)) for parts in zip(losses, counts, strict=True)]
 
 
-def _sequences(answerer, turns, answers):
-    """One Sequence for all answers that differ in their last id alone, as letters do; or else one for each."""
+def _scored(answerer: Answerer, turns: Sequence[Turn], answers: Sequence[str]) -> Iterator[_Scored]:
+    """One _Scored for all answers that differ in their last id alone, as letters do; or else one for each."""
     prompt = answerer.fitted_ids(turns)
     endings = [_answer_ids(answerer, turns[-1], answer) for answer in answers]
     if len({tuple(ending[:-1]) for ending in endings}) == 1:
@@ -59,10 +69,10 @@ def _sequences(answerer, turns, answers):
         targets = [
             (answer, len(prompt) - 1 + place, id_) for answer, ending in group for place, id_ in enumerate(ending)
         ]
-        yield Sequence(prompt + group[0][1][:-1], targets)
+        yield _Scored(prompt + group[0][1][:-1], targets)
 
 
-def _answer_ids(answerer, question, text):
+def _answer_ids(answerer: Answerer, question: Turn, text: str) -> list[int]:
     """Ids of `text` as an answer is trained on, without its stop id."""
     rendered = answerer.prompt.render(answerer.tokenizer, [question, Turn("assistant", text)], answerer.style)
     ids = list(rendered[-1].ids)[:-1]
@@ -71,18 +81,17 @@ def _answer_ids(answerer, question, text):
     return ids
 
 
-def _losses(answerer, sequences, base):
+def _losses(answerer: Answerer, batch: Sequence[_Scored], base: bool) -> list[float]:
     """The loss in nats of each target of each sequence, in order."""
     device = answerer.net.device
-    longest = max(len(sequence.ids) for sequence in sequences)
-    ids = torch.full((len(sequences), longest), answerer.pad_id)
+    longest = max(len(one.ids) for one in batch)
+    ids = torch.full((len(batch), longest), answerer.pad_id)
     mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        mask[row, : len(sequence.ids)] = 1
+    for row, one in enumerate(batch):
+        ids[row, : len(one.ids)] = torch.tensor(one.ids)
+        mask[row, : len(one.ids)] = 1
     rows, positions, targets = zip(
-        *((row, place, id_) for row, sequence in enumerate(sequences) for _, place, id_ in sequence.targets),
-        strict=True,
+        *((row, place, id_) for row, one in enumerate(batch) for _, place, id_ in one.targets), strict=True
     )
     with answerer.lock, torch.inference_mode(), answerer.chosen(base) as net:
         causal = causal_of(net)

@@ -1,19 +1,32 @@
 """An Answerer elsewhere: any server of OpenAI's completions (ours, vLLM, SGLang, llama.cpp), asked with our prompts."""
 
+from __future__ import annotations
+
 import json
 import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from common.data import render
 from common.errors import UserError
-from common.inference.answerer import Answer, fitted_ids
+from common.inference.answerer import Answer, Sampling, fitted_ids
 from common.inference.text import Cleaning
 from common.inference.tuned import trained_with
 from common.model import loading
 from common.runs import manifest
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
+    from transformers import PreTrainedTokenizerBase
+
+    from common.config import SFTConfig
+    from common.data.family import Family
+    from common.data.turns import Turn
 
 TOGETHER = 16  # requests at once
 BUSY = (429, 503)  # worth another try
@@ -25,24 +38,31 @@ class Remote:
     url: up to and with /v1. The key is taken from the environment's OPENAI_API_KEY. UserError where nobody answers.
     """
 
-    def __init__(self, url, tokenizer, prompt, style, max_length_q):
-        self.url, self.tokenizer, self.prompt, self.style = url.rstrip("/"), tokenizer, prompt, style
-        self.max_length_q, self.as_text = max_length_q, False
+    def __init__(
+        self, url: str, tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str, max_length_q: int
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.style = style
+        self.max_length_q = max_length_q
+        self.as_text = False  # the server has refused ids
+        self.names: list[str] = []  # of the models it serves
         try:
             with self._open("/models") as response:
                 self.names = [one["id"] for one in json.load(response)["data"]]
         except (ValueError, KeyError, TypeError):
-            self.names = []
+            pass
         if not self.names:
             raise UserError(f"--base_url {url}: 没有模型 no model is served there; the URL ends with /v1")
         self.origin = f"{self.url} {self.names[0]}"  # what predictions made by it are remembered under
 
-    def __call__(self, conversations, sampling, base=False):
+    def __call__(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling, base: bool = False) -> list[Answer]:
         """Answers (in order) to conversations, each a list of Turns that ends with a question; some at once."""
         with ThreadPoolExecutor(TOGETHER) as pool:
             return list(pool.map(lambda turns: self._answer(turns, sampling, base), conversations))
 
-    def stream(self, turns, sampling, base=False):
+    def stream(self, turns: Sequence[Turn], sampling: Sampling, base: bool = False) -> Generator[str, None, None]:
         """Yield the pieces of text of one answer as they come. Closing the generator leaves the server."""
         cleaning = Cleaning(self.prompt.clean)
         with self._complete(turns, sampling, base, stream=True) as response:
@@ -56,20 +76,21 @@ class Remote:
                 yield cleaning.more(event["choices"][0]["text"] if event["choices"] else "")
         yield cleaning.more("", ended=True)
 
-    def _answer(self, turns, sampling, base):
+    def _answer(self, turns: Sequence[Turn], sampling: Sampling, base: bool) -> Answer:
         with self._complete(turns, sampling, base) as response:
             found = json.load(response)
         choice, tokens = found["choices"][0], (found.get("usage") or {}).get("completion_tokens", 0)
         return Answer(self.prompt.clean(choice["text"]), choice["finish_reason"] or "stop", tokens)
 
-    def _complete(self, turns, sampling, base, stream=False):
+    def _complete(self, turns: Sequence[Turn], sampling: Sampling, base: bool, stream: bool = False) -> HTTPResponse:
         """The open response to a completion of the conversation."""
         ids = fitted_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
-        body, refused = self._body(sampling, base) | {"stream": stream}, None
+        body = self._body(sampling, base) | {"stream": stream}
+        refused: _RefusedError | None = None
         if not self.as_text:
             try:
                 return self._open("/completions", body | {"prompt": ids})
-            except _Refused as problem:
+            except _RefusedError as problem:
                 refused = problem
         whole = ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids  # a server puts it before a text
         response = self._open("/completions", body | {"prompt": render.shown(self.tokenizer, whole)}, refused)
@@ -78,12 +99,17 @@ class Remote:
             print(f"{self.url}: 不接受 token id，改发文字 takes no token ids; prompts go as text: {refused}")
         return response
 
-    def _body(self, sampling, base):
+    def _body(self, sampling: Sampling, base: bool) -> dict[str, Any]:
+        """The body of a completion, without its prompt; UserError where the server cannot do it."""
         if sampling.num_beams > 1:
             raise UserError("--num_beams: 服务端没有 a server has no beam search; leave it out")
         if base and "base" not in self.names:
             raise UserError(f"--base_url {self.url}: 没有 serves no model called base: {', '.join(self.names)}")
-        body = {"model": "base" if base else self.names[0], "max_tokens": sampling.max_new_tokens, "temperature": 0}
+        body: dict[str, Any] = {
+            "model": "base" if base else self.names[0],
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": 0,
+        }
         if sampling.do_sample:
             body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
             body |= {"top_k": sampling.top_k} if sampling.top_k else {}
@@ -91,8 +117,13 @@ class Remote:
             body["repetition_penalty"] = sampling.repetition_penalty
         return body
 
-    def _open(self, path, body=None, refused=None, tries=8):
-        """The open response; asks again where the server is busy. _Refused where it does not take the body."""
+    def _open(
+        self, path: str, body: dict[str, Any] | None = None, refused: _RefusedError | None = None, tries: int = 8
+    ) -> HTTPResponse:
+        """The open response; asks again where the server is busy. _RefusedError where it does not take the body.
+
+        refused: why it has not taken an earlier body; then a second refusal is a UserError that tells the first.
+        """
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -106,18 +137,18 @@ class Remote:
                 time.sleep(min(int(problem.headers.get("Retry-After") or 1), 10))
                 return self._open(path, body, refused, tries - 1)
             if problem.code in (400, 422) and body and not refused:
-                raise _Refused(said) from None
+                raise _RefusedError(said) from None
             raise UserError(f"--base_url {self.url}{path}: {problem.code}: {refused or said}") from None
         except (OSError, ValueError) as problem:
             raise UserError(f"--base_url {self.url}: 无法连接 nobody answers there: {problem}") from None
 
 
-class _Refused(UserError):
+class _RefusedError(UserError):
     """The server does not take this body."""
 
 
-def load(cfg, prompt, url):
+def load(cfg: SFTConfig, prompt: Family, url: str) -> Remote:
     """The Remote at `url` with tokenizer, prompt style and length of the run in `cfg.model_save_dir`, or the user's."""
     trained = trained_with(cfg, manifest.read_manifest(cfg.model_save_dir), base=True)
-    tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
-    return Remote(url, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])
+    tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
+    return Remote(url, tokenizer, prompt, trained.prompt_style, trained.max_length_q)

@@ -39,10 +39,10 @@ def _byte(tokenizer: PreTrainedTokenizerBase, id_: int) -> int | None:
 class Decoding:
     """Turns ids into text as they come, in work that grows with their number: the parts add up to `decode` of all.
 
-    Only the ids from `context` on are decoded. Those up to `end` have been given out as text; they are decoded again
+    Only the ids from `context` on are decoded. Those up to `end` were given out as text before; they are decoded again
     because a tokenizer writes some pieces differently at the start of a text, and because a character's first bytes
-    may be among them. `context` itself may lie within a character: what is left of it there is no whole character,
-    and so adds nothing. `ids` are the caller's to append to.
+    may be among them. `context` may lie within a character: bytes left of it are no whole character, and add no text.
+    The caller appends to `ids`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -99,7 +99,7 @@ class Wording:
 
     clean(text, ended): how the family shows an answer; None leaves it as generated.
     stops: strings that end the text; of one that may be about to appear nothing is given out.
-    `ids` are the caller's to append to. `length`: characters so far, also of what is kept back.
+    The caller appends to `ids`. `length`: characters so far, also of what is kept back.
     """
 
     def __init__(

@@ -1,31 +1,45 @@
 """A run's folder, opened to answer: base, prompt style and lengths are the run's own."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from common.errors import UserError
 from common.inference.answerer import Answerer
 from common.model import adapter, loading
+from common.model.adapter import TrainedWith
 from common.runs.manifest import check_fits, read_manifest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def load(cfg, prompt, base=False):
+    from common.config import SFTConfig
+    from common.data.family import Family
+
+
+def load(cfg: SFTConfig, prompt: Family, base: bool = False) -> Answerer:
     """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone. Errors: `open_run`."""
     _, trained, tokenizer = open_run(cfg, prompt, base)
     if "seed" in cfg.given:
         torch.manual_seed(cfg.seed)
 
-    def load_base():
-        return loading.load_base(trained["path_model_pretrain"], cfg.dtype, trained["bits"])
+    def load_base() -> PreTrainedModel:
+        return loading.load_base(trained.path_model_pretrain, cfg.dtype, trained.bits)
 
     net = load_base() if base else adapter.load_tuned(trained, cfg.model_save_dir, cfg.dtype)
-    return Answerer(net, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"], load_base)
+    return Answerer(net, tokenizer, prompt, trained.prompt_style, trained.max_length_q, load_base)
 
 
-def open_run(cfg, prompt, base=False):
-    """(manifest, trained_with's dict, tokenizer) of the run in `cfg.model_save_dir`; base: its base model is enough.
+def open_run(
+    cfg: SFTConfig, prompt: Family, base: bool = False
+) -> tuple[dict[str, Any], TrainedWith, PreTrainedTokenizerBase]:
+    """(manifest, TrainedWith, tokenizer) of the run in `cfg.model_save_dir`.
 
-    Base model, prompt style and lengths are the run's own; UserError where the user asks for others, or where base,
-    tokenizer or template are no longer the ones trained with.
+    base: its base model is enough; the manifest is {} where there is no run. Base model, prompt style and lengths are
+    the run's own; UserError where the user asks for others, or where base, tokenizer or template are no longer the
+    ones trained with.
     """
     manifest = read_manifest(cfg.model_save_dir)
     if manifest is None and not base:
@@ -35,33 +49,35 @@ def open_run(cfg, prompt, base=False):
             f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; the same train.py command resumes it"
         )
     trained = trained_with(cfg, manifest, base)
-    tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
-    if manifest is not None and (not base or trained["path_model_pretrain"] == manifest["base"]["path"]):
-        check_fits(manifest, trained["path_model_pretrain"], tokenizer, prompt)
-    return manifest, trained, tokenizer
+    tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
+    if manifest is not None and (not base or trained.path_model_pretrain == manifest["base"]["path"]):
+        check_fits(manifest, trained.path_model_pretrain, tokenizer, prompt)
+    return manifest or {}, trained, tokenizer
 
 
-def trained_with(cfg, manifest, base):
-    """{path_model_pretrain, prompt_style, max_length_q, tuning, bits} of the run in `manifest`, or the user's.
+def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) -> TrainedWith:
+    """The TrainedWith of the run in `manifest`, or what the user asks for where there is none.
 
     UserError where the user asks for another base model or style; the same weights in another folder are the same
     base. base: the base model alone may be any.
     """
-    knobs = ("prompt_style", "max_length_q")
-    asked = {name: getattr(cfg, name) for name in knobs} | {"path_model_pretrain": cfg.base}
-    asked |= {"tuning": cfg.tuning, "bits": cfg.bits}
+    asked = TrainedWith.asked_for(cfg)
     if manifest is None or base and "path_model_pretrain" in cfg.given:
         return asked
     config = {"tuning": "lora"} | manifest["config"]  # the first runs knew no other
-    trained = {name: config[name] for name in knobs} | {"path_model_pretrain": manifest["base"]["path"]}
-    bits = config["quantization_bit"] if config["tuning"] == "qlora" else 0
-    trained |= {"tuning": config["tuning"], "bits": bits}
-    if manifest["base"]["sha256"] and loading.base_hash(cfg.base) == manifest["base"]["sha256"]:
-        trained["path_model_pretrain"] = cfg.base
+    stored = manifest["base"]
+    same_weights = stored["sha256"] and loading.base_hash(cfg.base) == stored["sha256"]
+    trained = TrainedWith(
+        prompt_style=config["prompt_style"],
+        max_length_q=config["max_length_q"],
+        path_model_pretrain=cfg.base if same_weights else stored["path"],
+        tuning=config["tuning"],
+        bits=config["quantization_bit"] if config["tuning"] == "qlora" else 0,
+    )
     for name in ("path_model_pretrain", "prompt_style"):
-        if name in cfg.given and asked[name] != trained[name]:
+        if name in cfg.given and getattr(asked, name) != getattr(trained, name):
             raise UserError(
-                f"--{name} {asked[name]}: 训练时用的是 the run in {cfg.model_save_dir} was trained "
-                f"with {trained[name]}; leave the flag out, or give another --model_save_dir"
+                f"--{name} {getattr(asked, name)}: 训练时用的是 the run in {cfg.model_save_dir} was trained "
+                f"with {getattr(trained, name)}; leave the flag out, or give another --model_save_dir"
             )
-    return trained | ({"max_length_q": cfg.max_length_q} if "max_length_q" in cfg.given else {})
+    return trained._replace(max_length_q=cfg.max_length_q) if "max_length_q" in cfg.given else trained

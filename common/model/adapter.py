@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,13 +23,34 @@ from common.model.weights import check_adapter, readable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from common.config import SFTConfig
 
-def load_tuned(trained: Any, folder: str | Path, dtype: str) -> PreTrainedModel | PeftModel:
-    """The tuned model in `folder`, as `trained` (of tuned.open_run) says: base and adapter, or a whole model."""
-    if trained["tuning"] not in LORA:
+
+class TrainedWith(NamedTuple):
+    """What a tuned model's users must know of its run: how it is asked, and over which base it was made.
+
+    path_model_pretrain: folder or hub id of the base. bits: of the base's quantised weights, 0 where they are not.
+    Keys of predictions are hashes of these fields in this order: a new order would make every earlier one anew.
+    """
+
+    prompt_style: str
+    max_length_q: int
+    path_model_pretrain: str
+    tuning: str
+    bits: int
+
+    @classmethod
+    def asked_for(cls, cfg: SFTConfig) -> TrainedWith:
+        """What a config says, where no run says it."""
+        return cls(cfg.prompt_style, cfg.max_length_q, cfg.base, cfg.tuning, cfg.bits)
+
+
+def load_tuned(trained: TrainedWith, folder: str | Path, dtype: str) -> PreTrainedModel | PeftModel:
+    """The tuned model in `folder`, as `trained` says: base and adapter, or a whole model."""
+    if trained.tuning not in LORA:
         return load_base(folder, dtype)
     check_adapter(folder)  # before a large base is loaded for nothing
-    return attach(load_base(trained["path_model_pretrain"], dtype, trained["bits"]), folder)
+    return attach(load_base(trained.path_model_pretrain, dtype, trained.bits), folder)
 
 
 def attach(base: PreTrainedModel | PeftModel, folder: str | Path, name: str = "default") -> PeftModel:

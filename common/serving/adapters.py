@@ -1,23 +1,31 @@
 """Several adapters over one base, each by a name requests choose."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.model import adapter, loading
 from common.model.layers import causal_of
 from common.runs.manifest import read_manifest
 
+if TYPE_CHECKING:
+    from common.inference.answerer import Answerer
+
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def load(answer, specs, alone="tuned"):
+def load(answer: Answerer, specs: Sequence[str], alone: str = "tuned") -> dict[str, str | None]:
     """{name: peft's name, None for the base} of all an Answerer's model can answer as, more adapters loaded into it.
 
     specs: "name=folder" each. The Answerer's own adapter is called tuned, the model without any base; a model without
     adapter is called `alone`: base, or tuned where its own weights were. UserError where a name is taken or a run's
     base or prompt style is another one.
     """
-    models = {"tuned": "default", "base": None} if causal_of(answer.net) is not answer.net else {alone: None}
+    has_adapter = causal_of(answer.net) is not answer.net
+    models: dict[str, str | None] = {"tuned": "default", "base": None} if has_adapter else {alone: None}
     for spec in specs:
         name, equals, folder = spec.partition("=")
         if not equals or not NAME.fullmatch(name) or name in (*models, "tuned", "default"):
@@ -30,7 +38,7 @@ def load(answer, specs, alone="tuned"):
     return models
 
 
-def _check(answer, folder):
+def _check(answer: Answerer, folder: str) -> None:
     """UserError where the run in `folder` was trained on another base or prompt; a bare adapter says nothing of it."""
     manifest = read_manifest(folder)
     if manifest is None:

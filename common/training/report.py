@@ -12,7 +12,7 @@ from common.evaluation import evaluate, tables
 from common.inference.answerer import Answerer
 from common.knobs import BELONGS
 from common.launch import rank
-from common.model.adapter import load_tuned, merge_reasons
+from common.model.adapter import TrainedWith, load_tuned, merge_reasons
 from common.model.loading import load_base
 from common.runs import run
 
@@ -64,8 +64,7 @@ def compare(
     if not rows or rank():
         return
     if distributed.is_sharded(net):
-        trained = {"tuning": cfg.tuning, "path_model_pretrain": cfg.base, "bits": cfg.bits}
-        net = load_tuned(trained, work.folder, cfg.dtype)
+        net = load_tuned(TrainedWith.asked_for(cfg), work.folder, cfg.dtype)
 
     def untuned() -> PreTrainedModel:
         return load_base(cfg.base, cfg.dtype)
