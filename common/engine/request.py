@@ -6,7 +6,7 @@ import queue
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -86,7 +86,7 @@ class Ticket:
         self.first: float | None = None  # its first id is there
         self.ended: float | None = None
 
-    def parts(self, gone: Callable[[], bool] = lambda: False) -> Iterator[list[Part]]:
+    def parts(self, gone: Callable[[], bool] = lambda: False) -> Generator[list[Part], None, None]:
         """Yield lists of Parts, as they come, until every answer has ended.
 
         gone: asked now and then whether the client has left. Raises ClientGoneError, RequestTimeoutError or

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common.data.turns import Turn
 from common.errors import UserError
@@ -60,8 +60,8 @@ def run_task(
 
     def ask(numbers: list[int]) -> Iterable[Record]:
         asked = [(number, questions[number]) for number in numbers]
-        if questions[0].options:
-            return _choose(answer, asked, cfg.eval_batch_size, base)
+        if questions[0].options:  # tasks.read asks no Remote to choose
+            return _choose(cast("Answerer", answer), asked, cfg.eval_batch_size, base)
         batch = [(number, each.where, [*each.turns, Turn("assistant", each.key)]) for number, each in asked]
         return predict(answer, batch, sampling, base, _number_score)
 
@@ -143,9 +143,7 @@ def show_table(found: Mapping[str, Any], models: Sequence[str], questions: Itera
         print(f"{name:<32} {count:>9}  " + "".join(f"{cell:<26}" for cell in cells).rstrip())
 
 
-def _choose(
-    answer: Answerer | Remote, asked: list[tuple[int, Question]], batch_size: int, base: bool
-) -> Iterator[Record]:
+def _choose(answer: Answerer, asked: list[tuple[int, Question]], batch_size: int, base: bool) -> Iterator[Record]:
     """Records of (row number, Question), each answered by its likeliest option; one that cannot be asked scores 0."""
     started = time.monotonic()
     try:
@@ -156,10 +154,10 @@ def _choose(
             for each in asked:
                 yield from _choose(answer, [each], batch_size, base)
             return
-        found, stop = [None], f"error: {problem}"
+        found, stop = [[]], f"error: {problem}"
     seconds = (time.monotonic() - started) / len(asked)
     for (number, question), fits in zip(asked, found, strict=True):
-        losses = dict(zip(question.options, (fit.loss / fit.ids for fit in fits or []), strict=False))
+        losses = dict(zip(question.options, (fit.loss / fit.ids for fit in fits), strict=False))
         chosen = min(losses, key=lambda label: losses[label], default="")
         right = {"accuracy": float(chosen == question.key)}
         yield {

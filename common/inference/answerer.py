@@ -165,7 +165,7 @@ def fitted_ids(
     """Ids that ask for the answer to `turns`, cut to `max_length`; UserError where that is impossible."""
     try:
         return render.prompt_ids(tokenizer, prompt, turns, style, max_length)[0]
-    except render.TooLong as problem:
+    except render.TooLongError as problem:
         raise UserError(str(problem)) from None
 
 
