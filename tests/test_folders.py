@@ -8,10 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
+from common.cli import parse
+from common.config import PredictFlags
+from common.data.turns import Turn
 from common.errors import UserError, run_main
 from common.model import loading
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import evaluation, export, post_api, predict, train
+from gemma_sft.ft_gemma.config import Config
 
 FIRST = "model.layers.1.mlp.down_proj.weight"
 WEIGHTS = "权重与模型不符 the weights do not fit the model: "
@@ -147,7 +151,7 @@ BROKEN_FOLDERS = {  # kind: (what breaks a folder with a small Gemma, what is sa
     ),
 }
 NO_FOLDERS = {  # what is given as --path_model_pretrain: what is said of it
-    "C:\\models\\gemma": "C:\\models\\gemma: 文件夹不存在 no such folder (a path of Windows; below WSL C:\\ is /mnt/c/)",
+    "C:\\models\\gemma": "C:\\models\\gemma: 文件夹不存在 no such folder (a path of Windows; below WSL C:\\ is",
     "D:/models/gemma": "D:/models/gemma: 文件夹不存在 no such folder (a path of Windows",
     "models\\gemma": "models\\gemma: 文件夹不存在 no such folder (a path of Windows",
     "/no/such": "/no/such: 文件夹不存在 no such folder; check --path_model_pretrain",
@@ -305,3 +309,91 @@ def test_a_process_ends_with_one_line(recipe, base, kind, rows_file):
     BROKEN_FOLDERS[kind][0](base)
     done = recipe("train.py", "--path_model_pretrain", base, "--data_path", rows_file)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and str(base) in done.stderr
+
+
+# ---------------------------------------------------------------- adapters and checkpoints that are no finished run
+
+
+@pytest.fixture(scope="module")
+def lora_run(small_gemma, rows_file, tmp_path_factory):
+    """The folder of a short run with a checkpoint, whose adapter makes a difference."""
+    parent = tmp_path_factory.mktemp("lora")
+    flags = ["--path_model_pretrain", small_gemma, "--data_path", rows_file, "--model_save_dir", parent / "out"]
+    flags += ["--eval_rows", 0, "--val_set_size", 0, "--cache_dir", parent / "cache", "--max_steps", 3]
+    train.main(list(map(str, [*flags, "--save_steps", 2, "--learning_rate", 0.5, "--target_modules", "all-linear"])))
+    return parent / "out"
+
+
+@pytest.fixture
+def foreign(lora_run, tmp_path):
+    """The adapter of the run as peft, TRL or LLaMA-Factory leave one: no manifest."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(lora_run / name, folder)
+    return folder
+
+
+def logits_of(folder, *flags, base=False):
+    """Logits of what predict.py asks with these flags, for a short question."""
+    given = ["--model_save_dir", folder, "--dtype", "float32", *flags]
+    answer = predict.load_answer(parse(Config, PredictFlags, list(map(str, given)))[0], base)
+    with torch.inference_mode():
+        return answer.net(torch.tensor([answer.prompt_ids([Turn("user", "1+1")])])).logits
+
+
+def test_an_adapter_of_another_tool_answers_as_the_run_does(lora_run, foreign, small_gemma, capfd):
+    expected, base = logits_of(lora_run), logits_of(lora_run, base=True)
+    assert not torch.allclose(expected, base)
+    assert "adapter of another tool" not in capfd.readouterr().err
+    for flags in ([], ["--path_model_pretrain", small_gemma]):
+        assert torch.equal(logits_of(foreign, *flags), expected)
+        line = f"{foreign}: 其他工具训练的适配器 an adapter of another tool, base {small_gemma}, prompt_style chat"
+        assert line in capfd.readouterr().err.splitlines()
+    assert torch.equal(logits_of(foreign, base=True), base)
+
+
+def test_the_base_given_wins_over_the_one_an_adapter_names(foreign, small_gemma, lora_run, line_of):
+    file = foreign / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "/gone/base"}))
+    assert torch.equal(logits_of(foreign, "--path_model_pretrain", small_gemma), logits_of(lora_run))
+    line = line_of(predict.main, "--model_save_dir", foreign, "--query", "1")
+    assert line == "错误 error: /gone/base: 文件夹不存在 no such folder; check --path_model_pretrain"
+
+
+def test_a_checkpoint_answers_with_its_runs_base(lora_run, small_gemma, capfd):
+    checkpoint = lora_run / "checkpoint-2"
+    assert not torch.allclose(logits_of(checkpoint), logits_of(lora_run))
+    told = capfd.readouterr().err.splitlines()
+    assert f"{checkpoint}: 训练中的检查点 a checkpoint of the run in {lora_run}, base {small_gemma}" in told
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_used(lora_run, tmp_path, line_of):
+    folder = shutil.copytree(lora_run, tmp_path / "out") / "checkpoint-2"
+    (folder / "whole.json").unlink()
+    line = line_of(predict.main, "--model_save_dir", folder, "--query", "1")
+    assert line.startswith(f"错误 error: {folder}: 不是完整的检查点 not a whole checkpoint")
+
+
+@pytest.mark.parametrize("kind", ["foreign", "checkpoint"])
+def test_they_are_scored_and_exported(lora_run, foreign, kind, rows_file, tmp_path, capfd):
+    folder = foreign if kind == "foreign" else shutil.copytree(lora_run, tmp_path / "out") / "checkpoint-2"
+    evaluation.main(list(map(str, ["--model_save_dir", folder, "--data_path", rows_file, "--max_new_tokens", 4])))
+    assert "tuned" in json.loads((folder / "all_results.json").read_text())
+    export.main(list(map(str, ["--model_save_dir", folder, "--output_dir", tmp_path / "whole"])))
+    assert (tmp_path / "whole/model.safetensors").is_file()
+    assert json.loads((tmp_path / "whole/export.json").read_text())["run"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "只支持 LoRA only LoRA adapters are used, this is PROMPT_TUNING"),
+        ({"init_lora_weights": "pissa_niter_16"}, "a PiSSA adapter as it is while training"),
+    ],
+)
+def test_adapters_that_are_no_lora_are_named(foreign, changes, told, line_of):
+    file = foreign / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    line = line_of(predict.main, "--model_save_dir", foreign, "--query", "1")
+    assert line.startswith(f"错误 error: {foreign}: ") and told in line

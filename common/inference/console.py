@@ -9,7 +9,7 @@ from common.data.turns import Turn
 from common.errors import UserError
 from common.inference.tuned import trained_with
 from common.model import loading
-from common.runs.manifest import read_manifest
+from common.runs.adopted import find_manifest
 
 HELP = "输入 CLEAR 清空对话 clears the history, EXIT 或 Ctrl-D 退出 leaves, Ctrl-C 停止当前回答 stops an answer"
 
@@ -40,7 +40,7 @@ def ask_once(answer, sampling, flags):
 
 def print_prompt(cfg, prompt, question, system=""):
     """Print text and ids of the prompt for `question` as one JSON object; only the tokenizer is loaded."""
-    manifest = read_manifest(cfg.model_save_dir)
+    manifest = find_manifest(cfg.model_save_dir)
     trained = trained_with(cfg, manifest, base=True)
     tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
     turns = [*_system(system), Turn("user", question)]

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.inference.answerer import Answer
 from common.inference.tuned import trained_with
 from common.model import loading
-from common.runs import manifest
+from common.runs import adopted
 
 TOGETHER = 16  # requests at once
 BUSY = (429, 503)  # worth another try
@@ -123,6 +123,6 @@ class _Refused(UserError):
 
 def load(cfg, prompt, url):
     """The Remote at `url` with tokenizer, prompt style and length of the run in `cfg.model_save_dir`, or the user's."""
-    trained = trained_with(cfg, manifest.read_manifest(cfg.model_save_dir), base=True)
+    trained = trained_with(cfg, adopted.find_manifest(cfg.model_save_dir), base=True)
     tokenizer = loading.load_tokenizer(trained["path_model_pretrain"], prompt)
     return Remote(url, tokenizer, prompt, trained["prompt_style"], trained["max_length_q"])

@@ -97,7 +97,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None
         line = f" in line {problem.lineno}" if isinstance(problem, TemplateSyntaxError) else ""
         raise UserError(
             f"{path}: 聊天模板有错 the chat template is broken{line}: {problem.message}; restore "
-            "chat_template.jinja or chat_template in tokenizer_config.json, or remove it (the family's own is used then)"
+            "chat_template.jinja or tokenizer_config.json, or remove the template (the family's own is used then)"
         ) from None
     except Exception:  # raise_exception in a template, or an error of a tokenizer that has none
         return
