@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 from common.config import LORA, ROOT, Names, SFTConfig
-from common.knobs import ALIASES, BELONGS, PATH_LISTS, PATHS, RANGES
+from common.knobs import ALIASES, BELONGS, HABITS, NOT_TRAINED, PATH_LISTS, PATHS, RANGES, STEPS
 from common.launch import let_first_speak, world_size
 
+CLOSE = 0.8  # how alike a flag and the one suggested are, of 1: no suggestion is better than a wrong one
+STEPS_ARE = "batch_size = micro_batch_size × steps × processes"
 WHOLE_RATE = 0.1  # of the learning rate, where the user set none: all weights take smaller steps than an adapter does
 
 Config = TypeVar("Config", bound=SFTConfig)  # a family's
@@ -51,7 +53,7 @@ def parse(config_class: Any, flags_class: Any = None, argv: Sequence[str] | None
     if unknown:
         parser.error(f"无法识别的参数 unrecognized argument {unknown[0]}{_nearest(unknown[0], knobs)}")
     values = _read_config_file(args.config, knobs, parser.error) if args.config else {}
-    values |= {name: value for name, value in vars(args).items() if name in knobs and value is not None}
+    values |= {name: value for name, value in vars(args).items() if name in (*knobs, STEPS) and value is not None}
     _check_values(values, parser.error)
     config = _build(config_class, values, parser.error)
     if flags_class is None:
@@ -66,6 +68,9 @@ def _types(cls: type) -> dict[str, Any]:
 
 def _build(cls: type[Config], values: dict[str, Any], error: Fail) -> Config:
     """The config with the user's `values`, and what follows from them where the user left it open."""
+    steps = values.get(STEPS)
+    if steps and "batch_size" in values:
+        error(f"--{STEPS} {steps} 与 --batch_size 不能同用 cannot go together: leave one out, {STEPS_ARE}")
     values = {k: v for k, v in values.items() if k in _types(cls)}
     if "repo_id" in values and "path_model_pretrain" not in values:
         values["path_model_pretrain"] = values["repo_id"]
@@ -79,6 +84,9 @@ def _build(cls: type[Config], values: dict[str, Any], error: Fail) -> Config:
     config = cls(**{k: _absolute(k, v) for k, v in values.items()}, given=given)
     if config.path_model_pretrain == "embedded":
         config = replace(config, **{k: v for k, v in cls.EMBEDDED.items() if k not in given})
+    if steps:
+        batch = config.micro_batch_size * steps * world_size()
+        config = replace(config, batch_size=batch, given=given | {"micro_batch_size", "batch_size"})
     _check_tuning(config, error)
     if config.tuning not in LORA and "learning_rate" not in given:
         config = replace(config, learning_rate=config.learning_rate * WHOLE_RATE)
@@ -137,11 +145,12 @@ def _parser(classes: list[type], knobs: Knobs) -> _Parser:
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with knobs; flags win over it")
+    parser.add_argument(f"--{STEPS}", type=int, metavar="N", help=f"instead of batch_size: {STEPS_ARE}")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
     help_texts = {name: text for cls in classes for name, text in _comments(cls).items()}
     spellings = {name: [f"--{name}"] for name in knobs}
     for alias, name in ALIASES.items():
-        if name in spellings and alias not in knobs:
+        if name in spellings and _is_alias(alias, knobs):
             spellings[name].append(f"--{alias}")
     for name, (knob, kind) in knobs.items():
         default = "" if knob.default in ("", ()) else f" [{as_text(knob.default)}]"
@@ -153,6 +162,11 @@ def _parser(classes: list[type], knobs: Knobs) -> _Parser:
             **_argument(kind),
         )
     return parser
+
+
+def _is_alias(name: str, knobs: Knobs) -> bool:
+    """Whether `name` is another spelling of a knob in the recipe that has these; `resume` is train.py's own."""
+    return name in ALIASES and name not in knobs and not (name in NOT_TRAINED and "resume" in knobs)
 
 
 def _argument(kind: Any) -> dict[str, Any]:
@@ -208,7 +222,11 @@ def as_text(value: Any) -> str:
 def _nearest(flag: str, knobs: Knobs) -> str:
     """What an unknown flag may have been meant to be, as the end of a line."""
     name = flag.split("=")[0].lstrip("-")
-    near = difflib.get_close_matches(name, [*knobs, *ALIASES], n=1, cutoff=0.5)
+    habit = HABITS.get(name.replace("-", "_"))
+    if habit:
+        return f"; 这里是 here: {habit}"
+    known = [*knobs, STEPS, *(alias for alias in ALIASES if _is_alias(alias, knobs))]
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=CLOSE)
     return f"; 是否想写 did you mean --{near[0]} ?" if near else "; --help 列出全部参数 lists all"
 
 
@@ -238,11 +256,11 @@ def _read_config_file(path: str, knobs: Knobs, error: Fail) -> dict[str, Any]:
         error(f"--config {path}: 应为键值表 must be a mapping of knobs to values")
     values = {}
     for key, value in loaded.items():
-        name = ALIASES.get(key, key)
-        if name not in knobs:
+        name = ALIASES[key] if _is_alias(key, knobs) else key
+        if name not in (*knobs, STEPS):
             error(f"--config {path}: 未知参数 unknown knob {key}{_nearest(str(key), knobs)}")
         try:
-            values[name] = _typed(value, knobs[name][1])
+            values[name] = _typed(value, knobs[name][1] if name in knobs else int)
         except TypeError as problem:
             error(f"--config {path}: {key}: {problem}")
     return values

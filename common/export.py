@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from common import files
 from common.data import render, templates
@@ -23,7 +23,7 @@ from common.evaluation import evaluate
 from common.inference.tuned import open_run
 from common.model.adapter import load_tuned, merge_reasons
 from common.model.layers import causal_of
-from common.model.loading import pad_id_of
+from common.model.loading import load_whole, pad_id_of
 from common.runs.places import check_writable
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def write(whole: PreTrainedModel, expected: Expected, folder: Path, cfg: SFTConf
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         draft = Path(scratch) / folder.name
         save(whole.to(dtype), tuned, draft, prompt)
-        reloaded = AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).to(device()).eval()
+        reloaded = load_whole(draft, dtype=dtype).to(device()).eval()
         verdict = compare(reloaded, expected, dtype)
         record = {"run": cfg.model_save_dir, "base": tuned.manifest["base"], "dtype": str(dtype), "check": verdict}
         files.write_json(draft / "export.json", record)

@@ -33,6 +33,9 @@ FREE = frozenset(
 
 ALIASES = {  # names people type by habit
     "model_name_or_path": "path_model_pretrain",
+    "model": "path_model_pretrain",
+    "model_path": "path_model_pretrain",
+    "adapter_name_or_path": "model_save_dir",  # not in train.py, see NOT_TRAINED
     "output_dir": "model_save_dir",
     "dataset": "data_path",
     "num_train_epochs": "epochs",
@@ -48,6 +51,31 @@ ALIASES = {  # names people type by habit
     "lora_target_modules": "target_modules",
     "gradient_clipping": "max_grad_norm",
     "activation_checkpointing": "gradient_checkpointing",
+}
+
+NOT_TRAINED = {"adapter_name_or_path"}  # aliases that would mislead in train.py, which writes to that folder
+STEPS = "gradient_accumulation_steps"  # no knob of its own: batch_size is micro_batch_size × it × processes
+
+LENGTHS = "--max_length_q (提问 prompt), --max_length_a (回答 answer)"
+TEMPLATE = "不需要 needs no flag: each family's recipe has its models' own template"
+HABITS = {  # other tools' flags that are more or less than a knob here: what to do instead
+    "adapter_name_or_path": "train.py 从基座训练 trains from the base, --path_model_pretrain, into --model_save_dir; "
+    "--resume goes on from a checkpoint; export.py merges an adapter into its base, to be trained on",
+    "template": TEMPLATE,
+    "chat_template": TEMPLATE,
+    "cutoff_len": LENGTHS,
+    "max_length": LENGTHS,
+    "max_seq_length": LENGTHS,
+    "per_device_eval_batch_size": "--eval_batch_size",
+    "bf16": "--dtype bfloat16",
+    "fp16": "--dtype float16",
+    "torch_dtype": "--dtype",
+    "load_in_4bit": "--tuning qlora --quantization_bit 4",
+    "load_in_8bit": "--tuning qlora --quantization_bit 8",
+    "warmup_steps": "--warmup_ratio, 占总步数的比例 a share of the steps",
+    "checkpoint_dir": "--model_save_dir; 训练 train.py: --resume",
+    "ckpt_dir": "--model_save_dir; 训练 train.py: --resume",
+    "resume_from_checkpoint": "--resume",
 }
 
 # a path typed by a user is relative to where the command is called
@@ -78,7 +106,7 @@ _NAMES = Range(lambda v: len(v) <= 2, "one value, or a Chinese and another")
 RANGES = {  # any value of its type where a knob is not named
     **dict.fromkeys(
         "max_length_q max_length_a epochs freeze_trainable_layers micro_batch_size batch_size logging_steps save_steps "
-        "lora_r lora_alpha max_new_tokens num_beams eval_batch_size slots".split(),
+        "lora_r lora_alpha max_new_tokens num_beams eval_batch_size slots gradient_accumulation_steps".split(),
         _AT_LEAST_1,
     ),
     **dict.fromkeys(

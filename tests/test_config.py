@@ -18,7 +18,7 @@ import pytest
 
 from common.cli import parse
 from common.config import EvaluationFlags, ExportFlags, PredictFlags, ServeFlags, SFTConfig, TrainFlags
-from common.knobs import ALIASES, BELONGS, FREE, IDS, LEARNING, PATH_LISTS, PATHS, RANGES, SHAPING
+from common.knobs import ALIASES, BELONGS, FREE, IDS, LEARNING, PATH_LISTS, PATHS, RANGES, SHAPING, STEPS
 from gemma_sft.ft_gemma.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +156,8 @@ def test_own_data_is_not_scored_on_the_shipped_rows(tmp_path):
     "alias, typed, name, value",
     [
         ("model_name_or_path", "a/b", "path_model_pretrain", "a/b"),
+        ("model", "a/b", "path_model_pretrain", "a/b"),
+        ("model_path", "a/b", "path_model_pretrain", "a/b"),
         ("output_dir", "/tmp/out", "model_save_dir", "/tmp/out"),
         ("dataset", "/tmp/a.json", "data_path", ("/tmp/a.json",)),
         ("num_train_epochs", "7", "epochs", 7),
@@ -192,7 +194,7 @@ def test_every_knob_is_of_one_class():
 
 def test_tables_of_knobs_name_knobs_or_flags():
     flags = {field.name for cls in (SFTConfig, *RECIPES.values(), ExportFlags) for field in fields(cls)}
-    assert (RANGES.keys() | PATHS | PATH_LISTS) <= flags
+    assert (RANGES.keys() | PATHS | PATH_LISTS) <= flags | {STEPS}
     assert BELONGS.keys() <= SHAPING | LEARNING
 
 
@@ -350,6 +352,68 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, capsys, world, argv
     assert remedy in refusal(capsys, *argv, family=Toy)
 
 
+@pytest.mark.parametrize(
+    "world, argv, batch",
+    [
+        (1, ["--gradient_accumulation_steps", 3], 12),
+        (2, ["--gradient_accumulation_steps", 3], 24),
+        (1, ["--gradient_accumulation_steps", 3, "--micro_batch_size", 5], 15),
+    ],
+)
+def test_accumulation_steps_give_the_batch(monkeypatch, tmp_path, world, argv, batch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    cfg = settle(*argv)
+    assert (cfg.batch_size, cfg.accumulation) == (batch, 3) and "batch_size" in cfg.given
+    knobs = dict(zip((name[2:] for name in argv[::2]), argv[1::2], strict=True))
+    assert settle("--config", write(tmp_path, "c.json", json.dumps(knobs))) == cfg
+
+
+HABITUAL = {  # flags of LLaMA-Factory, TRL and ms-swift: what train.py says of them, "" where it has nothing to say
+    "stage": "",
+    "do_train": "",
+    "template": "needs no flag",
+    "cutoff_len": "--max_length_q",
+    "max_seq_length": "--max_length_q",
+    "dataset_dir": "",
+    "overwrite_output_dir": "",
+    "plot_loss": "",
+    "bf16": "--dtype bfloat16",
+    "fp16": "--dtype float16",
+    "torch_dtype": "--dtype",
+    "warmup_steps": "--warmup_ratio",
+    "val_size": "--val_set_size",
+    "preprocessing_num_workers": "",
+    "adapter_name_or_path": "--resume goes on from a checkpoint",
+    "checkpoint_dir": "--model_save_dir",
+    "resume_from_checkpoint": "--resume",
+    "max_samples": "",
+    "flash_attn": "",
+    "per_device_eval_batch_size": "--eval_batch_size",
+    "load_in_4bit": "--tuning qlora",
+    "use_peft": "",
+    "optim": "",
+    "assistant_only_loss": "",
+    "model_type": "",
+    "train_type": "",
+    "evaluation_strategy": "",
+    "merge_lora": "",
+}
+
+
+@pytest.mark.parametrize("flag", HABITUAL)
+def test_what_is_said_of_habitual_flags(capsys, flag):
+    line = refusal(capsys, f"--{flag}", "x")
+    told = line.partition(f"unrecognized argument --{flag}; ")[2]
+    assert HABITUAL[flag] in told
+    assert bool(HABITUAL[flag]) == ("lists all" not in told)
+
+
+def test_an_adapter_is_named_by_habit_where_it_answers(tmp_path):
+    for flags_class in (PredictFlags, EvaluationFlags, ServeFlags, ExportFlags):
+        cfg, _ = parse(Config, flags_class, ["--adapter_name_or_path", str(tmp_path)])
+        assert cfg.model_save_dir == str(tmp_path)
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -406,6 +470,9 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, capsys, world, argv
         ("--seed -1", ["--seed -1"]),
         ("--seed 4294967296", ["--seed 4294967296"]),
         ("--micro_batch_size 3 --batch_size 4", ["--batch_size 4", "use 6"]),
+        ("--gradient_accumulation_steps 2 --batch_size 4", ["--gradient_accumulation_steps 2", "leave one out"]),
+        ("--gradient_accumulation_steps 0", ["--gradient_accumulation_steps 0", "1 or more"]),
+        ("--gradient_accumulation_steps x", ["--gradient_accumulation_steps", "int"]),
     ],
 )
 def test_wrong_command_lines(capsys, argv, words):
@@ -499,7 +566,7 @@ def test_help_explains_every_knob_and_imports_nothing_heavy(environment, tmp_pat
             entries[flag[1]] = " ".join(block.split())
     texts = comments(Config) | comments(RECIPES[name])
     knobs = [field.name for cls in (Config, RECIPES[name]) for field in fields(cls) if field.name != "given"]
-    assert entries.keys() == {"config", *knobs}
+    assert entries.keys() == {"config", STEPS, *knobs}
     unexplained = [knob for knob in knobs if len(texts[knob]) < 3 or texts[knob] not in entries[knob]]
     assert unexplained == []
     assert "--learning_rate X, --lr X" in entries["learning_rate"]

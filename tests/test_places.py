@@ -6,9 +6,12 @@ import socket
 
 import pytest
 
+from common.cli import parse
+from common.config import TrainFlags
 from common.errors import run_main
 from common.runs import places
 from gemma_sft.ft_gemma import export
+from gemma_sft.ft_gemma.config import Config
 
 FAMILIES = ["gemma_sft.ft_gemma", "qwen2_sft.ft_qwen2", "chatglm_sft.ft_chatglm"]
 NO_BASE = "/nowhere/base"  # a recipe that came to load it would say so
@@ -127,3 +130,28 @@ def test_a_file_in_the_place_of_a_run_is_no_run(line_of, rows_file):
 def test_asking_leaves_nothing(tmp_path):
     places.check_writable(tmp_path / "a/b", "model_save_dir")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("escaped", ["{{name}}", "{{NAME}}", "<NAME>", "\\u003cAUTHOR\\u003e", "{{author}}"])
+def test_a_name_is_asked_for_where_a_row_has_a_place_for_it(train_line, rows_file, tmp_path, escaped):
+    line = train_line("--model_name", "Qwen/Qwen2.5-7B")
+    assert line.startswith("--model_name Qwen/Qwen2.5-7B: 数据里没有占位符 no row of --data_path holds a placeholder")
+    assert train_line("--check", "--model_author", "a", "b").startswith("--model_author a: ")
+    identity = tmp_path / "identity.jsonl"
+    identity.write_text(f'{{"query": "who", "response": "{escaped}"}}\n')
+    assert "no such folder" in train_line("--model_name", "a", "--data_path", rows_file, f"{identity}#1")
+
+
+def test_data_whose_text_is_packed_may_hold_a_name(train_line, tmp_path):
+    for name in ("rows.parquet", "none.jsonl"):
+        assert "placeholder" not in train_line("--model_name", "a", "--data_path", tmp_path / name)
+
+
+@pytest.mark.parametrize(("given", "told"), [([], "shipped here"), (["--model", "a/b"], "基座 base: a/b\n")])
+def test_the_base_is_told(capsys, given, told):
+    for json_too in ([], ["--check", "--json"]):
+        cfg, flags = parse(Config, TrainFlags, [*given, *json_too])
+        places.show_base(cfg, flags)
+        out, err = capsys.readouterr()
+        assert (out, err)[bool(json_too)].startswith("基座 base: ") and told in out + err
+        assert not (err, out)[bool(json_too)]

@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
     distributed.join(cfg)
     places.check_training(cfg, flags)
+    places.show_base(cfg, flags)
     tokenizer = loading.load_tokenizer(cfg.base, prompt)
     base = loading.load_base(cfg.base, cfg.dtype, cfg.bits)
     if flags.print_targets:

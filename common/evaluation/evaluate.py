@@ -24,7 +24,7 @@ from common.evaluation.records import (
 from common.evaluation.report import leave_report
 from common.evaluation.results import add_scores, sampling_of
 from common.evaluation.tables import ROW_METRIC, WORST, changes, heads, metric_rows, overlap_text
-from common.runs.manifest import read_manifest
+from common.runs.adopted import find_manifest
 
 if TYPE_CHECKING:
     from common.config import EvaluationFlags, SFTConfig
@@ -47,7 +47,7 @@ def held_out_rows(cfg: SFTConfig, rows: TrainingData | None = None) -> HeldOut:
 
 def rows_to_score(cfg: SFTConfig, limit: int) -> HeldOut:
     """The rows of `--data_path` where given, or of the run's held-out files; `limit` of them at most (0: all)."""
-    manifest = read_manifest(cfg.model_save_dir)
+    manifest = find_manifest(cfg.model_save_dir)
     specs = cfg.data_path if "data_path" in cfg.given else cfg.eval_data_path
     if manifest and not cfg.given & {"data_path", "eval_data_path"}:
         specs = manifest["config"]["eval_data_path"]

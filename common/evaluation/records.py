@@ -20,7 +20,7 @@ from common.evaluation import metrics
 from common.inference.answerer import Answer, Sampling
 from common.inference.tuned import trained_with
 from common.model.loading import base_hash
-from common.runs.manifest import read_manifest
+from common.runs.adopted import find_manifest
 
 Record = dict[str, Any]  # row, where, prompt, question, reference, answer, stop, seconds, scores, …
 
@@ -120,7 +120,7 @@ def predict(
 
 def key_of(cfg: SFTConfig, base: bool, settings: list[Any]) -> str:
     """16 hex digits for the model and for `settings`: the rows and whatever else a prediction depends on."""
-    trained = trained_with(cfg, read_manifest(cfg.model_save_dir), base)
+    trained = trained_with(cfg, find_manifest(cfg.model_save_dir), base)
     weights = [base_hash(trained.path_model_pretrain)]
     adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
     if not base:

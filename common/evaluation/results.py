@@ -14,7 +14,7 @@ from common.data.turns import Turn
 from common.evaluation import intervals, metrics, overlap
 from common.evaluation.records import predictions
 from common.inference.answerer import Sampling
-from common.runs.manifest import read_manifest
+from common.runs.adopted import find_manifest
 
 
 def read_results(cfg: SFTConfig) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def add_scores(
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     if results.get("held_out", {}).get("sha256") != digest:
         results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
-    manifest = read_manifest(cfg.model_save_dir)
+    manifest = find_manifest(cfg.model_save_dir)
     trained_on = overlap.count(manifest, rows, apart) if manifest else None
     held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(sampling_of(cfg)), "overlap": trained_on}
     results |= {**scores, "held_out": held_out, "signature": metrics.signature()}

@@ -13,7 +13,7 @@ from common.data.turns import Turn
 from common.inference.answerer import Sampling, fitted_ids
 from common.inference.tuned import trained_with
 from common.model import loading
-from common.runs.manifest import read_manifest
+from common.runs.adopted import find_manifest
 
 if TYPE_CHECKING:
     from common.config import PredictFlags, SFTConfig
@@ -50,7 +50,7 @@ def ask_once(answer: Answerer | Remote, sampling: Sampling, flags: PredictFlags)
 
 def print_prompt(cfg: SFTConfig, prompt: Family, question: str, system: str = "") -> None:
     """Print text and ids of the prompt for `question` as one JSON object; only the tokenizer is loaded."""
-    trained = trained_with(cfg, read_manifest(cfg.model_save_dir), base=True)
+    trained = trained_with(cfg, find_manifest(cfg.model_save_dir), base=True)
     tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
     turns = [*_system(system), Turn("user", question)]
     ids = fitted_ids(tokenizer, prompt, turns, trained.prompt_style, trained.max_length_q)

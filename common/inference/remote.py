@@ -17,7 +17,7 @@ from common.inference.answerer import Answer, Sampling, fitted_ids
 from common.inference.text import Cleaning
 from common.inference.tuned import trained_with
 from common.model import loading
-from common.runs import manifest
+from common.runs import adopted
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -149,6 +149,6 @@ class _RefusedError(UserError):
 
 def load(cfg: SFTConfig, prompt: Family, url: str) -> Remote:
     """The Remote at `url` with tokenizer, prompt style and length of the run in `cfg.model_save_dir`, or the user's."""
-    trained = trained_with(cfg, manifest.read_manifest(cfg.model_save_dir), base=True)
+    trained = trained_with(cfg, adopted.find_manifest(cfg.model_save_dir), base=True)
     tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
     return Remote(url, tokenizer, prompt, trained.prompt_style, trained.max_length_q)

@@ -10,7 +10,8 @@ from common.errors import UserError
 from common.inference.answerer import Answerer
 from common.model import adapter, loading
 from common.model.adapter import TrainedWith
-from common.runs.manifest import check_fits, read_manifest
+from common.runs import adopted
+from common.runs.manifest import check_fits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,8 +42,9 @@ def open_run(
     the run's own; UserError where the user asks for others, or where base, tokenizer or template are no longer the
     ones trained with.
     """
-    manifest = read_manifest(cfg.model_save_dir)
-    if manifest is None and not base:
+    manifest = adopted.find_manifest(cfg.model_save_dir)
+    alone = not base and adopted.adapter_base(cfg.model_save_dir) is not None
+    if manifest is None and not base and not alone:
         raise UserError(f"{cfg.model_save_dir}: 还没有训练结果 no trained run here; run train.py first, or give --base")
     if manifest is not None and manifest["state"] != "finished" and not base:
         raise UserError(
@@ -52,6 +54,10 @@ def open_run(
     tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
     if manifest is not None and (not base or trained.path_model_pretrain == manifest["base"]["path"]):
         check_fits(manifest, trained.path_model_pretrain, tokenizer, prompt)
+    if alone:
+        manifest = adopted.describe_adapter(cfg, trained.path_model_pretrain, tokenizer, prompt)
+    if manifest is not None and not base:
+        adopted.accept(cfg.model_save_dir, manifest)
     return manifest or {}, trained, tokenizer
 
 
@@ -62,6 +68,8 @@ def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) ->
     base. base: the base model alone may be any.
     """
     asked = TrainedWith.asked_for(cfg)
+    if manifest is None and "path_model_pretrain" not in cfg.given:
+        asked = asked._replace(path_model_pretrain=adopted.adapter_base(cfg.model_save_dir) or cfg.base)
     if manifest is None or base and "path_model_pretrain" in cfg.given:
         return asked
     config = {"tuning": "lora"} | manifest["config"]  # the first runs knew no other

@@ -3,7 +3,9 @@
 In: a folder or hub id, and a run's adapter. Out: a transformers model, checked against what its files hold. In reading
 order:
 
+folders        whether it is a model's folder at all
 weights        its files, looked at before they are loaded
+complete       whether they held all its weights, looked at after
 loading        tokenizer and base model, plain or quantised
 adapter        an adapter attached to its base
 verify         what was saved, reopened and compared

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from common import distributed
 from common.device import device, resolve_dtype
 from common.errors import UserError, is_out_of_memory
-from common.model import weights
+from common.launch import rank
+from common.model import folders, weights
+from common.model.complete import check_finite, check_names, report_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,19 +26,21 @@ if TYPE_CHECKING:
 
 REPACKING = "support_avx512bf16_for_cpu"  # bitsandbytes 0.50 rounds 4-bit weights anew on a CPU that has bfloat16
 EDGE = 1 << 20  # bytes hashed at each end of a weight file: a whole 70B checkpoint would take minutes
-# what from_pretrained raises: ImportError where a quantised checkpoint needs a package, the last four for damaged files
-UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError)
+UNMADE = re.compile("not implemented for '(Byte|Char)'")  # of torch, for a quantised weight made at random
 
 
 def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with the family's chat template where it has none of its own.
 
-    UserError where there is none, or it lacks a token the template needs.
+    UserError where there is none, it lacks a token the template needs, or does not fit the model.
     """
+    folders.check_folder(path, ("config.json", *folders.TOKENIZER_FILES))
     weights.check_tokenizer(path)
     tokenizer = _loaded(AutoTokenizer, path, "分词器 tokenizer")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.CHAT_TEMPLATE
+    folders.check_template(tokenizer, path)
+    _check_vocabulary(tokenizer, path)
     try:
         prompt.stop_ids(tokenizer, "chat")
     except ValueError as problem:
@@ -50,13 +53,25 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase, otherwise: int) -> int:
     return otherwise if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """UserError where the model of which this is the tokenizer has not a row for each id; a folder may have none."""
+    if Path(path).expanduser().is_dir() and not (Path(path).expanduser() / "config.json").is_file():
+        return
+    rows = getattr(_loaded(AutoConfig, path, "模型 model").get_text_config(), "vocab_size", None)
+    if rows is not None:
+        folders.check_vocabulary(tokenizer, rows, path)
+
+
 def load_base(path: str | Path, dtype: str, bits: int = 0) -> PreTrainedModel:
-    """The base model in evaluation mode; `dtype` is the knob's value. UserError where it cannot be loaded.
+    """The base model in evaluation mode; `dtype` is the knob's value.
+
+    UserError where it cannot be loaded, or its files lack a weight, hold others, or values that are no numbers.
 
     It is on this process's device, except where each process will hold a part of it: then on the CPU, or in parts.
     bits: 4 (nf4, its constants quantised too; QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 (LLM.int8, Dettmers
     et al. 2022, arXiv 2208.07339) load the linear layers quantised, the head left as it is; 0 does not.
     """
+    folders.check_folder(path)
     kind, stored = resolve_dtype(dtype), _stored_bits(path)
     if stored not in (0, bits):
         raise UserError(
@@ -65,16 +80,27 @@ def load_base(path: str | Path, dtype: str, bits: int = 0) -> PreTrainedModel:
         )
     weights.check_model(path)
     if not bits:
-        model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind)
+        model = load_whole(path, dtype=kind)
+        if not (distributed.shards_weights() and rank()):  # nothing lies there yet
+            check_finite(model, path)
         return (model if distributed.shards_weights() else model.to(device())).eval()
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('--tuning qlora 需要 needs bitsandbytes: pip install "bitsandbytes>=0.50,<0.51"')
     options = {} if stored else {"quantization_config": _quantisation(bits, kind)}
-    model = _loaded(AutoModelForCausalLM, path, "模型 model", dtype=kind, device_map={"": device()}, **options)
+    model = load_whole(path, dtype=kind, device_map={"": device()}, **options)
     for module in model.modules():
         if hasattr(module, REPACKING):  # other weights, in evaluation and from then on, and not of every size
             setattr(module, REPACKING, False)
     return model.eval()
+
+
+def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
+    """The model at `path` as transformers loads it with `options`; UserError where its files do not fit it."""
+    with report_hidden():
+        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True} | options
+        model, info = _loaded(AutoModelForCausalLM, path, "模型 model", **asked)
+    check_names(model, info, path)
+    return model
 
 
 def _quantisation(bits: int, kind: torch.dtype) -> BitsAndBytesConfig:
@@ -98,15 +124,15 @@ def _stored_bits(path: str | Path) -> int:
 
 
 def _loaded(auto_class: Any, path: str | Path, what: str, **kwargs: Any) -> Any:
-    if str(path).startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
-        raise UserError(f"{path}: 文件夹不存在 no such folder; check --path_model_pretrain")
     source = _from_modelscope(str(path)) if _is_modelscope(path) else path
     try:
         return auto_class.from_pretrained(source, **kwargs)
-    except UNLOADABLE as problem:
+    except Exception as problem:  # damaged files raise errors of half a dozen libraries
         if is_out_of_memory(problem):
             raise
-        reason = " ".join(str(problem).split())[:300]
+        reason = " ".join(str(problem).split())[:300] or type(problem).__name__
+        if UNMADE.search(reason):
+            raise UserError(f"{path}: 缺少权重 weights are missing in its files, {reason}; {weights.AGAIN}") from None
         raise UserError(f"{path}: 无法加载{what} cannot be loaded: {reason}") from None
 
 

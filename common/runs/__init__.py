@@ -6,5 +6,6 @@ predict, evaluation, service and export compare base, tokenizer and template. In
 places         whether its files can be read and written, asked before anything is loaded
 manifest       what a run was trained on and with
 checkpoints    those that are whole
+adopted        checkpoints and adapters of other tools, which answer as a run does
 run            start, resume, save, finish
 """

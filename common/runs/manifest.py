@@ -32,25 +32,28 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "token
 
 def describe(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family, rows: TrainingData) -> dict[str, Any]:
     """The manifest of a run about to start: all that decides what it learns, and what `check_fits` compares later."""
-    template = render.template_text(tokenizer, prompt, cfg.prompt_style)
     knobs = {name: value for name, value in asdict(cfg).items() if name != "given"}
     return {
         "state": "training",
         "config": knobs,
-        "base": {"path": cfg.base, "sha256": loading.base_hash(cfg.base)},
-        "tokenizer_sha256": tokenised.tokenizer_hash(tokenizer),
-        "template": {
-            "style": cfg.prompt_style,
-            "text": template,
-            "sha256": hashlib.sha256(template.encode()).hexdigest(),
-        },
-        "stop_ids": prompt.stop_ids(tokenizer, cfg.prompt_style),
+        **matching(cfg.base, cfg.prompt_style, tokenizer, prompt),
         "data": rows.sources,
         "processes": distributed.describe(cfg),
         "counts": {"train": len(rows.train), "validation": len(rows.validation), "rejected": len(rows.rejected)},
         "versions": {n: importlib.metadata.version(n) for n in (*PACKAGES, *(["bitsandbytes"] if cfg.bits else []))},
         "git_commit": _git_commit(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def matching(base: str, style: str, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> dict[str, Any]:
+    """The part of a manifest that its users must match: base (a path or hub id), tokenizer, template and stop ids."""
+    template = render.template_text(tokenizer, prompt, style)
+    return {
+        "base": {"path": base, "sha256": loading.base_hash(base)},
+        "tokenizer_sha256": tokenised.tokenizer_hash(tokenizer),
+        "template": {"style": style, "text": template, "sha256": hashlib.sha256(template.encode()).hexdigest()},
+        "stop_ids": prompt.stop_ids(tokenizer, style),
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import re
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +17,11 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from common.config import SFTConfig, TrainFlags
 
+PLAIN = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+PLACEHOLDER = re.compile(
+    rb"\{\{(?i:name|author)\}\}|(?:<|\\u003c)(?:NAME|AUTHOR)(?:>|\\u003e)"
+)  # turns.PLACEHOLDER's bytes
+
 
 def check_training(cfg: SFTConfig, flags: TrainFlags) -> None:
     """UserError where train.py could not read its data, or not write its cache or what it leaves; URLs are not tried.
@@ -25,11 +33,43 @@ def check_training(cfg: SFTConfig, flags: TrainFlags) -> None:
 
 
 def _check_training(cfg: SFTConfig, rehearsal: bool) -> None:
+    _check_placeholders(cfg)
     if not rehearsal:
         check_readable(cfg.data_path, "data_path")
         check_readable(cfg.eval_data_path if cfg.eval_rows else (), "eval_data_path")
         check_writable(cfg.model_save_dir, "model_save_dir")
     check_writable(cfg.cache_dir, "cache_dir")
+
+
+def show_base(cfg: SFTConfig, flags: TrainFlags) -> None:
+    """Print which base train.py starts from, as its first line; on stderr where stdout is for JSON alone."""
+    toy = cfg.path_model_pretrain == "embedded"
+    note = (
+        " (随附的小模型，只供试用 the small one shipped here, for a try; yours: --path_model_pretrain)" if toy else ""
+    )
+    print(f"基座 base: {cfg.base}{note}", file=sys.stderr if flags.json else sys.stdout)
+
+
+def _check_placeholders(cfg: SFTConfig) -> None:
+    """UserError where a name or author is given, and no row of the data has a place for one."""
+    given = sorted(cfg.given & {"model_name", "model_author"})
+    if not given or any(_may_hold(split_sample(spec)[0], PLACEHOLDER) for spec in cfg.data_path):
+        return
+    raise UserError(
+        f"--{given[0]} {getattr(cfg, given[0])[0]}: 数据里没有占位符 no row of --data_path holds a placeholder, "
+        "{{name}} or {{author}}, that it would fill; the base model is --path_model_pretrain"
+    )
+
+
+def _may_hold(path: str, pattern: re.Pattern[bytes]) -> bool:
+    """Whether a file holds the pattern; True where its bytes do not show it: a URL, packed or unreadable."""
+    if not path.endswith(PLAIN):
+        return True
+    try:
+        with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return pattern.search(content) is not None
+    except (OSError, ValueError):  # the latter for an empty file
+        return True
 
 
 def check_scoring(cfg: SFTConfig) -> None:

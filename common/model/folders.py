@@ -1,0 +1,103 @@
+"""Whether a base is a model's folder at all, asked before anything of it is loaded; hub ids are left to the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateSyntaxError, UndefinedError
+
+from common.errors import UserError
+from common.model.weights import CHOICES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WINDOWS = re.compile(r"^[A-Za-z]:[\\/]|\\")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+SHOWN = 5  # names of files in an error
+# of pictures and sound, which a model of text alone never meets: Gemma 3 has one id more than its text models' rows
+UNUSED = {"<image_soft_token>", "<audio_soft_token>"}
+
+
+def check_folder(path: str | Path, enough: tuple[str, ...] = ("config.json",)) -> None:
+    """UserError where `path` is neither a hub id nor a folder with one of the files `enough`, its JSON files whole."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return _check_hub_id(str(path), folder.is_file())
+    if (folder / "adapter_config.json").is_file() and not any((folder / name).is_file() for name in CHOICES):
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "…"
+        raise UserError(
+            f"{path}: 是适配器，不是基座模型 is an adapter, not a base model: give its base, --path_model_pretrain "
+            f"{base}; predict.py, evaluation.py, post_api.py and export.py take this folder as --model_save_dir"
+        )
+    if not any((folder / name).is_file() for name in enough):
+        raise UserError(f"{path}: 没有 there is no config.json, so it is not a model's folder; {_way_out(folder)}")
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)
+
+
+def _check_hub_id(path: str, is_file: bool) -> None:
+    if is_file:
+        raise UserError(
+            f"{path}: 是文件，不是文件夹 is a file, not a folder: --path_model_pretrain is the folder it is in"
+        )
+    if WINDOWS.search(path):
+        raise UserError(
+            f"{path}: 文件夹不存在 no such folder (a path of Windows; below WSL C:\\ is /mnt/c/); "
+            "check --path_model_pretrain"
+        )
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"{path}: 文件夹不存在 no such folder; check --path_model_pretrain")
+
+
+def _way_out(folder: Path) -> str:
+    """Where a model is in a folder that is none, or what is there instead."""
+    below = [file.parent for pattern in ("*", "snapshots/*") for file in sorted(folder.glob(f"{pattern}/config.json"))]
+    if below:
+        return f"下面有 there is one below: --path_model_pretrain {below[0]}"
+    names = sorted(file.name for file in folder.iterdir())
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"那里有 it holds {', '.join(names[:SHOWN]) or 'nothing'}{more}; download the model's whole folder"
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; UserError where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{file}: 不是 JSON is not JSON: {problem}; download the file again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: 不是 JSON 对象 is not a JSON object; download the file again")
+    return found
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, path: str | Path) -> None:
+    """UserError where the tokenizer of `path` has ids beyond the `rows` of the model's embedding."""
+    if max(len(tokenizer), *tokenizer.added_tokens_decoder, 0) < rows:
+        return
+    beyond = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ >= rows and token not in UNUSED}
+    if beyond:
+        first = min(beyond)
+        raise UserError(
+            f"{path}: 分词器的编号超出词嵌入 the tokenizer has ids that the embedding lacks: {len(beyond)}, e.g. "
+            f"{beyond[first]!r} is {first}, config.json says vocab_size {rows}: restore the tokenizer's files, or save "
+            "the model after resize_token_embeddings"
+        )
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """UserError where the chat template in the folder `path` is no valid Jinja; what it refuses to show is its own."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except (TemplateSyntaxError, UndefinedError) as problem:
+        line = f" in line {problem.lineno}" if isinstance(problem, TemplateSyntaxError) else ""
+        raise UserError(
+            f"{path}: 聊天模板有错 the chat template is broken{line}: {problem.message}; restore "
+            "chat_template.jinja or tokenizer_config.json, or remove the template (the family's own is used then)"
+        ) from None
+    except Exception:  # raise_exception in a template, or an error of a tokenizer that has none
+        return
