@@ -1,11 +1,16 @@
-"""Rows as people have them: shapes, names of roles and keys, numbers where text is meant."""
+"""Rows as people have them: shapes, names of roles and keys, numbers for text; and nothing of a row is lost unsaid."""
 
 import json
+import random
+from collections import Counter
 
 import pytest
 
-from common.data import formats
+from common.data import dataset, formats
 from common.data.turns import FormatError, Turn
+from common.training import check
+from gemma_sft import prompt
+from gemma_sft.ft_gemma.config import Config
 
 
 def talk(*texts, system=None):
@@ -75,19 +80,19 @@ BOILING = talk("水的沸点？", "一百度。")
     ],
 )
 def test_shapes_people_have(row, turns):
-    assert formats.turns_of(row) == [turns]
+    assert formats.read_row(row).conversations == [turns]
 
 
 @pytest.mark.parametrize("role", ["User", "USER", " user ", "Human", "用户", "tool_response", "Prompter"])
 @pytest.mark.parametrize("answerer", ["AI", "ai", "Assistant", "chatgpt", "gpt4", "GPT4", "tool_call", "助手"])
 def test_roles_by_any_name(role, answerer):
-    assert formats.turns_of({"conversations": asked(role, answerer)}) == [BOILING]
+    assert formats.read_row({"conversations": asked(role, answerer)}).conversations == [BOILING]
 
 
 @pytest.mark.parametrize("role", ["System", "developer", "系统"])
 def test_system_by_any_name(role):
     row = {"messages": [{"role": role, "content": "简短"}, *asked("user", "assistant", "role", "content")]}
-    assert formats.turns_of(row)[0][0] == Turn("system", "简短")
+    assert formats.read_row(row).conversations[0][0] == Turn("system", "简短")
 
 
 @pytest.mark.parametrize(
@@ -110,5 +115,130 @@ def test_system_by_any_name(role):
 )
 def test_what_cannot_be_read_is_named(row, words):
     with pytest.raises(FormatError) as error:
-        formats.turns_of(row)
+        formats.read_row(row)
     assert [word for word in words if word not in str(error.value)] == []
+
+
+# ---------------------------------------------------------------- what no reader used
+
+BOIL = {"question": "水的沸点？", "answer": "一百度。"}
+TALK = asked("user", "assistant", "role", "content")
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        (BOIL, []),
+        (BOIL | {"id": 3, "source": "书", "category": ["物理"]}, ["category", "id", "source"]),
+        (BOIL | {"note": None, "tags": [], "more": {"a": " ", "b": [""]}, "system": ""}, []),
+        (BOIL | {"evidence": {"text": ["海平面"]}, "content": "水"}, ["content", "evidence"]),
+        (BOIL | {"question_id": "q1", "output_type": "短"}, ["output_type", "question_id"]),
+        (
+            {"conversation_id": "c1", "conversation": [{"human": "一", "assistant": "二", "n": 1}]},
+            ["conversation.n", "conversation_id"],
+        ),
+        (
+            {"messages": [TALK[0] | {"name": "小王"}, TALK[1] | {"id": "m1", "refusal": None}]},
+            ["messages.id", "messages.name"],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "一", "cache": "x"}]}, TALK[1]]},
+            ["messages.content.cache"],
+        ),
+        ({"dialogue": "<Human 1>:一 <Assistant 1>:二", "reference": "书"}, ["reference"]),
+    ],
+)
+def test_keys_that_nobody_read_are_told(row, unused):
+    assert sorted(set(formats.read_row(row).unused)) == unused
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"instruction": "译", "Input": "天", "output": "sky"}, ["Input", "is input meant"]),
+        (BOIL | {"sytem": "简短"}, ["sytem", "is system meant"]),
+        (BOIL | {"input": "在高山上"}, ["input", "not read"]),
+        (BOIL | {"Answer": "九十度。"}, ["Answer", "is answer meant"]),
+        ({"question": "一", "human_answers": ["二"], "chatgpt_answers": [], "history": [["三", "四"]]}, ["history"]),
+        (BOIL | {"choices": ["一百度", "九十度"]}, ["choices", "multiple-choice"]),
+        (BOIL | {"options": {"A": "一百度"}}, ["options", "multiple-choice"]),
+        (BOIL | {"cot": "想一想"}, ["cot", "would be lost"]),
+        (BOIL | {"reasoning_content": "想一想"}, ["reasoning_content", "would be lost"]),
+        (BOIL | {"Images": ["a.jpg"]}, ["Images", "only text"]),
+        ({"messages": [TALK[0], TALK[1] | {"reasoning_content": "想"}]}, ["messages.reasoning_content"]),
+        ({"messages": [TALK[0], TALK[1] | {"tool_calls": [{"id": "c"}]}]}, ["messages.tool_calls"]),
+        ({"messages": TALK, "videos": ["a.mp4"]}, ["videos"]),
+        ({"prompt": "一", "chosen": "二", "rejected": "三"}, ["chosen+rejected", "preference pair"]),
+        ({"messages": TALK, "rejected_response": "三"}, ["rejected_response", "preference pair"]),
+    ],
+)
+def test_a_key_that_matters_is_an_error(row, words):
+    with pytest.raises(FormatError) as error:
+        formats.read_row(row)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+KEYS = (
+    "instruction input output question answer query response context system system_prompt history messages Input id"
+    " source cot choices images note evidence inputs 问题 答案 prompt completion text content summary tools"
+).split()
+
+
+def some_value(rng, key, texts):
+    """A value for a key, its texts put into `texts`."""
+
+    def text():
+        texts.append(f"文{len(texts)}字")
+        return texts[-1]
+
+    if key == "messages":
+        return [
+            {"role": role, "content": text()} | ({"name": text()} if rng.random() < 0.2 else {})
+            for role in ("user", "assistant")
+        ]
+    if key == "history":
+        return [[text(), text()]]
+    return rng.choice([text, text, text, text, lambda: "", lambda: None, lambda: [text(), {"深": text()}], lambda: 7])()
+
+
+def test_every_text_of_a_row_is_in_its_turns_or_told():
+    """Of random keys, known and unknown: each text is in the turns, or its key is told, or the row is refused."""
+    rng, outcomes = random.Random(15), Counter()
+    shapes = [sorted(needs) for needs in formats.SHAPES if needs <= set(KEYS)]
+    for _ in range(4000):
+        keys = dict.fromkeys([*rng.choice(shapes), *rng.sample(KEYS, rng.randrange(4))])
+        texts = {key: [] for key in keys}
+        base = 0
+        row = {}
+        for key in keys:
+            found = [""] * base
+            row[key] = some_value(rng, key, found)
+            texts[key], base = found[base:], len(found)
+        try:
+            reading = formats.read_row(row)
+        except FormatError as refused:
+            assert str(refused)
+            outcomes["refused"] += 1
+            continue
+        said = "\0".join(turn.text for turns in reading.conversations for turn in turns)
+        for key, parts_of_it in texts.items():
+            told = key in reading.unused or f"{key}.name" in reading.unused
+            assert all(part in said or told for part in parts_of_it), (key, row)
+        outcomes["told" if reading.unused else "read"] += 1
+    assert min(outcomes[name] for name in ("refused", "told", "read")) > 300, outcomes
+
+
+def test_unused_keys_are_counted_once_a_file(tmp_path, tokenizer, capsys):
+    rows = [BOIL | {"note": f"第{number}"} for number in range(3)] + [BOIL | {"id": 1}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    cfg = Config(data_path=(str(path),), cache_dir=str(tmp_path / "cache"), val_set_size=0)
+    for _ in range(2):  # read, and out of the cache
+        found = dataset.prepare(cfg, tokenizer, prompt)
+        assert found.sources[0]["unused"] == {"id": 1, "note": 3}
+        dataset.show_counts(found)
+        assert "id: not used in 1 rows; note: not used in 3 rows\n" in capsys.readouterr().out
+    report = check.examine(cfg, tokenizer, prompt)[1]
+    told = [finding for finding in report["findings"] if finding["kind"] == "unused"]
+    assert [(finding["where"], finding["bad"]) for finding in told] == [(str(path), False)] * 2
+    assert "note" in told[1]["found"] and "3 rows" in told[1]["found"]

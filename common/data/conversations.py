@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy
@@ -33,17 +35,36 @@ def conversations(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable
         yield from conversations_in(record, path, cfg)
 
 
-def conversations_in(record: Record, path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
-    """Yield the conversations of one record, or the one Unusable that says why it has none."""
+@dataclass
+class Notes:
+    """What else there is to say of the usable rows of a file."""
+
+    unused: Counter[str] = field(default_factory=Counter)  # key that was not read: rows that have it
+
+    def add(self, more: Notes) -> None:
+        """Put the notes of further rows behind these."""
+        self.unused += more.unused
+
+
+def conversations_in(
+    record: Record, path: str, cfg: SFTConfig, notes: Notes | None = None
+) -> Iterator[Conversation | Unusable]:
+    """Yield the conversations of one record, or the one Unusable that says why it has none.
+
+    What else there is to say of the record goes into `notes`.
+    """
     where = f"{path}:{record.line}"
     if record.problem:
         yield Unusable(where, record.problem, record.value, record.kind)
         return
     try:
-        found = [fill_identity(turns, cfg.model_name, cfg.model_author) for turns in formats.turns_of(record.value)]
+        reading = formats.read_row(record.value)
+        found = [fill_identity(turns, cfg.model_name, cfg.model_author) for turns in reading.conversations]
     except FormatError as problem:
         yield Unusable(where, problem.reason, record.value, problem.kind)
         return
+    if notes is not None and reading.unused:
+        notes.unused.update(set(reading.unused))
     for turns in found:
         yield Conversation(where, turns)
 

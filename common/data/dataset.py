@@ -115,6 +115,9 @@ def show_counts(data: TrainingData) -> None:
             f"使用 used {source['used']}, token {source['tokens']}, "
             f"计损失 supervised {source['supervised'] / max(source['tokens'], 1):.0%}"
         )
+        unused = "; ".join(f"{key}: not used in {rows} rows" for key, rows in source["unused"].items())
+        if unused:
+            print(f"  没有读的字段 keys that were not read: {unused}")
     reasons = Counter(re.sub(r"\d+", "N", row.reason) for row in data.rejected)
     for reason, count in reasons.most_common(5):
         print(f"  剔除 dropped {count}: {reason}")

@@ -37,6 +37,9 @@ DEFECTS = {
     "unknown-keys": Defect("unknown keys", "the keys of a known shape", "rename the keys as docs/data.md shows"),
     "ambiguous-keys": Defect("ambiguous keys", "the keys of one shape", "remove the keys that are not meant"),
     "multiple-choice": Defect("unknown keys", "a question and an answer", "score with it, do not train on it"),
+    "preference": Defect("unknown keys", "a question and one answer", "keep the chosen answer under a key of a shape"),
+    "media": Defect("unusable", "text alone", "delete the row or what it shows"),
+    "unread": Defect("unknown keys", "keys that are read", "rename or remove the key, see docs/data.md"),
     # the values of a row
     "not-text": _TEXT_OR_LIST,
     "not-a-list": _TEXT_OR_LIST,

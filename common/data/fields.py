@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from common.data.turns import FormatError, Turn
@@ -33,6 +35,27 @@ ROLES = {  # any letter case
 }
 SPEAKERS = ("role", "from")  # keys that say who speaks
 SAID = ("content", "value", "text")  # keys that hold what is said
+OPTIONAL = frozenset({"system", "system_prompt", "history", "tools", "instruction", "input", "context"})
+ELSEWHERE = {"content", "value", "text"}  # keys of other shapes, which are near one of OPTIONAL by chance
+# keys that change what a row means: (kind, what is said of one that was not read)
+MATTERS = (
+    dict.fromkeys(
+        ("chosen", "rejected", "rejected_response", "rejected_messages"),
+        ("preference", "偏好对 a preference pair: two answers to compare, this trains on one"),
+    )
+    | dict.fromkeys(
+        ("choices", "options"),
+        ("multiple-choice", "选择题 a multiple-choice row: its options would be lost"),
+    )
+    | dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"),
+        ("media", "只读文字 only text is read; what the row shows would be lost"),
+    )
+    | dict.fromkeys(
+        ("cot", "reasoning", "reasoning_content", "thinking", "tool_calls", "function_call"),
+        ("unread", "不读 is not read and would be lost"),
+    )
+)
 
 
 def role_of(said: object) -> str | None:
@@ -63,6 +86,33 @@ def as_text(value: object, name: str, required: bool = True) -> str:
     return value
 
 
+def holds_something(value: object) -> bool:
+    """Whether a value is more than null, blanks, and lists and objects of these."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, dict):
+        return any(map(holds_something, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_something, value))
+    return value is not None
+
+
+def holds_text(value: object) -> bool:
+    """Whether there is text in a value, at any depth."""
+    if isinstance(value, dict):
+        return any(map(holds_text, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_text, value))
+    return isinstance(value, str) and bool(value.strip())
+
+
+@lru_cache(maxsize=1024)
+def meant_by(key: str, known: frozenset[str]) -> str:
+    """The known key that `key` is a misspelling of, or is itself; "" where there is none."""
+    near = difflib.get_close_matches(key.strip().lower(), known, n=1, cutoff=0.85)
+    return near[0] if near and abs(len(near[0]) - len(key)) <= 2 else ""
+
+
 class Fields:
     """A row, or an object inside one under `name`, that knows which of its keys were read."""
 
@@ -70,6 +120,7 @@ class Fields:
         self.row = row
         self.name = name
         self.read: set[str] = set()
+        self.inner: list[str] = []  # keys of objects inside that nobody read
 
     def get(self, key: str) -> Any:
         """The value under a key as it is; None where there is none."""
@@ -94,7 +145,28 @@ class Fields:
         for value in self.list(key):
             if not isinstance(value, dict):
                 raise FormatError("not-an-utterance", f"{key}: 应有 {expected} expected, found {str(value)[:60]!r}")
-            yield Fields(value, key)
+            inside = Fields(value, key)
+            yield inside
+            self.inner += inside.unread()
+
+    def unread(self, known: frozenset[str] = frozenset()) -> list[str]:
+        """The keys that hold something and were not read; one of an object inside is "messages.name".
+
+        known: keys of the row's shape besides those of OPTIONAL. FormatError where a key changes what the row means,
+        or holds text and is near a known one.
+        """
+        left = [key for key in self.row if key not in self.read and holds_something(self.row[key])]
+        if not left:
+            return self.inner
+        names = {key: f"{self.name}.{key}" if self.name else str(key) for key in left}
+        for key, name in names.items():
+            kind, why = MATTERS.get(str(key).lower(), ("", ""))
+            if kind:
+                raise FormatError(kind, f"{name}: {why}")
+            meant = meant_by(str(key), known | OPTIONAL) if holds_text(self.row[key]) else ""
+            if meant and key not in known | ELSEWHERE:
+                raise FormatError("unread", f"{name}: 没有读 is not read here; is {meant} meant? rename or remove it")
+        return [*names.values(), *self.inner]
 
     def utterances(self, key: str) -> list[Turn]:
         """The turns in a list of {role: …, content: …} or {from: …, value: …}."""
@@ -117,16 +189,20 @@ class Fields:
         said = next((key for key in SAID if key in message.row), "content")
         value = message.get(said)
         if isinstance(value, list):
-            value = self._parts(value, said)
+            value = message._parts(value, said)
         return Turn(role, as_text(value, said))
 
     def _parts(self, parts: list, name: str) -> str:
         """The text of a content that is a list of text parts, a line each."""
-        for part in parts:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        texts = []
+        for value in parts:
+            part = Fields(value if isinstance(value, dict) else {"type": type(value).__name__}, f"{self.name}.{name}")
+            kind = part.get("type")
             if kind != "text":
                 raise FormatError("not-text", f"{name}: 只读文字 only text parts are read, found {kind!r}")
-        return "\n".join(as_text(part.get("text"), name, required=False) for part in parts)
+            texts.append(part.text("text", required=False))
+            self.inner += part.unread()
+        return "\n".join(texts)
 
 
 def _parsed(text: str) -> Any:

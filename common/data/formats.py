@@ -5,34 +5,45 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.data.fields import ROLES, SPEAKERS, Fields, as_text, role_of
+from common.data.fields import MATTERS, ROLES, SPEAKERS, Fields, as_text, role_of
 from common.data.turns import FormatError, Turn, check_order
 
 Row = dict[str, Any]
 Reader = Callable[[Fields], list[list[Turn]]]  # a row's conversations
 Shape = frozenset[str]  # the keys a row of it has
+PREFERENCE = {key for key, (kind, _) in MATTERS.items() if kind == "preference"}
 MOSS_MARKS = re.compile(r"^\s*<\|\w+\|>:\s*|\s*<eo\w>\s*$")
+MOSS_NOTES = ("Inner Thoughts", "Tool Responses")
 SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要求|[Ww]ord count)[^）)]*[）)]\s*)?")
 
 
-def turns_of(row: object) -> list[list[Turn]]:
-    """The conversations in one row: one list of turns, except HC3's rows, which give one for each answer.
+class Reading(NamedTuple):
+    """What a row says: its conversations (one, except for HC3's rows), and its keys that were not read."""
 
-    Raises FormatError naming the keys found, or the field that is empty or of the wrong type.
+    conversations: list[list[Turn]]
+    unused: list[str]
+
+
+def read_row(row: object) -> Reading:
+    """The Reading of one row.
+
+    Raises FormatError naming the keys found, or the field that is empty, of the wrong type, or would be lost.
     """
     if isinstance(row, list) and row and all(isinstance(message, dict) for message in row):
         row = {"messages": row}
     if not isinstance(row, dict):
         raise FormatError("not-an-object", f"应为对象 an object expected, found {type(row).__name__}")
-    conversations = _shape_of(row)(Fields(row))
+    shape, read = _shape_of(row)
+    fields = Fields(row)
+    conversations = read(fields)
     for turns in conversations:
         check_order(turns)
-    return conversations
+    return Reading(conversations, fields.unread(shape))
 
 
-def _shape_of(row: Row) -> Reader:
+def _shape_of(row: Row) -> tuple[Shape, Reader]:
     """The one shape whose keys the row has; a shape within another (input+output in alpaca) gives way to it."""
     keys = {key for key, value in row.items() if value is not None}
     if {"A", "B", "answer"} <= keys:
@@ -40,11 +51,14 @@ def _shape_of(row: Row) -> Reader:
             "multiple-choice",
             "选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training",
         )
+    pair = sorted(PREFERENCE & keys)
+    if pair:
+        raise FormatError(MATTERS[pair[0]][0], f"{_names(pair)}: {MATTERS[pair[0]][1]}")
     shapes = SHAPES if _asks(row) else SHAPES | TEXT_SHAPES
     fitting = [needs for needs in shapes if needs <= keys]
     widest = [needs for needs in fitting if not any(needs < other for other in fitting)]
     if len(widest) == 1:
-        return shapes[widest[0]]
+        return widest[0], shapes[widest[0]]
     if widest:
         raise FormatError(
             "ambiguous-keys",
@@ -110,7 +124,12 @@ def _question_answer(question_keys: tuple[str, ...], answer_key: str) -> Reader:
 
 def _messages(key: str) -> Reader:
     """A reader of rows whose `key` lists utterances."""
-    return lambda row: [_opening(row) + row.utterances(key)]
+
+    def read(row: Fields) -> list[list[Turn]]:
+        said = row.utterances(key)
+        return [_opening(row) + said]
+
+    return read
 
 
 def _prompt_completion(row: Fields) -> list[list[Turn]]:
@@ -164,6 +183,8 @@ def _moss(row: Fields) -> list[list[Turn]]:
             raise FormatError("plugin-call", f"chat 调用了插件 calls a plugin, which would be lost: {command[:40]!r}")
         question, answer = (MOSS_MARKS.sub("", round_.text(name)) for name in ("Human", "MOSS"))
         turns += [Turn("user", question), Turn("assistant", answer)]
+        round_.read |= {name for name in MOSS_NOTES if MOSS_MARKS.sub("", str(value.get(name))) == "None"}
+        row.inner += round_.unread()
     return [turns]
 
 
@@ -183,7 +204,9 @@ def _best_thread(row: Fields) -> list[list[Turn]]:
             )
         message = Fields(best, "prompt")
         turns.append(Turn(role, message.text("text")))
+        row.inner += ["prompt.replies"] if len(messages) > 1 else []
         messages = message.list("replies")
+        row.inner += message.unread()
     return [turns[:-1] if turns[-1].role == "user" else turns]
 
 

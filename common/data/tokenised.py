@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock
 
 from common.data import render, workers
-from common.data.conversations import conversations_in
+from common.data.conversations import Notes, conversations_in
 from common.data.render import Sample
 from common.data.sources import Record, read_records
 from common.data.turns import Conversation, Unusable
@@ -54,7 +54,8 @@ class Tokenised(NamedTuple):
     """One file of `--data_path`, ready to train on."""
 
     rows: Dataset  # input_ids, labels, length (in ids), cut (whether the prompt was) and where (file:line)
-    source: dict[str, Any]  # path, sha256, and how many: rows, kept, cut (rows), tokens, supervised (ids)
+    # path, sha256, and how many: rows, kept, cut (rows), tokens, supervised (ids), unused {key: rows}
+    source: dict[str, Any]
     rejected: Rejected
 
 
@@ -111,6 +112,7 @@ def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, pro
     features = _features()
     schema = features.arrow_schema
     counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
+    notes = Notes()
     records = read_records(path)
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -121,13 +123,16 @@ def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, pro
             (draft / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as rejected,
             tqdm(desc="编码 tokenising", unit="row", leave=False) as bar,
         ):
-            for table, left_out, counted in workers.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt):
+            done = workers.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt)
+            for table, left_out, counted, told in done:
                 writer.write_table(table)
                 rejected.writelines(left_out)
                 counts.update(counted)
+                notes.add(told)
                 bar.update(counted["rows"])
             writer.finalize()
-        (draft / "record.json").write_text(json.dumps(counts), encoding="utf-8")
+        record = {**counts, "unused": dict(sorted(notes.unused.items()))}
+        (draft / "record.json").write_text(json.dumps(record), encoding="utf-8")
         draft.rename(folder)
 
 
@@ -152,14 +157,15 @@ def _encode(
     cfg: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Family,
-) -> tuple[pyarrow.Table, list[str], Counter[str]]:
-    """(table of samples, lines of rejected.jsonl, counts) of some Records of a file."""
+) -> tuple[pyarrow.Table, list[str], Counter[str], Notes]:
+    """(table of samples, lines of rejected.jsonl, counts, Notes) of some Records of a file."""
     import pyarrow
 
     columns: dict[str, list] = {name: [] for name in schema.names}
     rejected: list[str] = []
     counts: Counter[str] = Counter()
-    found = (row for record in records for row in conversations_in(record, path, cfg))
+    notes = Notes()
+    found = (row for record in records for row in conversations_in(record, path, cfg, notes))
     for row in lessons(found, prompt.ONE_ANSWER and cfg.loss_on == "answer"):
         counts["rows"] += 1
         sample = _sample_of(row, cfg, tokenizer, prompt)
@@ -170,7 +176,7 @@ def _encode(
         counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(render.IGNORED))
         for name, value in {**sample._asdict(), "length": length, "where": row.where}.items():
             columns[name].append(value)
-    return pyarrow.table(columns, schema), rejected, counts
+    return pyarrow.table(columns, schema), rejected, counts, notes
 
 
 def lessons(rows: Iterable[Conversation | Unusable], one_answer: bool) -> Iterator[Conversation | Unusable]:

@@ -120,6 +120,7 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
             continue
         rows = files[-1].rows
         findings += [_left_out(row) for row in files[-1].rejected]
+        findings += [_unused(path, key, count) for key, count in files[-1].source["unused"].items()]
         findings += [_cut(cfg, where) for where, cut in zip(rows["where"], rows["cut"], strict=True) if cut]
     return files, findings
 
@@ -127,6 +128,11 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
 def _left_out(row: Unusable) -> Finding:
     defect = DEFECTS[row.kind]
     return Finding(row.where, defect.group, row.reason, defect.expected, defect.remedy)
+
+
+def _unused(path: str, key: str, count: int) -> Finding:
+    found = f"{key}: {count} 行有而没有读 not used in {count} rows"
+    return Finding(path, "unused", found, "keys of a known shape", "none if it is no text to learn", bad=False)
 
 
 def _unreadable(problem: UserError) -> Finding:
