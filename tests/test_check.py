@@ -34,7 +34,7 @@ DEFECTS = {
     "assistant first": (
         {"messages": [{"role": "assistant", "content": "答"}, {"role": "user", "content": "问"}]},
         "turn order",
-        "found assistant",
+        "found user",
     ),
 }
 

@@ -3,11 +3,13 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from common.data import dataset, formats
-from common.data.turns import FormatError, Turn
+from common.data import dataset, formats, render, tokenised, turns
+from common.data.turns import Conversation, FormatError, Turn
+from common.errors import UserError
 from common.training import check
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
@@ -31,7 +33,7 @@ BOILING = talk("水的沸点？", "一百度。")
 
 
 @pytest.mark.parametrize(
-    ("row", "turns"),
+    ("row", "expected"),
     [
         ({"messages": asked("user", "assistant", "role", "text")}, BOILING),
         ({"conversations": asked("user", "assistant", "from", "text")}, BOILING),
@@ -79,8 +81,8 @@ BOILING = talk("水的沸点？", "一百度。")
         ({"system": "甲", "system_prompt": "乙", "query": "一", "response": "二"}, talk("一", "二", system="甲\n乙")),
     ],
 )
-def test_shapes_people_have(row, turns):
-    assert formats.read_row(row).conversations == [turns]
+def test_shapes_people_have(row, expected):
+    assert formats.read_row(row).conversations == [expected]
 
 
 @pytest.mark.parametrize("role", ["User", "USER", " user ", "Human", "用户", "tool_response", "Prompter"])
@@ -220,7 +222,7 @@ def test_every_text_of_a_row_is_in_its_turns_or_told():
             assert str(refused)
             outcomes["refused"] += 1
             continue
-        said = "\0".join(turn.text for turns in reading.conversations for turn in turns)
+        said = "\0".join(turn.text for found in reading.conversations for turn in found)
         for key, parts_of_it in texts.items():
             told = key in reading.unused or f"{key}.name" in reading.unused
             assert all(part in said or told for part in parts_of_it), (key, row)
@@ -242,3 +244,202 @@ def test_unused_keys_are_counted_once_a_file(tmp_path, tokenizer, capsys):
     told = [finding for finding in report["findings"] if finding["kind"] == "unused"]
     assert [(finding["where"], finding["bad"]) for finding in told] == [(str(path), False)] * 2
     assert "note" in told[1]["found"] and "3 rows" in told[1]["found"]
+
+
+# ---------------------------------------------------------------- answers that are not to be learnt
+
+
+def rounds(*marks, texts="一二三四五六"):
+    """Messages of user and assistant in turn; of each answer its mark, as a dict."""
+    found = []
+    for number, mark in enumerate(marks):
+        found += [{"role": "user", "content": texts[2 * number]}]
+        found += [{"role": "assistant", "content": texts[2 * number + 1]} | mark]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("row", "learnt"),
+    [
+        ({"messages": rounds({"loss": False}, {"loss": True})}, [False, True]),
+        ({"messages": rounds({"weight": 0}, {"weight": 1})}, [False, True]),
+        ({"messages": rounds({"weight": 0.0}, {"weight": 1.0})}, [False, True]),
+        ({"messages": rounds({"mask": True}, {"mask": False}, {})}, [False, True, True]),
+        ({"messages": rounds({"train": True}, {"train": False})}, [True, False]),
+        ({"messages": rounds({"loss": None}, {"loss": 1, "weight": 0})}, [True, False]),
+        (
+            {
+                "conversation": [
+                    {"input": "一", "output": "二", "output_with_loss": False},
+                    {"input": "三", "output": "四", "output_with_loss": True},
+                ]
+            },
+            [False, True],
+        ),
+        ({"messages": rounds({}, {}), "loss_mask": [0, 1]}, [False, True]),
+        ({"messages": rounds({}, {}), "loss_mask": [0, 0, 1, 0]}, [False, False]),
+        ({"messages": rounds({}, {}), "loss_mask": [0, 1, 0, 0]}, [True, False]),
+        ({"messages": rounds({}, {}), "system": "简短", "loss_mask": [0, 0, 0, 1]}, [False, True]),
+        ({"messages": rounds({}, {}), "system": "简短", "loss_mask": [0, 0, 0, 0, 1]}, [False, True]),
+        ({"messages": rounds({}, {}), "weight": 1}, [True, True]),
+    ],
+)
+def test_marks_are_honoured(row, learnt):
+    if not any(learnt):
+        with pytest.raises(FormatError, match="every answer of the row is marked"):
+            formats.read_row(row)
+        return
+    (found,) = formats.read_row(row).conversations
+    assert [turn.learn for turn in found if turn.role == "assistant"] == learnt
+    assert all(turn.learn for turn in found if turn.role != "assistant") and formats.read_row(row).unused == []
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": rounds({"weight": 0.5})}, ["messages.weight", "0.5"]),
+        ({"messages": rounds({"loss": "no"})}, ["messages.loss", "no"]),
+        ({"messages": rounds({}), "weight": 2}, ["weight", "2"]),
+        ({"messages": rounds({}), "loss_mask": [0, 1, 1]}, ["loss_mask", "2 轮", "3 个标记"]),
+        ({"messages": rounds({}), "loss_mask": [0.3]}, ["loss_mask", "0.3"]),
+        ({"messages": rounds({}), "weight": 0}, ["every answer", "not to be learnt"]),
+        (
+            {"conversations": [{"from": "human", "value": "一"}, {"from": "gpt", "value": "二", "mask": True}]},
+            ["every answer", "not to be learnt"],
+        ),
+        ({"conversation": [{"input": "一", "output": "二", "output_with_loss": 3}]}, ["output_with_loss", "3"]),
+    ],
+)
+def test_marks_that_cannot_be_honoured_are_errors(row, words):
+    with pytest.raises(FormatError) as error:
+        formats.read_row(row)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_a_mark_of_a_question_changes_nothing():
+    messages = rounds({}, {})
+    messages[0]["mask"] = messages[2]["weight"] = 0
+    assert formats.read_row({"messages": messages}).conversations == [talk(*"一二三四")]
+
+
+@pytest.mark.parametrize("style", prompt.STYLES)
+@pytest.mark.parametrize("loss_on", ["answer", "all", "last"])
+def test_the_loss_counts_no_id_of_an_unlearnt_answer(tokenizer, style, loss_on):
+    whole, marked = talk("一", "二二", "三", "四"), talk("一", "二二", "三", "四")
+    marked[1] = marked[1]._replace(learn=False)
+    sample, expected = (
+        render.training_sample(tokenizer, prompt, half, style, loss_on, 99, 99) for half in (marked, whole)
+    )
+    assert sample.input_ids == expected.input_ids
+    silent = [
+        number for number, pair in enumerate(zip(sample.labels, expected.labels, strict=True)) if len({*pair}) > 1
+    ]
+    stop = prompt.stop_ids(tokenizer, style)[0]
+    answer = [*render.encode_text(tokenizer, "二二"), stop]
+    assert [sample.input_ids[number] for number in silent] == ([] if loss_on == "last" else answer)
+    assert {sample.labels[number] for number in silent} <= {render.IGNORED}
+
+
+def test_a_sequence_that_teaches_one_answer_is_made_for_learnt_ones_only():
+    half = talk("一", "二", "三", "四")
+    half[1] = half[1]._replace(learn=False)
+    assert list(tokenised.lessons([Conversation("f:1", half)], True)) == [("f:1", half)]
+
+
+# ---------------------------------------------------------------- one reading of a conversation
+
+U, U2, A, A2, S = (
+    {"role": role, "content": text}
+    for role, text in (("user", "一"), ("user", "三"), ("assistant", "二"), ("assistant", "四"), ("system", "简短"))
+)
+GREETING = Turn("assistant", "二", learn=False)
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected", "repairs"),
+    [
+        ([U, A], talk("一", "二"), []),
+        ([S, U, A, U2, A2], talk("一", "二", "三", "四", system="简短"), []),
+        ([U, U2, A, A2], talk("一\n\n三", "二\n\n四"), [turns.JOINED]),
+        ([S, S, U, A], talk("一", "二", system="简短\n\n简短"), [turns.JOINED]),
+        ([U, A, U2], talk("一", "二"), [turns.UNANSWERED]),
+        ([U, A, U2, U2], talk("一", "二"), [turns.JOINED, turns.UNANSWERED]),
+        ([A, U, A2], [GREETING, *talk("一", "四")], [turns.GREETING]),
+        (
+            [S, A, A, U, A2],
+            [Turn("system", "简短"), GREETING._replace(text="二\n\n二"), *talk("一", "四")],
+            [turns.JOINED, turns.GREETING],
+        ),
+        ([U, A, S, U2, A2], talk("一", "二", "简短\n\n三", "四"), [turns.SYSTEM]),
+        ([U, S, A], talk("一\n\n简短", "二"), [turns.SYSTEM]),
+        ([U, A, S], talk("一", "二"), [turns.SYSTEM, turns.UNANSWERED]),
+        ([U, A | {"content": None}, U2, A2], talk("一\n\n三", "四"), [turns.NO_TEXT, turns.JOINED]),
+        ([S | {"content": " "}, U, A], talk("一", "二"), [turns.NO_TEXT]),
+        ([U, A, U2, A2 | {"content": ""}], talk("一", "二"), [turns.NO_TEXT, turns.UNANSWERED]),
+        ([U, {"role": "assistant"}, U2, A2], talk("一\n\n三", "四"), [turns.NO_TEXT, turns.JOINED]),
+        (
+            [U, {"role": "tool_call", "content": "{}"}, *[{"role": "tool", "content": text} for text in "晴风"], A],
+            talk("一", "{}", "晴\n\n风", "二"),
+            [turns.JOINED],
+        ),
+        (
+            [U, A | {"loss": False}, A2, U2, A2],
+            [Turn("user", "一"), Turn("assistant", "二\n\n四", False), *talk("三", "四")],
+            [turns.JOINED],
+        ),
+    ],
+)
+def test_an_odd_turn_is_repaired_and_told(messages, expected, repairs):
+    reading = formats.read_row({"messages": messages})
+    assert (reading.conversations, reading.repaired) == ([expected], repairs)
+
+
+def test_every_shape_of_a_conversation_is_repaired():
+    assert formats.read_row({"query": "三", "response": "四", "history": [["一", ""]]}).conversations == [
+        talk("一\n\n三", "四")
+    ]
+    history = [U | {"content": "一"}]
+    assert formats.read_row({"query": "三", "response": "四", "history": history}).conversations == [
+        talk("一\n\n三", "四")
+    ]
+    firefly = [
+        {"human": "一", "assistant": "二"},
+        {"system": "简短", "human": "三", "assistant": "四"},
+        {"human": "五"},
+    ]
+    assert formats.read_row({"conversation": firefly}).conversations == [talk("一", "二", "简短\n\n三", "四")]
+
+
+def test_repairs_are_counted_with_their_places(tmp_path, tokenizer, capsys):
+    path = tmp_path / "a.jsonl"
+    rows = [{"messages": messages} for messages in ([U, A], [U, U, A], [A, U, A], [U, U, A], [U, U, A], [U, U2, A, A])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    cfg = Config(data_path=(str(path),), cache_dir=str(tmp_path / "cache"), val_set_size=0)
+    for _ in range(2):  # read, and out of the cache
+        found = dataset.prepare(cfg, tokenizer, prompt)
+        assert found.sources[0]["repaired"] == 5 == len(found.repaired) and found.sources[0]["kept"] == 6
+        dataset.show_counts(found)
+        out = capsys.readouterr().out
+        assert f"repaired 4: {turns.JOINED}: {path}:2, {path}:4, {path}:5\n" in out
+        assert f"repaired 1: {turns.GREETING}: {path}:3\n" in out
+        with pytest.raises(UserError) as error:
+            dataset.prepare(replace(cfg, strict=True), tokenizer, prompt)
+        assert str(error.value) == f"{path}:2: {turns.JOINED} (--strict)"
+    report = check.examine(cfg, tokenizer, prompt)[1]
+    places = [finding["where"] for finding in report["findings"] if finding["kind"] == "repaired"]
+    assert places == [f"{path}:{line}" for line in range(2, 7)] and not any(f["bad"] for f in report["findings"])
+
+
+@pytest.mark.parametrize("style", prompt.STYLES)
+def test_a_greeting_is_rendered_first_and_never_learnt(tokenizer, style):
+    greeted = [Turn("system", "规则"), Turn("assistant", "您好", learn=False), *talk("一", "二")]
+    for loss_on in ("answer", "all"):
+        sample = render.training_sample(tokenizer, prompt, greeted, style, loss_on, 99, 99)
+        text = render.shown(tokenizer, sample.input_ids)
+        opening = "<start_of_turn>model\n您好<end_of_turn>\n<start_of_turn>user\n" if style == "chat" else "您好<eos>"
+        assert text.startswith(f"<bos>{opening}规则\n\n一")
+        learnt = render.shown(tokenizer, [label for label in sample.labels if label != render.IGNORED])
+        assert "您" not in learnt and "model\n您" not in learnt and "二" in learnt
+    whole = render.prompt_ids(tokenizer, prompt, greeted[:-1], style, 99)[0]
+    asked, cut = render.prompt_ids(tokenizer, prompt, greeted[:-1], style, len(whole) - 1)
+    assert cut and "您" not in render.shown(tokenizer, asked) and "规则\n\n一" in render.shown(tokenizer, asked)

@@ -12,7 +12,7 @@ import numpy
 
 from common.data import formats
 from common.data.sources import Record, read_records
-from common.data.turns import Conversation, FormatError, Unusable, fill_identity
+from common.data.turns import Conversation, FormatError, Repair, Unusable, fill_identity, said
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,10 +40,13 @@ class Notes:
     """What else there is to say of the usable rows of a file."""
 
     unused: Counter[str] = field(default_factory=Counter)  # key that was not read: rows that have it
+    repaired: list[Repair] = field(default_factory=list)
 
-    def add(self, more: Notes) -> None:
-        """Put the notes of further rows behind these."""
-        self.unused += more.unused
+    def add(self, where: str, reading: formats.Reading) -> None:
+        """Note what was said of the row at `where`, file:line."""
+        if reading.unused:
+            self.unused.update(set(reading.unused))
+        self.repaired += [Repair(where, reason) for reason in dict.fromkeys(reading.repaired)]
 
 
 def conversations_in(
@@ -63,8 +66,8 @@ def conversations_in(
     except FormatError as problem:
         yield Unusable(where, problem.reason, record.value, problem.kind)
         return
-    if notes is not None and reading.unused:
-        notes.unused.update(set(reading.unused))
+    if notes is not None:
+        notes.add(where, reading)
     for turns in found:
         yield Conversation(where, turns)
 
@@ -73,7 +76,7 @@ def questions(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
     """Yield what `conversations` does; a text that asks nothing is unusable."""
     for row in conversations(path, cfg):
         if isinstance(row, Conversation) and row.turns[-1].role == "text":
-            yield Unusable(row.where, "没有提问 there is no question to ask", row.turns, kind="no-question")
+            yield Unusable(row.where, "没有提问 there is no question to ask", said(row.turns), kind="no-question")
         else:
             yield row
 

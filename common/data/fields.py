@@ -35,6 +35,7 @@ ROLES = {  # any letter case
 }
 SPEAKERS = ("role", "from")  # keys that say who speaks
 SAID = ("content", "value", "text")  # keys that hold what is said
+MARKS = {"loss": True, "weight": True, "train": True, "mask": False}  # whether a mark's true says: learn this answer
 OPTIONAL = frozenset({"system", "system_prompt", "history", "tools", "instruction", "input", "context"})
 ELSEWHERE = {"content", "value", "text"}  # keys of other shapes, which are near one of OPTIONAL by chance
 # keys that change what a row means: (kind, what is said of one that was not read)
@@ -72,7 +73,7 @@ def as_text(value: object, name: str, required: bool = True) -> str:
         if required:
             raise FormatError("empty", f"{name} 是空的 is empty")
         return ""
-    if not isinstance(value, str):
+    if type(value) is not str:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             found = f"{type(value).__name__} {str(value)[:40]!r}"
             raise FormatError("not-text", f"{name} 应为文字 must be text, found {found}")
@@ -113,6 +114,15 @@ def meant_by(key: str, known: frozenset[str]) -> str:
     return near[0] if near and abs(len(near[0]) - len(key)) <= 2 else ""
 
 
+def mark_of(value: object, name: str, yes: bool = True) -> bool:
+    """Whether a mark (true, false, 1 or 0; null is no mark) says that an answer is learnt; `yes`: what true says."""
+    if value is None:
+        return True
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value) is yes
+    raise FormatError("mark", f"{name} 应为 must be true, false, 1 or 0, found {str(value)[:40]!r}")
+
+
 class Fields:
     """A row, or an object inside one under `name`, that knows which of its keys were read."""
 
@@ -129,11 +139,15 @@ class Fields:
 
     def text(self, key: str, required: bool = True) -> str:
         """The text under a key; "" where there is none and it is not required."""
-        return as_text(self.get(key), key, required)
+        self.read.add(key)
+        value = self.row.get(key)
+        return "" if value is None and not required else as_text(value, key, required)
 
     def list(self, key: str) -> list:
         """The list under a key, also where it is written as JSON text, as in CSV; [] where there is none."""
-        value = self.get(key) or []
+        value = self.get(key)
+        if not value:
+            return []
         if isinstance(value, str):
             value = _parsed(value)
         if not isinstance(value, list):
@@ -190,7 +204,13 @@ class Fields:
         value = message.get(said)
         if isinstance(value, list):
             value = message._parts(value, said)
-        return Turn(role, as_text(value, said))
+        learn = message.is_learnt()
+        return Turn(role, as_text(value, said, required=False), learn or role != "assistant")
+
+    def is_learnt(self) -> bool:
+        """Whether no mark of an utterance says that its text is context only."""
+        marks = [mark_of(self.get(key), f"{self.name}.{key}", yes) for key, yes in MARKS.items() if key in self.row]
+        return all(marks)
 
     def _parts(self, parts: list, name: str) -> str:
         """The text of a content that is a list of text parts, a line each."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from common.data.fields import MATTERS, ROLES, SPEAKERS, Fields, as_text, role_of
-from common.data.turns import FormatError, Turn, check_order
+from common.data.fields import MATTERS, ROLES, SPEAKERS, Fields, as_text, mark_of, role_of
+from common.data.turns import FormatError, Turn, in_order
 
 Row = dict[str, Any]
 Reader = Callable[[Fields], list[list[Turn]]]  # a row's conversations
 Shape = frozenset[str]  # the keys a row of it has
+OPENING = {"system", "system_prompt", "tools", "history"}
 PREFERENCE = {key for key, (kind, _) in MATTERS.items() if kind == "preference"}
 MOSS_MARKS = re.compile(r"^\s*<\|\w+\|>:\s*|\s*<eo\w>\s*$")
 MOSS_NOTES = ("Inner Thoughts", "Tool Responses")
@@ -20,10 +22,11 @@ SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要�
 
 
 class Reading(NamedTuple):
-    """What a row says: its conversations (one, except for HC3's rows), and its keys that were not read."""
+    """What a row says: its conversations (one, except for HC3's rows), keys that were not read, what was repaired."""
 
-    conversations: list[list[Turn]]
+    conversations: list[Sequence[Turn]]
     unused: list[str]
+    repaired: list[str]
 
 
 def read_row(row: object) -> Reading:
@@ -38,9 +41,36 @@ def read_row(row: object) -> Reading:
     shape, read = _shape_of(row)
     fields = Fields(row)
     conversations = read(fields)
-    for turns in conversations:
-        check_order(turns)
-    return Reading(conversations, fields.unread(shape))
+    mended = [in_order(_marked(fields, turns)) for turns in conversations]
+    repaired = [repair for _, repairs in mended for repair in repairs]
+    if not mark_of(fields.get("weight"), "weight") or not all(_teaches(turns) for turns, _ in mended):
+        raise FormatError("nothing-to-learn", "没有要学的回答 every answer of the row is marked as not to be learnt")
+    return Reading([turns for turns, _ in mended], fields.unread(shape), repaired)
+
+
+def _teaches(turns: Sequence[Turn]) -> bool:
+    """Whether something in the turns is learnt."""
+    return any(turn.learn and turn.role in ("assistant", "text") for turn in turns)
+
+
+def _marked(row: Fields, turns: list[Turn]) -> list[Turn]:
+    """The turns with the marks of the row's `loss_mask`, one a turn (the system text may lack one) or one an answer."""
+    marks = [mark_of(mark, "loss_mask") for mark in row.list("loss_mask")]
+    if not marks:
+        return turns
+    places = range(len(turns))
+    answers = [number for number in places if turns[number].role == "assistant"]
+    ways = [places, places[turns[0].role == "system" :], answers] if turns else []
+    fitting = next((way for way in ways if len(way) == len(marks)), None)
+    if fitting is None:
+        raise FormatError(
+            "mark", f"loss_mask: {len(turns)} 轮 turns, {len(answers)} 个回答 answers, {len(marks)} 个标记 marks found"
+        )
+    learnt = dict(zip(fitting, marks, strict=True))
+    return [
+        turn._replace(learn=turn.learn and learnt.get(number, True)) if turn.role == "assistant" else turn
+        for number, turn in enumerate(turns)
+    ]
 
 
 def _shape_of(row: Row) -> tuple[Shape, Reader]:
@@ -51,14 +81,12 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
             "multiple-choice",
             "选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training",
         )
-    pair = sorted(PREFERENCE & keys)
-    if pair:
+    if not PREFERENCE.isdisjoint(keys):
+        pair = sorted(PREFERENCE & keys)
         raise FormatError(MATTERS[pair[0]][0], f"{_names(pair)}: {MATTERS[pair[0]][1]}")
-    shapes = SHAPES if _asks(row) else SHAPES | TEXT_SHAPES
-    fitting = [needs for needs in shapes if needs <= keys]
-    widest = [needs for needs in fitting if not any(needs < other for other in fitting)]
+    widest = _widest(frozenset(keys), _asks(row))
     if len(widest) == 1:
-        return widest[0], shapes[widest[0]]
+        return widest[0], READERS[widest[0]]
     if widest:
         raise FormatError(
             "ambiguous-keys",
@@ -69,6 +97,13 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
     raise FormatError(
         "unknown-keys", f"无法识别的字段 unknown keys: {found}; nearest known shape: {_names(_nearest_shape(row))}"
     )
+
+
+@lru_cache(maxsize=256)
+def _widest(keys: Shape, asks: bool) -> list[Shape]:
+    """The shapes of a row with these keys, without those that are part of another one of them."""
+    fitting = [needs for needs in (SHAPES if asks else READERS) if needs <= keys]
+    return [needs for needs in fitting if not any(needs < other for other in fitting)]
 
 
 def _asks(row: Row) -> bool:
@@ -90,6 +125,8 @@ def _names(keys: Iterable[str]) -> str:
 
 def _opening(row: Fields) -> list[Turn]:
     """System text (and the tools on offer, which are part of it), then the history."""
+    if OPENING.isdisjoint(row.row):
+        return []
     tools = row.text("tools", required=False)
     parts = [row.text("system", required=False), row.text("system_prompt", required=False)]
     parts.append("" if tools.strip() == "[]" else tools)
@@ -104,7 +141,7 @@ def _opening(row: Fields) -> list[Turn]:
                 "not-pairs",
                 f"history 应为 [问, 答] 的列表 must be pairs of question and answer, found {str(pair)[:40]!r}",
             )
-        question, answer = (as_text(part, "history") for part in pair)
+        question, answer = (as_text(part, "history", required=False) for part in pair)
         turns += [Turn("user", question), Turn("assistant", answer)]
     return turns
 
@@ -148,7 +185,9 @@ def _rounds(row: Fields) -> list[list[Turn]]:
         if round_.get("system"):
             turns.append(Turn("system", round_.text("system")))
         question, answer = ("input", "output") if "input" in round_.row else ("human", "assistant")
-        turns += [Turn("user", round_.text(question)), Turn("assistant", round_.text(answer))]
+        learn = mark_of(round_.get("output_with_loss"), "output_with_loss") and round_.is_learnt()
+        asked, answered = (round_.text(key, required=False) for key in (question, answer))
+        turns += [Turn("user", asked), Turn("assistant", answered, learn)]
     return [turns]
 
 
@@ -207,7 +246,7 @@ def _best_thread(row: Fields) -> list[list[Turn]]:
         row.inner += ["prompt.replies"] if len(messages) > 1 else []
         messages = message.list("replies")
         row.inner += message.unread()
-    return [turns[:-1] if turns[-1].role == "user" else turns]
+    return [turns]
 
 
 def _dialogue(row: Fields) -> list[list[Turn]]:
@@ -253,4 +292,5 @@ SHAPES: dict[Shape, Reader] = {
 }
 # pre-training text, unless the row has a key of ASKING
 TEXT_SHAPES: dict[Shape, Reader] = {frozenset({key}): _plain_text(key) for key in ("response", "text")}
+READERS = SHAPES | TEXT_SHAPES
 ASKING = {"instruction", "instruct", "input", "query", "question", "prompt", "content", "history"}
