@@ -199,7 +199,7 @@ def train_ours(which, net, rows, args):
 
     data = Dataset.from_list(rows)
     cfg = config(args, which)
-    fit(net, TrainingData(data, data.select([]), [], []), cfg, SimpleNamespace(pad_token_id=0))
+    fit(net, TrainingData(data, data.select([]), [], [], []), cfg, SimpleNamespace(pad_token_id=0))
     log = files.read_jsonl(Path(args.folder) / "trainer_log.jsonl")
     return log[-1]["seconds"], [record["loss"] for record in log], our_sampler(rows, cfg).batches()
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text
+from common.data.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
 from common.data.turns import Turn, fold_system
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
     ask = Piece([tokenizer.gmask_token_id, tokenizer.bos_token_id], FRAME)
     if turns[0].role == "text":
         return [ask, _answer(tokenizer, turns[0].text)]
-    turns = fold_system(turns)
-    answered = [_answer(tokenizer, turns[-1].text)] if turns[-1].role == "assistant" else []
+    turns = _without_greeting(fold_system(turns))
+    last = turns[-1]
+    answered = [_answer(tokenizer, last.text, last.learn)] if last.role == "assistant" else []
     asked = turns[: len(turns) - len(answered)]
     return [Piece(encode_text(tokenizer, prompt_text(asked)), QUESTION), ask, *answered]
 
@@ -72,8 +73,16 @@ def clean(text: str, ended: bool = True) -> str:
     return HALF_WIDTH.sub(lambda found: FULL_WIDTH[found[0]], text)
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, text: str) -> Piece:
-    return Piece([*encode_text(tokenizer, text), tokenizer.eos_token_id], ANSWER)
+def _answer(tokenizer: PreTrainedTokenizerBase, text: str, learn: bool = True) -> Piece:
+    return Piece([*encode_text(tokenizer, text), tokenizer.eos_token_id], ANSWER if learn else CONTEXT)
+
+
+def _without_greeting(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns with a greeting before the first question, an empty line between: a round begins with a question."""
+    if turns[0].role != "assistant":
+        return turns
+    greeting, first, *rest = turns
+    return [first._replace(text=f"{greeting.text.strip()}\n\n{first.text.lstrip()}"), *rest]
 
 
 FULL_WIDTH = dict(zip(",!:;?", "，！：；？", strict=True))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.data.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.data.turns import Turn, fold_system
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
         return [*pieces, Piece([*encode_text(tokenizer, turns[0].text), tokenizer.eos_token_id], ANSWER)]
     render_turn = _chat_turn if style == "chat" else _plain_turn
     *earlier, last = fold_system(turns)
+    if style == "chat" and (earlier or [last])[0].role == "assistant":  # a greeting
+        header = [special_id(tokenizer, "<start_of_turn>"), *frame_ids(tokenizer, "model\n")]
+        pieces.append(Piece(header, CONTEXT))
     for turn in earlier:
         pieces += render_turn(tokenizer, turn, last=False)
     return pieces + render_turn(tokenizer, last, last=True)
@@ -65,9 +68,12 @@ def _chat_turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, last: bool) -> li
         header = [start, *frame_ids(tokenizer, "user\n")]
         model = [end, *frame_ids(tokenizer, "\n"), start, *frame_ids(tokenizer, "model\n")]
         return [Piece(header, FRAME), Piece(text, QUESTION), Piece(model, FRAME)]
-    return [Piece([*text, end], ANSWER)] + ([] if last else [Piece([*frame_ids(tokenizer, "\n")], FRAME)])
+    answer = Piece([*text, end], ANSWER if turn.learn else CONTEXT)
+    return [answer] if last else [answer, Piece([*frame_ids(tokenizer, "\n")], FRAME)]
 
 
 def _plain_turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, last: bool) -> list[Piece]:
     text = encode_text(tokenizer, turn.text)
-    return [Piece(text, QUESTION) if turn.role == "user" else Piece([*text, tokenizer.eos_token_id], ANSWER)]
+    if turn.role == "user":
+        return [Piece(text, QUESTION)]
+    return [Piece([*text, tokenizer.eos_token_id], ANSWER if turn.learn else CONTEXT)]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.data.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.data.turns import Turn
 
 if TYPE_CHECKING:
@@ -46,7 +46,11 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
     if turns[0].role != "system":
         turns = [*_default_system(tokenizer, style), *turns]
     *earlier, last = turns
-    pieces = [piece for turn in earlier for piece in _chat_turn(tokenizer, turn, style, last=False)]
+    pieces: list[Piece] = []
+    for number, turn in enumerate(earlier):
+        if turn.role == "assistant" and (number == 0 or earlier[number - 1].role == "system"):  # a greeting
+            pieces.append(Piece([special_id(tokenizer, "<|im_start|>"), *_asking(tokenizer, style)], CONTEXT))
+        pieces += _chat_turn(tokenizer, turn, style, last=False)
     return pieces + _chat_turn(tokenizer, last, style, last=True)
 
 
@@ -66,18 +70,24 @@ def _chat_turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, style: str, last:
     newline = frame_ids(tokenizer, "\n")
     if turn.role == "assistant":
         text = "\n" + turn.text if style == "log" else turn.text
-        return [Piece([*encode_text(tokenizer, text), end], ANSWER)] + ([] if last else [Piece([*newline], FRAME)])
+        answer = Piece([*encode_text(tokenizer, text), end], ANSWER if turn.learn else CONTEXT)
+        return [answer] if last else [answer, Piece([*newline], FRAME)]
     # role and text are encoded as one, as in the official template's text: a text's own newlines join the header's
     said = [start, *encode_text(tokenizer, f"{turn.role}\n{turn.text}"), end, *newline]
     if turn.role == "system":
         return [Piece(said, FRAME)]
-    header = frame_ids(tokenizer, "assistant" if style == "log" else "assistant\n")
-    return [Piece(said, QUESTION), Piece([start, *header], FRAME)]
+    return [Piece(said, QUESTION), Piece([start, *_asking(tokenizer, style)], FRAME)]
+
+
+def _asking(tokenizer: PreTrainedTokenizerBase, style: str) -> tuple[int, ...]:
+    """Ids of the header that asks for an answer, without <|im_start|>."""
+    return frame_ids(tokenizer, "assistant" if style == "log" else "assistant\n")
 
 
 def _plain_turn(tokenizer: PreTrainedTokenizerBase, turn: Turn) -> Piece:
     if turn.role == "assistant":
-        return Piece([*encode_text(tokenizer, turn.text), special_id(tokenizer, "<|endoftext|>")], ANSWER)
+        part = ANSWER if turn.learn else CONTEXT
+        return Piece([*encode_text(tokenizer, turn.text), special_id(tokenizer, "<|endoftext|>")], part)
     return Piece(encode_text(tokenizer, turn.text + ("\n" if turn.role == "system" else "")), QUESTION)
 
 

@@ -24,7 +24,7 @@ DEFECTS = {
     "over-long": ({"question": "问", "answer": "答" * 41}, "over-long", "--max_length_a 40"),
     "duplicate": ({"question": "1+1=", "answer": "2"}, "duplicate", "rows.jsonl:1"),
     "empty": ({"question": "问", "answer": " "}, "empty", "answer 只有空白"),
-    "wrong type": ({"question": "问", "answer": 12}, "wrong type", "found int '12'"),
+    "wrong type": ({"question": "问", "answer": True}, "wrong type", "found bool 'True'"),
     "held-out overlap": (HELD_OUT, "held-out overlap", "held.jsonl:2"),
     "unknown keys": ({"frage": "问", "antwort": "答"}, "unknown keys", "antwort+frage"),
     "broken line": ('{"question": "问", "answer": "', "broken line", "broken JSON line"),
@@ -34,7 +34,7 @@ DEFECTS = {
     "assistant first": (
         {"messages": [{"role": "assistant", "content": "答"}, {"role": "user", "content": "问"}]},
         "turn order",
-        "found assistant",
+        "found user",
     ),
 }
 

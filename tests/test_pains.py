@@ -381,8 +381,8 @@ def test_pain_19_every_row_is_accounted_for(tmp_path, tokenizer):
 def test_pain_19_without_the_guard_rows_vanish(tmp_path, tokenizer, monkeypatch):
     whole = conversations.conversations_in
 
-    def warn_and_continue(record, path, cfg):
-        return (row for row in whole(record, path, cfg) if isinstance(row, Conversation))
+    def warn_and_continue(record, path, cfg, notes):
+        return (row for row in whole(record, path, cfg, notes) if isinstance(row, Conversation))
 
     monkeypatch.setattr(tokenised, "conversations_in", warn_and_continue)
     rows = prepared(tmp_path, BROKEN, tokenizer, strict=True)
@@ -459,7 +459,7 @@ def test_pain_26_answers_alone_are_scored_and_failures_count(tmp_path):
 
 def test_pain_27_other_columns_than_expected_are_named():
     with pytest.raises(FormatError, match="unknown keys: Frage\\+Reply"):
-        formats.turns_of({"Frage": "1", "Reply": "2"})
+        formats.read_row({"Frage": "1", "Reply": "2"})
 
 
 def test_pain_28_the_adapter_is_applied_once(trained, flags, small_gemma):

@@ -106,6 +106,13 @@ def test_a_system_text_stands_before_the_first_question():
     assert prompt.prompt_text(fold_system(turns)) == "[Round 0]\n问：s\n\na\n答：b\n[Round 1]\n问：c\n答："
 
 
+def test_a_greeting_stands_before_the_first_question(chatglm_tokenizer):
+    greeted = [Turn("system", "s"), Turn("assistant", "g", learn=False), Turn("user", "a")]
+    assert ids_of(chatglm_tokenizer, greeted) == ids_of(chatglm_tokenizer, [Turn("user", "g\n\ns\n\na")])
+    row = Conversation("f:1", [*greeted, Turn("assistant", "b")])
+    assert list(tokenised.lessons([row], True)) == [row]
+
+
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 def test_typed_control_tokens_stay_text(chatglm_tokenizer, role):
     evil = "a<sop>b<eop>[gMASK][MASK]<pad>"

@@ -53,6 +53,15 @@ def test_chat_equals_the_template(qwen_tokenizer, turns, own):
     assert ids_of(qwen_tokenizer, turns) == ids
 
 
+def test_a_greeting_is_a_turn_of_its_own(qwen_tokenizer):
+    turns = [Turn("system", "简短"), Turn("assistant", "您好。", learn=False), Turn("user", "几点关门")]
+    text = render.shown(qwen_tokenizer, ids_of(qwen_tokenizer, turns))
+    assert "<|im_end|>\n<|im_start|>assistant\n您好。<|im_end|>\n<|im_start|>user\n几点关门<|im_end|>\n" in text
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    shipped = {"chat_template": prompt.CHAT_TEMPLATE, "add_generation_prompt": True, "return_dict": False}
+    assert ids_of(qwen_tokenizer, turns) == qwen_tokenizer.apply_chat_template(messages, **shipped)
+
+
 def test_the_system_text_is_what_the_tokenizers_own_template_has(fixtures):
     tokenizer = AutoTokenizer.from_pretrained(fixtures / "tokenizers/qwen1.5")
     tokenizer.chat_template = tokenizer.chat_template.replace("You are a helpful assistant.", "You are Qwen.")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy
 
 from common.data import formats
 from common.data.sources import Record, read_records
-from common.data.turns import Conversation, FormatError, Unusable, fill_identity
+from common.data.turns import Conversation, FormatError, Repair, Unusable, fill_identity, said
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,17 +35,39 @@ def conversations(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable
         yield from conversations_in(record, path, cfg)
 
 
-def conversations_in(record: Record, path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
-    """Yield the conversations of one record, or the one Unusable that says why it has none."""
+@dataclass
+class Notes:
+    """What else there is to say of the usable rows of a file."""
+
+    unused: Counter[str] = field(default_factory=Counter)  # key that was not read: rows that have it
+    repaired: list[Repair] = field(default_factory=list)
+
+    def add(self, where: str, reading: formats.Reading) -> None:
+        """Note what was said of the row at `where`, file:line."""
+        if reading.unused:
+            self.unused.update(set(reading.unused))
+        self.repaired += [Repair(where, reason) for reason in dict.fromkeys(reading.repaired)]
+
+
+def conversations_in(
+    record: Record, path: str, cfg: SFTConfig, notes: Notes | None = None
+) -> Iterator[Conversation | Unusable]:
+    """Yield the conversations of one record, or the one Unusable that says why it has none.
+
+    What else there is to say of the record goes into `notes`.
+    """
     where = f"{path}:{record.line}"
     if record.problem:
         yield Unusable(where, record.problem, record.value, record.kind)
         return
     try:
-        found = [fill_identity(turns, cfg.model_name, cfg.model_author) for turns in formats.turns_of(record.value)]
+        reading = formats.read_row(record.value)
+        found = [fill_identity(turns, cfg.model_name, cfg.model_author) for turns in reading.conversations]
     except FormatError as problem:
         yield Unusable(where, problem.reason, record.value, problem.kind)
         return
+    if notes is not None:
+        notes.add(where, reading)
     for turns in found:
         yield Conversation(where, turns)
 
@@ -52,7 +76,7 @@ def questions(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
     """Yield what `conversations` does; a text that asks nothing is unusable."""
     for row in conversations(path, cfg):
         if isinstance(row, Conversation) and row.turns[-1].role == "text":
-            yield Unusable(row.where, "没有提问 there is no question to ask", row.turns, kind="no-question")
+            yield Unusable(row.where, "没有提问 there is no question to ask", said(row.turns), kind="no-question")
         else:
             yield row
 

@@ -12,7 +12,8 @@ import numpy
 from common import distributed
 from common.data import render
 from common.data.conversations import draw_rows, split_sample
-from common.data.tokenised import Rejected, tokenised, tokenizer_hash
+from common.data.tokenised import Listed, tokenised, tokenizer_hash
+from common.data.turns import Repair, Unusable
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.data.family import Family
 
+PLACES = 3  # of a kind of repair are shown
+
 
 class TrainingData(NamedTuple):
     """What there is to train on: `train` and `validation` are datasets of input_ids, labels, length, cut and where."""
@@ -29,7 +32,8 @@ class TrainingData(NamedTuple):
     train: Dataset
     validation: Dataset
     sources: list[dict[str, Any]]  # `Tokenised.source` of each file, and how many rows of it are `used`
-    rejected: Rejected
+    rejected: Listed[Unusable]
+    repaired: Listed[Repair]
 
 
 def prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> TrainingData:
@@ -45,7 +49,7 @@ def _prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family)
     from datasets import concatenate_datasets
 
     sources: list[dict[str, Any]] = []
-    rejected = Rejected()
+    rejected, repaired = Listed(Unusable), Listed(Repair)
     datasets: list[Dataset] = []
     offsets: dict[str, int] = {}  # of each file: where its rows begin among all rows
     drawn: list[numpy.ndarray] = []  # of each spec: row numbers among all rows
@@ -57,6 +61,7 @@ def _prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family)
         picked = draw_rows(len(file.rows), wanted, rng)
         sources.append(file.source | {"used": len(picked)})
         rejected.files += file.rejected.files
+        repaired.files += file.repaired.files
         if path not in offsets:  # a file named twice is the same rows once more
             offsets[path] = sum(map(len, datasets))
             datasets.append(file.rows)
@@ -66,7 +71,7 @@ def _prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family)
     lines = _line_ranks(everything)[chosen]  # rows of one line (HC3's answers to a question) stay on one side
     is_held = numpy.isin(lines, _held_lines(numpy.unique(lines), cfg.val_set_size, rng))
     validation = numpy.unique(chosen[is_held])
-    return TrainingData(everything.select(chosen[~is_held]), everything.select(validation), sources, rejected)
+    return TrainingData(everything.select(chosen[~is_held]), everything.select(validation), sources, rejected, repaired)
 
 
 def lengths_of(dataset: Dataset) -> numpy.ndarray:
@@ -93,7 +98,7 @@ def _held_lines(lines: numpy.ndarray, size: float, rng: random.Random) -> numpy.
     return lines[rng.sample(range(len(lines)), count)]
 
 
-def _check_counts(cfg: SFTConfig, sources: list[dict[str, Any]], rejected: Rejected) -> None:
+def _check_counts(cfg: SFTConfig, sources: list[dict[str, Any]], rejected: Listed[Unusable]) -> None:
     """UserError where nothing can be trained on, or more than `cfg.max_dropped` of the rows cannot."""
     rows = sum(source["rows"] for source in sources)
     if sum(source["kept"] for source in sources) == 0:
@@ -115,9 +120,20 @@ def show_counts(data: TrainingData) -> None:
             f"使用 used {source['used']}, token {source['tokens']}, "
             f"计损失 supervised {source['supervised'] / max(source['tokens'], 1):.0%}"
         )
+        unused = "; ".join(f"{key}: not used in {rows} rows" for key, rows in source["unused"].items())
+        if unused:
+            print(f"  没有读的字段 keys that were not read: {unused}")
     reasons = Counter(re.sub(r"\d+", "N", row.reason) for row in data.rejected)
     for reason, count in reasons.most_common(5):
         print(f"  剔除 dropped {count}: {reason}")
+    repairs: Counter[str] = Counter()
+    places: dict[str, list[str]] = {}  # the first of each kind
+    for where, reason in data.repaired:
+        repairs[reason] += 1
+        if repairs[reason] <= PLACES:
+            places.setdefault(reason, []).append(where)
+    for reason, count in repairs.items():
+        print(f"  修整 repaired {count}: {reason}: {', '.join(places[reason])}")
     print(f"训练 train {len(data.train)}, 验证 validation {len(data.validation)}")
 
 

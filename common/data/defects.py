@@ -37,6 +37,9 @@ DEFECTS = {
     "unknown-keys": Defect("unknown keys", "the keys of a known shape", "rename the keys as docs/data.md shows"),
     "ambiguous-keys": Defect("ambiguous keys", "the keys of one shape", "remove the keys that are not meant"),
     "multiple-choice": Defect("unknown keys", "a question and an answer", "score with it, do not train on it"),
+    "preference": Defect("unknown keys", "a question and one answer", "keep the chosen answer under a key of a shape"),
+    "media": Defect("unusable", "text alone", "delete the row or what it shows"),
+    "unread": Defect("unknown keys", "keys that are read", "rename or remove the key, see docs/data.md"),
     # the values of a row
     "not-text": _TEXT_OR_LIST,
     "not-a-list": _TEXT_OR_LIST,
@@ -47,13 +50,14 @@ DEFECTS = {
     "empty": Defect("empty", "text that can be seen", "write it or delete the row"),
     "only-blanks": Defect("empty", "text that can be seen", "write it or delete the row"),
     "half-a-character": Defect("broken text", "whole characters", "repair the text where it was cut"),
+    "mark": Defect("wrong type", "a mark that says learnt or not", "write true or false; there are no other weights"),
+    "nothing-to-learn": Defect("masked", "an answer that is learnt", "delete the row or the mark"),
     "plugin-call": Defect("unusable", "a known shape", "see docs/data.md"),
     # the turns of a conversation
     "no-turns": Defect("no question", "a question and its answer", "add them or delete the row"),
     "no-question": Defect("no question", "a question and its answer", "add them or delete the row"),
     "first-turn": Defect("turn order", _IN_TURN, "delete what stands before a question"),
     "last-turn": Defect("turn order", "an answer at the end", "add the answer or delete the last question"),
-    "turn-order": Defect("turn order", _IN_TURN, "join or delete turns said in a row"),
     "identity": Defect("identity", "a value for each placeholder", "--model_name 小黄 'Xiao Huang' --model_author …"),
     # the ids of a conversation
     "long-answer": Defect(

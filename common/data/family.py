@@ -39,7 +39,10 @@ class Family(Protocol):
         """Jinja chat template for tokenizers that have none of their own."""
 
     def render(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
-        """The pieces of a conversation: FRAME, QUESTION (may be cut), ANSWER (learnt, its last id is a stop id)."""
+        """The pieces of a conversation: FRAME, QUESTION (may be cut), ANSWER (learnt, its last id is a stop id).
+
+        Turns may begin with an answer, a greeting. One with `learn` False is CONTEXT.
+        """
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
         """Ids that end an answer, the trained one first; ValueError where the tokenizer lacks one."""

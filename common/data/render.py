@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
     from common.data.family import Family
 
-FRAME, QUESTION, ANSWER = "frame", "question", "answer"
+FRAME, QUESTION, ANSWER, CONTEXT = "frame", "question", "answer", "context"
 IGNORED = -100  # the label of an id the loss does not count
 
 
 class Piece(NamedTuple):
-    """Some ids of a conversation and what they are: FRAME (headers), QUESTION, or ANSWER (its stop id included)."""
+    """Some ids of a conversation and what they are: FRAME (headers), QUESTION, ANSWER (its stop id included).
+
+    CONTEXT is an answer, or its header, that no loss counts.
+    """
 
     ids: list[int]
     part: str
@@ -102,13 +105,14 @@ def training_sample(
 def fit_turns(length: Callable[[Sequence[Turn]], int], turns: Sequence[Turn], limit: int) -> tuple[list[Turn], bool]:
     """Turns whose `length(turns)` is at most `limit`, and whether something was cut: (turns, cut).
 
-    The oldest question and answer go first, then the middle of the last question; the system text stays.
+    The greeting and the oldest question and answer go first, then the middle of the last question; the system text
+    stays.
     """
     if length(turns) <= limit:
         return list(turns), False
     system, spoken = _apart(turns)
     while len(spoken) > 1 and length([*system, *spoken]) > limit:
-        spoken = spoken[2:]
+        spoken = spoken[1 if spoken[0].role == "assistant" else 2 :]
     if length([*system, *spoken]) <= limit:
         return [*system, *spoken], True
     question = spoken[0]
@@ -154,7 +158,7 @@ def labels_of(pieces: Sequence[Piece], loss_on: str) -> list[int]:
     last = len(pieces) - 1
     labels: list[int] = []
     for number, (ids, part) in enumerate(pieces):
-        counted = loss_on == "all" or part == ANSWER and (loss_on == "answer" or number == last)
+        counted = loss_on == "all" and part != CONTEXT or part == ANSWER and (loss_on == "answer" or number == last)
         labels += ids if counted else [IGNORED] * len(ids)
     return [IGNORED, *labels[1:]]
 

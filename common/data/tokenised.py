@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from filelock import FileLock
 
 from common.data import render, workers
-from common.data.conversations import conversations_in
+from common.data.conversations import Notes, conversations_in
 from common.data.render import Sample
 from common.data.sources import Record, read_records
-from common.data.turns import Conversation, Unusable
+from common.data.turns import Conversation, Repair, Unusable, said
 from common.errors import UserError
 from common.files import file_hash, line_of, stream_jsonl
 from common.knobs import IDS
@@ -33,20 +33,24 @@ if TYPE_CHECKING:
 CHUNK = 1000  # rows tokenised at a time: what a process is handed, and a record batch of rows.arrow
 
 
-class Rejected:
-    """The rows left out. They stay in their files and are read when asked for."""
+Row = TypeVar("Row", Unusable, Repair)
 
-    def __init__(self, files: Iterable[tuple[Path, int]] = ()) -> None:
-        self.files = list(files)  # (path of a rejected.jsonl, its rows)
+
+class Listed(Generic[Row]):
+    """Rows left out, or repairs. They stay in their files and are read when asked for."""
+
+    def __init__(self, kind: type[Row], files: Iterable[tuple[Path, int]] = ()) -> None:
+        self.kind = kind
+        self.files = list(files)  # (path of a rejected.jsonl or repaired.jsonl, its rows)
 
     def __len__(self) -> int:
         return sum(count for _, count in self.files)
 
-    def __iter__(self) -> Iterator[Unusable]:
+    def __iter__(self) -> Iterator[Row]:
         for path, _ in self.files:
-            yield from (Unusable(**row) for row in stream_jsonl(path))
+            yield from (self.kind(**row) for row in stream_jsonl(path))
 
-    def __getitem__(self, number: int) -> Unusable:
+    def __getitem__(self, number: int) -> Row:
         return list(islice(self, number, number + 1))[0]
 
 
@@ -54,8 +58,10 @@ class Tokenised(NamedTuple):
     """One file of `--data_path`, ready to train on."""
 
     rows: Dataset  # input_ids, labels, length (in ids), cut (whether the prompt was) and where (file:line)
-    source: dict[str, Any]  # path, sha256, and how many: rows, kept, cut (rows), tokens, supervised (ids)
-    rejected: Rejected
+    # path, sha256, and how many: rows, kept, cut (rows), tokens, supervised (ids), unused {key: rows}, repaired
+    source: dict[str, Any]
+    rejected: Listed[Unusable]
+    repaired: Listed[Repair]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -87,11 +93,13 @@ def tokenised(
         if not folder.exists():
             _tokenise(path, cfg, tokenizer, prompt, folder)
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    rejected = Rejected([(folder / "rejected.jsonl", record["rows"] - record["kept"])])
-    if cfg.strict and rejected:
-        raise UserError(f"{rejected[0].where}: {rejected[0].reason} (--strict)")
+    rejected = Listed(Unusable, [(folder / "rejected.jsonl", record["rows"] - record["kept"])])
+    repaired = Listed(Repair, [(folder / "repaired.jsonl", record["repaired"])])
+    if cfg.strict and (rejected or repaired):
+        first = rejected[0] if rejected else repaired[0]
+        raise UserError(f"{first.where}: {first.reason} (--strict)")
     source = {"path": path, "sha256": content, **record}
-    return Tokenised(Dataset.from_file(str(folder / "rows.arrow")), source, rejected)
+    return Tokenised(Dataset.from_file(str(folder / "rows.arrow")), source, rejected, repaired)
 
 
 def cache_key(path: str, content: str, cfg: SFTConfig, tokenizer_id: str, prompt: Family) -> str:
@@ -104,13 +112,14 @@ def cache_key(path: str, content: str, cfg: SFTConfig, tokenizer_id: str, prompt
 
 
 def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family, folder: Path) -> None:
-    """Write rows.arrow, rejected.jsonl and record.json into `folder`, which appears only when all three are whole."""
+    """Write rows.arrow, {rejected,repaired}.jsonl and record.json into `folder`, which appears when all are whole."""
     from datasets.arrow_writer import ArrowWriter
     from tqdm import tqdm
 
     features = _features()
     schema = features.arrow_schema
-    counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
+    counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0, repaired=0)
+    unused: Counter[str] = Counter()
     records = read_records(path)
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -119,15 +128,20 @@ def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, pro
         with (
             ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer,
             (draft / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as rejected,
+            (draft / "repaired.jsonl").open("w", encoding="utf-8", newline="\n") as repaired,
             tqdm(desc="编码 tokenising", unit="row", leave=False) as bar,
         ):
-            for table, left_out, counted in workers.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt):
+            done = workers.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt)
+            for table, left_out, counted, told in done:
                 writer.write_table(table)
                 rejected.writelines(left_out)
                 counts.update(counted)
+                unused.update(told.unused)
+                repaired.writelines(line_of(repair._asdict()) for repair in told.repaired)
                 bar.update(counted["rows"])
             writer.finalize()
-        (draft / "record.json").write_text(json.dumps(counts), encoding="utf-8")
+        record = {**counts, "unused": dict(sorted(unused.items()))}
+        (draft / "record.json").write_text(json.dumps(record), encoding="utf-8")
         draft.rename(folder)
 
 
@@ -152,14 +166,15 @@ def _encode(
     cfg: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Family,
-) -> tuple[pyarrow.Table, list[str], Counter[str]]:
-    """(table of samples, lines of rejected.jsonl, counts) of some Records of a file."""
+) -> tuple[pyarrow.Table, list[str], Counter[str], Notes]:
+    """(table of samples, lines of rejected.jsonl, counts, Notes) of some Records of a file."""
     import pyarrow
 
     columns: dict[str, list] = {name: [] for name in schema.names}
     rejected: list[str] = []
     counts: Counter[str] = Counter()
-    found = (row for record in records for row in conversations_in(record, path, cfg))
+    notes = Notes()
+    found = (row for record in records for row in conversations_in(record, path, cfg, notes))
     for row in lessons(found, prompt.ONE_ANSWER and cfg.loss_on == "answer"):
         counts["rows"] += 1
         sample = _sample_of(row, cfg, tokenizer, prompt)
@@ -170,17 +185,18 @@ def _encode(
         counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(render.IGNORED))
         for name, value in {**sample._asdict(), "length": length, "where": row.where}.items():
             columns[name].append(value)
-    return pyarrow.table(columns, schema), rejected, counts
+    counts["repaired"] = len(notes.repaired)
+    return pyarrow.table(columns, schema), rejected, counts, notes
 
 
 def lessons(rows: Iterable[Conversation | Unusable], one_answer: bool) -> Iterator[Conversation | Unusable]:
-    """The rows; with `one_answer` a conversation gives one for each of its answers, which ends there."""
+    """The rows; with `one_answer` a conversation gives one for each of its answers to learn, which ends there."""
     for row in rows:
         if not one_answer or isinstance(row, Unusable) or row.turns[-1].role == "text":
             yield row
             continue
         for end, turn in enumerate(row.turns, 1):
-            if turn.role == "assistant":
+            if turn.role == "assistant" and turn.learn:
                 yield Conversation(row.where, row.turns[:end])
 
 
@@ -195,8 +211,8 @@ def _sample_of(
             tokenizer, prompt, row.turns, cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a
         )
     except render.TooLongError as problem:
-        return Unusable(row.where, problem.reason, row.turns, problem.kind)
+        return Unusable(row.where, problem.reason, said(row.turns), problem.kind)
     if sample.labels.count(render.IGNORED) == len(sample.labels):
         reason = "没有可训练的 token no id of the row is supervised"
-        return Unusable(row.where, reason, row.turns, kind="unsupervised")
+        return Unusable(row.where, reason, said(row.turns), kind="unsupervised")
     return sample

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from common.data.defects import RowError
 
 
 class Turn(NamedTuple):
-    """One utterance. `role` is system, user, assistant, or text (pre-training text without a question)."""
+    """One utterance. `role` is system, user, assistant, or text (pre-training text without a question).
+
+    `learn` is False for an answer that is context only: the loss does not count it.
+    """
 
     role: str
     text: str
+    learn: bool = True
+
+
+def said(turns: Iterable[Turn]) -> list[tuple[str, str]]:
+    """The turns as (role, text), which is what hashes of conversations are made of."""
+    return [(turn.role, turn.text) for turn in turns]
 
 
 class Conversation(NamedTuple):
@@ -33,6 +42,13 @@ class Unusable(NamedTuple):
     reason: str
     row: object
     kind: str
+
+
+class Repair(NamedTuple):
+    """What was changed in a row so that its turns are in order. `where` is file:line, `reason` a line for people."""
+
+    where: str
+    reason: str
 
 
 class FormatError(RowError):
@@ -57,31 +73,80 @@ def fill_identity(turns: Sequence[Turn], name: Sequence[str], author: Sequence[s
             raise FormatError("identity", f"{match[0]} 没有填 is not filled: give --model_name and --model_author")
         return values[key][form]
 
-    return [Turn(turn.role, PLACEHOLDER.sub(value, turn.text)) for turn in turns]
+    return [Turn(role, PLACEHOLDER.sub(value, text), learn) for role, text, learn in turns]
 
 
 def fold_system(turns: Sequence[Turn]) -> Sequence[Turn]:
     """The turns with the system text before the first question, an empty line between: for models without that role."""
     if turns[0].role != "system":
         return turns
-    system, first, *rest = turns
-    return [first._replace(text=f"{system.text.strip()}\n\n{first.text.lstrip()}"), *rest]
+    system, *rest = turns
+    at = [turn.role for turn in rest].index("user")
+    folded = rest[at]._replace(text=f"{system.text.strip()}\n\n{rest[at].text.lstrip()}")
+    return [*rest[:at], folded, *rest[at + 1 :]]
 
 
-def check_order(turns: Sequence[Turn]) -> None:
-    """FormatError unless the turns can be trained on: [system], user, assistant, user, assistant …, or one text."""
-    if len(turns) == 1 and turns[0].role == "text":
-        return
+# what is said of a repair
+JOINED = "相邻同角色的几轮合并 turns of one role in a row are joined"
+GREETING = "开头的回答只作上文 a greeting is context only"
+NO_TEXT = "空的一轮略去 an empty turn is left out"
+UNANSWERED = "末尾没有回答的提问略去 a last question without answer is cut"
+SYSTEM = "中间的系统提示并入提问 a system text in between is put into a question"
+
+
+def in_order(turns: Sequence[Turn], answered: bool = True) -> tuple[Sequence[Turn], list[str]]:
+    """The turns as [system,] [greeting,] question, answer, question …, and what was repaired to make them so.
+
+    answered: the last turn has to be an answer, and a question at the end is cut; else the last one has to be a
+    question. Joined answers are learnt if all of them are. FormatError where no question, or no answer, is left.
+    """
     roles = [turn.role for turn in turns]
+    if answered and roles == ["user", "assistant"] and turns[0].text.strip() and turns[1].text.strip():
+        return turns, []  # most rows
     spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken:
+    whole = (len(spoken) % 2 == 0) is answered
+    if roles == ["text"] or spoken and whole and _alternate(spoken) and all(turn.text.strip() for turn in turns):
+        return turns, []
+    repairs: dict[str, None] = {}
+    mended: list[Turn] = []
+    before = ""  # role of the turn before, as it was said
+    for turn in turns:
+        if not turn.text.strip():
+            repairs[NO_TEXT] = None
+            continue
+        if before == turn.role:
+            repairs[JOINED] = None
+        before = turn.role
+        if turn.role == "system" and mended and mended[-1].role != "system":
+            repairs[SYSTEM] = None
+            turn = turn._replace(role="user")
+        if mended and mended[-1].role == turn.role:
+            last = mended.pop()
+            turn = Turn(turn.role, f"{last.text}\n\n{turn.text}", last.learn and turn.learn)
+        mended.append(turn)
+    return _with_ends(mended, answered, repairs), list(repairs)
+
+
+def _alternate(roles: Sequence[str]) -> bool:
+    """Whether the roles are user, assistant, user, …"""
+    return all(role == ("user", "assistant")[number % 2] for number, role in enumerate(roles))
+
+
+def _with_ends(turns: list[Turn], answered: bool, repairs: dict[str, None]) -> list[Turn]:
+    """The turns with a greeting that is not learnt and the last turn as `in_order` needs it; `repairs` is added to."""
+    first = 1 if turns and turns[0].role == "system" else 0
+    if len(turns) == first:
         raise FormatError("no-turns", "没有问答 there is no question and answer")
-    if spoken[0] != "user":
-        raise FormatError("first-turn", f"第一轮应是 user the first turn must be the user's, found {spoken[0]}")
-    if spoken[-1] != "assistant":
-        raise FormatError("last-turn", f"最后一轮应是 assistant the last turn must be an answer, found {spoken[-1]}")
-    for number, (role, expected) in enumerate(zip(spoken, ("user", "assistant") * len(spoken), strict=False), 1):
-        if role != expected:
-            raise FormatError(
-                "turn-order", f"第 {number} 轮应是 {expected} turn {number} must be {expected}, found {role}"
-            )
+    if turns[first].role == "assistant":
+        if len(turns) == first + 1:
+            raise FormatError("first-turn", "第一轮应是 user the first turn must be the user's, found assistant alone")
+        turns[first] = turns[first]._replace(learn=False)
+        repairs[GREETING] = None
+    if answered and turns[-1].role == "user":
+        turns = turns[:-1]
+        if "user" not in [turn.role for turn in turns]:
+            raise FormatError("last-turn", "最后一轮应是 assistant the last turn must be an answer, found user")
+        repairs[UNANSWERED] = None
+    elif not answered and turns[-1].role != "user":
+        raise FormatError("last-turn", "最后一轮应是 the last one must be the user's")
+    return turns

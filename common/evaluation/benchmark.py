@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from common.data.turns import Turn
+from common.data.turns import Turn, said
 from common.errors import UserError
 from common.evaluation import evaluate, intervals, tasks
 from common.evaluation.records import Progress, Record, key_of, predict, read_records, score_rows, shortest_first
@@ -56,7 +56,7 @@ def run_task(
 ) -> list[Record]:
     """The records of a task's `questions`, in order; kept in a file, and gone on with, as an evaluation's are."""
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens)
-    settings = [questions, vars(sampling), answer.max_length_q, "likelihood an id"]
+    settings = [_hashed(questions), vars(sampling), answer.max_length_q, "likelihood an id"]
 
     def ask(numbers: list[int]) -> Iterable[Record]:
         asked = [(number, questions[number]) for number in numbers]
@@ -75,6 +75,11 @@ def run_task(
     )
 
 
+def _hashed(questions: Sequence[Question]) -> list[tuple]:
+    """The questions as hashes see them: a turn is its role and its text."""
+    return [(*question[:2], said(question.turns), *question[3:]) for question in questions]
+
+
 def records_path(cfg: SFTConfig, task: str, base: bool) -> Path:
     """Where the records of a task are kept."""
     return Path(cfg.model_save_dir) / f"task_{task}{'_base' if base else ''}.jsonl"
@@ -90,7 +95,7 @@ def save_results(
     results = read_results(cfg)
     found = {name: dict(results.get("tasks", {}).get(name, {})) for name in ("base", "tuned")}
     for task, asked in questions.items():
-        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(_hashed(asked)).encode()).hexdigest()
         for name in ("base", "tuned"):
             if name in models:
                 scores = [record["scores"] for record in read_records(records_path(cfg, task, name == "base"))]

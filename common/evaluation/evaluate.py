@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import distributed, launch
 from common.data import conversations
-from common.data.turns import Conversation, Turn
+from common.data.turns import Conversation, Turn, said
 from common.errors import UserError
 from common.evaluation import intervals, metrics
 from common.evaluation.records import (
@@ -110,9 +110,10 @@ def evaluate(answer: Answers, rows: HeldOut, cfg: SFTConfig, base: bool = False)
     a second call with the same model, rows and settings goes on after the last whole line.
     """
     sampling = sampling_of(cfg)
+    hashed = [(where, said(turns)) for where, turns in rows]
     found = score_rows(
         predictions_path(cfg, base),
-        key_of(cfg, base, [rows, vars(sampling), metrics.signature(), getattr(answer, "origin", "")]),
+        key_of(cfg, base, [hashed, vars(sampling), metrics.signature(), getattr(answer, "origin", "")]),
         shortest_first([turns for _, turns in rows]),
         lambda numbers: predict(answer, [(number, *rows[number]) for number in numbers], sampling, base),
         cfg,

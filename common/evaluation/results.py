@@ -10,7 +10,7 @@ from typing import Any
 
 from common import files
 from common.config import SFTConfig
-from common.data.turns import Turn
+from common.data.turns import Turn, said
 from common.evaluation import intervals, metrics, overlap
 from common.evaluation.records import predictions
 from common.inference.answerer import Sampling
@@ -40,7 +40,7 @@ def add_scores(
     apart: as in overlap.count.
     """
     results = read_results(cfg)
-    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([(where, said(turns)) for where, turns in rows]).encode()).hexdigest()
     if results.get("held_out", {}).get("sha256") != digest:
         results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
     manifest = find_manifest(cfg.model_save_dir)

@@ -18,7 +18,7 @@ import numpy
 from common.data import conversations, dataset, tokenised
 from common.data.defects import DEFECTS
 from common.data.render import IGNORED
-from common.data.turns import Conversation, Turn, Unusable
+from common.data.turns import Conversation, Repair, Turn, Unusable
 from common.errors import UserError, is_out_of_memory
 from common.launch import world_size
 from common.training import rehearsal, tuning
@@ -120,6 +120,8 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
             continue
         rows = files[-1].rows
         findings += [_left_out(row) for row in files[-1].rejected]
+        findings += [_mended(repair) for repair in files[-1].repaired]
+        findings += [_unused(path, key, count) for key, count in files[-1].source["unused"].items()]
         findings += [_cut(cfg, where) for where, cut in zip(rows["where"], rows["cut"], strict=True) if cut]
     return files, findings
 
@@ -127,6 +129,16 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
 def _left_out(row: Unusable) -> Finding:
     defect = DEFECTS[row.kind]
     return Finding(row.where, defect.group, row.reason, defect.expected, defect.remedy)
+
+
+def _mended(repair: Repair) -> Finding:
+    expected = "user, assistant, user, assistant, …"
+    return Finding(repair.where, "repaired", repair.reason, expected, "none if it is meant so", bad=False)
+
+
+def _unused(path: str, key: str, count: int) -> Finding:
+    found = f"{key}: {count} 行有而没有读 not used in {count} rows"
+    return Finding(path, "unused", found, "keys of a known shape", "none if it is no text to learn", bad=False)
 
 
 def _unreadable(problem: UserError) -> Finding:

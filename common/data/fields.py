@@ -1,0 +1,233 @@
+"""The values of a row as text, lists and utterances, and which of its keys were read."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from common.data.turns import FormatError, Turn
+
+ROLES = {  # any letter case
+    "system": "system",
+    "developer": "system",
+    "系统": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "用户": "user",
+    "observation": "user",  # a tool's result is what the model is told
+    "tool": "user",
+    "tool_response": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "gpt4": "assistant",
+    "chatgpt": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "助手": "assistant",
+    "function_call": "assistant",  # and a call is what it says
+    "tool_call": "assistant",
+}
+SPEAKERS = ("role", "from")  # keys that say who speaks
+SAID = ("content", "value", "text")  # keys that hold what is said
+MARKS = {"loss": True, "weight": True, "train": True, "mask": False}  # whether a mark's true says: learn this answer
+OPTIONAL = frozenset({"system", "system_prompt", "history", "tools", "instruction", "input", "context"})
+ELSEWHERE = {"content", "value", "text"}  # keys of other shapes, which are near one of OPTIONAL by chance
+# keys that change what a row means: (kind, what is said of one that was not read)
+MATTERS = (
+    dict.fromkeys(
+        ("chosen", "rejected", "rejected_response", "rejected_messages"),
+        ("preference", "偏好对 a preference pair: two answers to compare, this trains on one"),
+    )
+    | dict.fromkeys(
+        ("choices", "options"),
+        ("multiple-choice", "选择题 a multiple-choice row: its options would be lost"),
+    )
+    | dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"),
+        ("media", "只读文字 only text is read; what the row shows would be lost"),
+    )
+    | dict.fromkeys(
+        ("cot", "reasoning", "reasoning_content", "thinking", "tool_calls", "function_call"),
+        ("unread", "不读 is not read and would be lost"),
+    )
+)
+
+
+def role_of(said: object) -> str | None:
+    """A role by any of its names; None where it is unknown."""
+    return ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+
+
+def as_text(value: object, name: str, required: bool = True) -> str:
+    """A value as text: a number as it is written, "" where it is None or empty and not required.
+
+    `name` is what an error calls it.
+    """
+    if value is None or value == "":
+        if required:
+            raise FormatError("empty", f"{name} 是空的 is empty")
+        return ""
+    if type(value) is not str:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            found = f"{type(value).__name__} {str(value)[:40]!r}"
+            raise FormatError("not-text", f"{name} 应为文字 must be text, found {found}")
+        value = str(value)
+    if required and not value.strip():
+        raise FormatError("only-blanks", f"{name} 只有空白 is only blanks")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise FormatError("half-a-character", f"{name} 有半个字符 holds half a character (a lone surrogate)") from None
+    return value
+
+
+def holds_something(value: object) -> bool:
+    """Whether a value is more than null, blanks, and lists and objects of these."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, dict):
+        return any(map(holds_something, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_something, value))
+    return value is not None
+
+
+def holds_text(value: object) -> bool:
+    """Whether there is text in a value, at any depth."""
+    if isinstance(value, dict):
+        return any(map(holds_text, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_text, value))
+    return isinstance(value, str) and bool(value.strip())
+
+
+@lru_cache(maxsize=1024)
+def meant_by(key: str, known: frozenset[str]) -> str:
+    """The known key that `key` is a misspelling of, or is itself; "" where there is none."""
+    near = difflib.get_close_matches(key.strip().lower(), known, n=1, cutoff=0.85)
+    return near[0] if near and abs(len(near[0]) - len(key)) <= 2 else ""
+
+
+def mark_of(value: object, name: str, yes: bool = True) -> bool:
+    """Whether a mark (true, false, 1 or 0; null is no mark) says that an answer is learnt; `yes`: what true says."""
+    if value is None:
+        return True
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value) is yes
+    raise FormatError("mark", f"{name} 应为 must be true, false, 1 or 0, found {str(value)[:40]!r}")
+
+
+class Fields:
+    """A row, or an object inside one under `name`, that knows which of its keys were read."""
+
+    def __init__(self, row: dict[str, Any], name: str = "") -> None:
+        self.row = row
+        self.name = name
+        self.read: set[str] = set()
+        self.inner: list[str] = []  # keys of objects inside that nobody read
+
+    def get(self, key: str) -> Any:
+        """The value under a key as it is; None where there is none."""
+        self.read.add(key)
+        return self.row.get(key)
+
+    def text(self, key: str, required: bool = True) -> str:
+        """The text under a key; "" where there is none and it is not required."""
+        self.read.add(key)
+        value = self.row.get(key)
+        return "" if value is None and not required else as_text(value, key, required)
+
+    def list(self, key: str) -> list:
+        """The list under a key, also where it is written as JSON text, as in CSV; [] where there is none."""
+        value = self.get(key)
+        if not value:
+            return []
+        if isinstance(value, str):
+            value = _parsed(value)
+        if not isinstance(value, list):
+            raise FormatError("not-a-list", f"{key} 应为列表 must be a list, found {type(value).__name__}")
+        return value
+
+    def objects(self, key: str, expected: str) -> Iterator[Fields]:
+        """The objects in the list under a key, as Fields; FormatError, with what is expected, for anything else."""
+        for value in self.list(key):
+            if not isinstance(value, dict):
+                raise FormatError("not-an-utterance", f"{key}: 应有 {expected} expected, found {str(value)[:60]!r}")
+            inside = Fields(value, key)
+            yield inside
+            self.inner += inside.unread()
+
+    def unread(self, known: frozenset[str] = frozenset()) -> list[str]:
+        """The keys that hold something and were not read; one of an object inside is "messages.name".
+
+        known: keys of the row's shape besides those of OPTIONAL. FormatError where a key changes what the row means,
+        or holds text and is near a known one.
+        """
+        left = [key for key in self.row if key not in self.read and holds_something(self.row[key])]
+        if not left:
+            return self.inner
+        names = {key: f"{self.name}.{key}" if self.name else str(key) for key in left}
+        for key, name in names.items():
+            kind, why = MATTERS.get(str(key).lower(), ("", ""))
+            if kind:
+                raise FormatError(kind, f"{name}: {why}")
+            meant = meant_by(str(key), known | OPTIONAL) if holds_text(self.row[key]) else ""
+            if meant and key not in known | ELSEWHERE:
+                raise FormatError("unread", f"{name}: 没有读 is not read here; is {meant} meant? rename or remove it")
+        return [*names.values(), *self.inner]
+
+    def utterances(self, key: str) -> list[Turn]:
+        """The turns in a list of {role: …, content: …} or {from: …, value: …}."""
+        return [self._utterance(message) for message in self.objects(key, "role, content 或 from, value")]
+
+    def _utterance(self, message: Fields) -> Turn:
+        """The turn of one message; "" is its text where the content is null or empty."""
+        name = message.name
+        speaker = next((key for key in SPEAKERS if key in message.row), None)
+        if speaker is None:
+            found = str(message.row)[:60]
+            raise FormatError(
+                "not-an-utterance", f"{name}: 应有 role, content 或 from, value expected, found {found!r}"
+            )
+        role = role_of(message.get(speaker))
+        if role is None:
+            raise FormatError(
+                "unknown-role", f"{name}: 未知角色 unknown role {message.row[speaker]!r}; known: {', '.join(ROLES)}"
+            )
+        said = next((key for key in SAID if key in message.row), "content")
+        value = message.get(said)
+        if isinstance(value, list):
+            value = message._parts(value, said)
+        learn = message.is_learnt()
+        return Turn(role, as_text(value, said, required=False), learn or role != "assistant")
+
+    def is_learnt(self) -> bool:
+        """Whether no mark of an utterance says that its text is context only."""
+        marks = [mark_of(self.get(key), f"{self.name}.{key}", yes) for key, yes in MARKS.items() if key in self.row]
+        return all(marks)
+
+    def _parts(self, parts: list, name: str) -> str:
+        """The text of a content that is a list of text parts, a line each."""
+        texts = []
+        for value in parts:
+            part = Fields(value if isinstance(value, dict) else {"type": type(value).__name__}, f"{self.name}.{name}")
+            kind = part.get("type")
+            if kind != "text":
+                raise FormatError("not-text", f"{name}: 只读文字 only text parts are read, found {kind!r}")
+            texts.append(part.text("text", required=False))
+            self.inner += part.unread()
+        return "\n".join(texts)
+
+
+def _parsed(text: str) -> Any:
+    """The value of JSON text; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
