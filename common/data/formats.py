@@ -81,6 +81,10 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
             "multiple-choice",
             "选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training",
         )
+    if all(isinstance(value, dict) and "0" in value for value in row.values()) and row:
+        raise FormatError(
+            "a-whole-file", "整个文件是一个对象 the file is one object of columns; in pandas: to_json(orient='records')"
+        )
     if not PREFERENCE.isdisjoint(keys):
         pair = sorted(PREFERENCE & keys)
         raise FormatError(MATTERS[pair[0]][0], f"{_names(pair)}: {MATTERS[pair[0]][1]}")
@@ -91,6 +95,11 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
         raise FormatError(
             "ambiguous-keys",
             f"字段有歧义 ambiguous keys: {' or '.join(_names(needs) for needs in widest)}; remove what is not meant",
+        )
+    inside = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(row) == 1 and inside:
+        raise FormatError(
+            "a-whole-file", f"各行在 the rows are in {inside[0]}: write that list alone, or an object of it a line"
         )
     null = sorted(key for key in row if key not in keys)
     found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
