@@ -55,7 +55,7 @@ def _teaches(turns: Sequence[Turn]) -> bool:
 
 def _marked(row: Fields, turns: list[Turn]) -> list[Turn]:
     """The turns with the marks of the row's `loss_mask`, one a turn (the system text may lack one) or one an answer."""
-    marks = [mark_of(mark, "loss_mask") for mark in row.list("loss_mask")]
+    marks = [mark_of(mark, "loss_mask") for mark in row.items("loss_mask")]
     if not marks:
         return turns
     places = range(len(turns))
@@ -141,7 +141,7 @@ def _opening(row: Fields) -> list[Turn]:
     parts.append("" if tools.strip() == "[]" else tools)
     system = "\n".join(part for part in parts if part.strip())
     turns = [Turn("system", system)] if system else []
-    history = row.list("history")
+    history = row.items("history")
     if history and all(isinstance(message, dict) for message in history):
         return turns + row.utterances("history")
     for pair in history:
@@ -187,7 +187,7 @@ def _prompt_completion(row: Fields) -> list[list[Turn]]:
 
 def _rounds(row: Fields) -> list[list[Turn]]:
     """Firefly's rounds {human, assistant}, XTuner's {system, input, output}, or utterances."""
-    if any(isinstance(round_, dict) and round_.keys() & set(SPEAKERS) for round_ in row.list("conversation")):
+    if any(isinstance(round_, dict) and round_.keys() & set(SPEAKERS) for round_ in row.items("conversation")):
         return [_opening(row) + row.utterances("conversation")]
     turns = _opening(row)
     for round_ in row.objects("conversation", "human 和 assistant"):
@@ -203,7 +203,7 @@ def _rounds(row: Fields) -> list[list[Turn]]:
 def _many_answers(row: Fields) -> list[list[Turn]]:
     """HC3's rows: a conversation for each answer to the question."""
     question = Turn("user", row.text("question"))
-    answers = row.list("human_answers") + row.list("chatgpt_answers")
+    answers = row.items("human_answers") + row.items("chatgpt_answers")
     if not answers:
         raise FormatError("empty", "human_answers 和 chatgpt_answers 都是空的 are both empty")
     return [[question, Turn("assistant", as_text(answer, "answers"))] for answer in answers]
@@ -253,7 +253,7 @@ def _best_thread(row: Fields) -> list[list[Turn]]:
         message = Fields(best, "prompt")
         turns.append(Turn(role, message.text("text")))
         row.inner += ["prompt.replies"] if len(messages) > 1 else []
-        messages = message.list("replies")
+        messages = message.items("replies")
         row.inner += message.unread()
     return [turns]
 

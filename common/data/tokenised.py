@@ -40,7 +40,7 @@ class Listed(Generic[Row]):
     """Rows left out, or repairs. They stay in their files and are read when asked for."""
 
     def __init__(self, kind: type[Row], files: Iterable[tuple[Path, int]] = ()) -> None:
-        self.kind = kind
+        self.kind: type[Row] = kind
         self.files = list(files)  # (path of a rejected.jsonl or repaired.jsonl, its rows)
 
     def __len__(self) -> int:
