@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -320,6 +321,8 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ("[1]", ["object expected", "list"]),
         ('"问答"', ["object expected", "str"]),
         ("null", ["object expected", "NoneType"]),
+        ({"data": [{"question": "问", "answer": "答"}]}, ["rows are in data", "write that list alone"]),
+        ({"question": {"0": "问"}, "answer": {"0": "答"}}, ["one object of columns", "orient='records'"]),
         # columns
         ({"quary": "问", "response": "答"}, ["unknown keys: quary+response;", "nearest known shape: query+response"]),
         ({"question": "问"}, ["unknown keys: question;", "nearest known shape: ", "answer"]),
@@ -483,6 +486,11 @@ def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, 
         ("not.jsonl.gz", QA.encode(), ["gz"]),
         ("cut.jsonl.gz", gzip.compress(QA.encode() * 1000)[:-20], ["gz"]),
         ("a.parquet", b"PAR1" + bytes(50), ["arquet"]),
+        ("a.arrow", b"ARROW1\0\0" + bytes(50), ["Arrow", "Parquet"]),
+        ("a.arrow", b"\xff\xff\xff\xff" + bytes(50), ["Arrow", "Parquet"]),
+        ("a.xlsx", b"PK\x03\x04" + bytes(50), ["Excel", "CSV"]),
+        ("a.jsonl", f"// 第一批\n{QA}\n".encode(), ["comment line", "//"]),
+        ("a.zip", b"not a zip", ["cannot be opened"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -535,6 +543,12 @@ PRETTY = json.dumps([{"question": "问", "answer": "答"}] * 3, ensure_ascii=Fal
         ("a.csv", "answer,id,question\n答,1,问\n答,2,问\n答,3,问\n", [2, 3, 4]),
         ("a.tsv", "question\tanswer\n问\t答\n问\t答\n问\t答\n", [2, 3, 4]),
         ("a.csv", '"question","answer"\n"问","答"\n问,"答"\n"问",答\n', [2, 3, 4]),
+        ("a.csv", "question;answer\n问;答\n问;答\n问;答\n", [2, 3, 4]),
+        ("a.csv", "sep=,\nquestion,answer\n问,答\n问,答\n问,答\n", [3, 4, 5]),
+        ("a.csv", "sep=;\nquestion;answer\n问;答\n问;答\n问;答\n", [3, 4, 5]),
+        ("a.jsonl", f"{QA},\n{QA},\n{QA}\n", [1, 2, 3]),
+        ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n}\n' * 3, [1, 5, 9]),
+        ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n},\n' * 3, [1, 5, 9]),
     ],
 )
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -598,6 +612,16 @@ def test_arrays_joined_by_cat_lose_no_row(tmp_path, joint):
 def test_compressed_files(tmp_path, suffix, compress, name, content):
     plain = read(write(tmp_path, name, content))
     assert plain[0] and read(write(tmp_path, f"{name}.{suffix}", compress(content.encode()))) == plain
+
+
+def test_a_zip_of_one_file_is_read_and_of_more_is_refused(tmp_path):
+    for count in (1, 2):
+        with zipfile.ZipFile(tmp_path / f"{count}.zip", "w") as packed:
+            for number in range(count):
+                packed.writestr(f"in/{number}.jsonl", QA)
+    assert read(tmp_path / "1.zip") == ([(1, ASKED)], [])
+    with pytest.raises(UserError, match="2.zip: .*holds 2 files: in/0.jsonl, in/1.jsonl"):
+        read(tmp_path / "2.zip")
 
 
 def test_parquet(tmp_path):

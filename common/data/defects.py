@@ -34,6 +34,7 @@ DEFECTS = {
     "columns": Defect("broken line", "as many cells as the header", f"{_BROKEN_LINE}, quote commas"),
     # the keys of a row
     "not-an-object": Defect("wrong type", "a JSON object with named fields", "write the row as {…}"),
+    "a-whole-file": Defect("unknown keys", "a row an object", "write the rows as a JSON array or as JSON lines"),
     "unknown-keys": Defect("unknown keys", "the keys of a known shape", "rename the keys as docs/data.md shows"),
     "ambiguous-keys": Defect("ambiguous keys", "the keys of one shape", "remove the keys that are not meant"),
     "multiple-choice": Defect("unknown keys", "a question and an answer", "score with it, do not train on it"),

@@ -143,7 +143,7 @@ class Fields:
         value = self.row.get(key)
         return "" if value is None and not required else as_text(value, key, required)
 
-    def items_of(self, key: str) -> list:
+    def items(self, key: str) -> list:
         """The list under a key, also where it is written as JSON text, as in CSV; [] where there is none."""
         value = self.get(key)
         if not value:
@@ -156,7 +156,7 @@ class Fields:
 
     def objects(self, key: str, expected: str) -> Iterator[Fields]:
         """The objects in the list under a key, as Fields; FormatError, with what is expected, for anything else."""
-        for value in self.items_of(key):
+        for value in self.items(key):
             if not isinstance(value, dict):
                 raise FormatError("not-an-utterance", f"{key}: 应有 {expected} expected, found {str(value)[:60]!r}")
             inside = Fields(value, key)

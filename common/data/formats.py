@@ -55,7 +55,7 @@ def _teaches(turns: Sequence[Turn]) -> bool:
 
 def _marked(row: Fields, turns: list[Turn]) -> list[Turn]:
     """The turns with the marks of the row's `loss_mask`, one a turn (the system text may lack one) or one an answer."""
-    marks = [mark_of(mark, "loss_mask") for mark in row.items_of("loss_mask")]
+    marks = [mark_of(mark, "loss_mask") for mark in row.items("loss_mask")]
     if not marks:
         return turns
     places = range(len(turns))
@@ -81,6 +81,10 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
             "multiple-choice",
             "选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training",
         )
+    if all(isinstance(value, dict) and "0" in value for value in row.values()) and row:
+        raise FormatError(
+            "a-whole-file", "整个文件是一个对象 the file is one object of columns; in pandas: to_json(orient='records')"
+        )
     if not PREFERENCE.isdisjoint(keys):
         pair = sorted(PREFERENCE & keys)
         raise FormatError(MATTERS[pair[0]][0], f"{_names(pair)}: {MATTERS[pair[0]][1]}")
@@ -91,6 +95,11 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
         raise FormatError(
             "ambiguous-keys",
             f"字段有歧义 ambiguous keys: {' or '.join(_names(needs) for needs in widest)}; remove what is not meant",
+        )
+    inside = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(row) == 1 and inside:
+        raise FormatError(
+            "a-whole-file", f"各行在 the rows are in {inside[0]}: write that list alone, or an object of it a line"
         )
     null = sorted(key for key in row if key not in keys)
     found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
@@ -132,7 +141,7 @@ def _opening(row: Fields) -> list[Turn]:
     parts.append("" if tools.strip() == "[]" else tools)
     system = "\n".join(part for part in parts if part.strip())
     turns = [Turn("system", system)] if system else []
-    history = row.items_of("history")
+    history = row.items("history")
     if history and all(isinstance(message, dict) for message in history):
         return turns + row.utterances("history")
     for pair in history:
@@ -178,7 +187,7 @@ def _prompt_completion(row: Fields) -> list[list[Turn]]:
 
 def _rounds(row: Fields) -> list[list[Turn]]:
     """Firefly's rounds {human, assistant}, XTuner's {system, input, output}, or utterances."""
-    if any(isinstance(round_, dict) and round_.keys() & set(SPEAKERS) for round_ in row.items_of("conversation")):
+    if any(isinstance(round_, dict) and round_.keys() & set(SPEAKERS) for round_ in row.items("conversation")):
         return [_opening(row) + row.utterances("conversation")]
     turns = _opening(row)
     for round_ in row.objects("conversation", "human 和 assistant"):
@@ -194,7 +203,7 @@ def _rounds(row: Fields) -> list[list[Turn]]:
 def _many_answers(row: Fields) -> list[list[Turn]]:
     """HC3's rows: a conversation for each answer to the question."""
     question = Turn("user", row.text("question"))
-    answers = row.items_of("human_answers") + row.items_of("chatgpt_answers")
+    answers = row.items("human_answers") + row.items("chatgpt_answers")
     if not answers:
         raise FormatError("empty", "human_answers 和 chatgpt_answers 都是空的 are both empty")
     return [[question, Turn("assistant", as_text(answer, "answers"))] for answer in answers]
@@ -244,7 +253,7 @@ def _best_thread(row: Fields) -> list[list[Turn]]:
         message = Fields(best, "prompt")
         turns.append(Turn(role, message.text("text")))
         row.inner += ["prompt.replies"] if len(messages) > 1 else []
-        messages = message.items_of("replies")
+        messages = message.items("replies")
         row.inner += message.unread()
     return [turns]
 

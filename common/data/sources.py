@@ -7,6 +7,7 @@ import csv
 import json
 import lzma
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -41,12 +42,22 @@ def read_records(path: str) -> Iterator[Record]:
     broken JSON array, no such file) raises UserError with `file:line`.
     """
     try:
+        if path.lower().endswith(".zip"):
+            _refuse_many_members(path)
         with fsspec.open(path, "rb", compression="infer") as file:
             yield from _records(file, path)
     except FileNotFoundError:
         raise UserError(f"{path}: 文件不存在 no such file; check --data_path") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, ImportError, ValueError) as problem:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, ImportError, ValueError) as problem:
         raise UserError(f"{path}: 无法打开 cannot be opened: {problem}") from None
+
+
+def _refuse_many_members(path: str) -> None:
+    """UserError where a zip holds more than one file: fsspec would read the first and say nothing of the others."""
+    with fsspec.open(path, "rb") as file, zipfile.ZipFile(file) as packed:
+        names = [name for name in packed.namelist() if not name.endswith("/")]
+    if len(names) > 1:
+        raise UserError(f"{path}: 有 {len(names)} 个文件 holds {len(names)} files: {', '.join(names[:5])}; unpack it")
 
 
 def _records(file: BinaryIO, path: str) -> Iterator[Record]:
@@ -55,12 +66,18 @@ def _records(file: BinaryIO, path: str) -> Iterator[Record]:
     file.seek(0)
     if head == b"PAR1":
         return _parquet(file)
+    if head in (b"ARRO", b"\xff\xff\xff\xff"):
+        raise UserError(f"{path}: Arrow 文件 an Arrow file is not read; save it as Parquet or as JSON lines")
+    if head == b"PK\x03\x04":
+        raise UserError(f"{path}: xlsx 或 zip, an Excel file or a zip inside is not read; save it as CSV in UTF-8")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}:1: 编码是 UTF-16 the file is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
     if _first_byte(file) == b"[":
         return _json_array(_Blocks(file, path))
     lines = _Lines(file, path)
     first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("//"):
+        raise UserError(f"{path}:{lines.number}: 注释行 a comment line; delete the lines that begin with //")
     lines.push_back(first)
     if first.lstrip().startswith("{"):
         return _json_lines(lines)
@@ -143,14 +160,28 @@ def _encoding_of(raw: bytes) -> str:
 
 
 def _json_lines(lines: _Lines) -> Iterator[Record]:
+    """The objects of JSON lines; one may be indented over several lines, and a comma may stand behind it."""
     for text in lines:
+        number = lines.number
         if not text.strip():
             continue
+        if text.strip() == "{":
+            text += _rest_of_object(lines)
         try:
-            yield Record(lines.number, json.loads(text))
+            yield Record(number, json.loads(text.rstrip().removesuffix(",")))
         except ValueError as problem:
             reason = f"JSON 行有误 broken JSON line: {problem}; one object a line"
-            yield Record(lines.number, text.rstrip("\n"), reason, kind="broken-json")
+            yield Record(number, text.rstrip("\n"), reason, kind="broken-json")
+
+
+def _rest_of_object(lines: _Lines) -> str:
+    """The lines up to the one that closes an object which a line with { alone has opened."""
+    text = ""
+    for line in lines:
+        text += line
+        if line.rstrip().rstrip(",") == "}":
+            break
+    return text
 
 
 def _json_array(blocks: _Blocks) -> Iterator[Record]:
@@ -225,9 +256,12 @@ def _table(lines: _Lines, path: str) -> Iterator[Record]:
     header_line = next(lines, "")
     if not header_line.strip():
         raise UserError(f"{path}: 文件是空的 the file is empty")
+    delimiter = _delimiter(header_line)
+    if header_line.startswith("sep="):
+        header_line = next(lines, "")
     lines.push_back(header_line)
-    above = line = lines.number  # blank lines before the header
-    reader = csv.reader(lines, delimiter="\t" if "\t" in header_line else ",", strict=True)
+    above = line = lines.number  # lines before the header
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(reader)
         if len(set(header)) < len(header):
@@ -242,6 +276,15 @@ def _table(lines: _Lines, path: str) -> Iterator[Record]:
                 yield Record(where, cells, reason, kind="columns")
     except csv.Error as problem:
         raise UserError(f"{path}:{line + 1}: CSV 有误 broken CSV: {problem}") from None
+
+
+def _delimiter(line: str) -> str:
+    """What sets the cells of a file with this first line apart; Excel may say it there as sep=; ."""
+    if line.startswith("sep=") and line.strip("\r\n")[4:5]:
+        return line[4]
+    if "\t" in line:
+        return "\t"
+    return ";" if ";" in line and "," not in line else ","
 
 
 def _parquet(file: BinaryIO) -> Iterator[Record]:

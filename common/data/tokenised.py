@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -39,8 +39,8 @@ Row = TypeVar("Row")
 class Listed(Generic[Row]):
     """Rows left out, or repairs. They stay in their files and are read when asked for."""
 
-    def __init__(self, kind: Callable[..., Row], files: Iterable[tuple[Path, int]] = ()) -> None:
-        self.kind: Callable[..., Row] = kind
+    def __init__(self, kind: type[Row], files: Iterable[tuple[Path, int]] = ()) -> None:
+        self.kind: type[Row] = kind
         self.files = list(files)  # (path of a rejected.jsonl or repaired.jsonl, its rows)
 
     def __len__(self) -> int:
