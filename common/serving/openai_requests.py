@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.data.turns import Turn
+from common.data.turns import FormatError, Turn, in_order
 from common.engine.request import Ask
 from common.inference.answerer import Sampling
 from common.serving.failures import RequestRefusedError
@@ -52,8 +52,11 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "modalities": (["text"],),
+    "enable_thinking": (False,),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
 }
 IGNORED = "metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls reasoning_effort".split()
+ECHOED = ("id", "name", "reasoning_content", "refusal", "annotations")  # of an answer that a client sends back
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -87,25 +90,16 @@ def read_completion(body: dict[str, Any], batcher: Batcher, defaults: Sampling) 
 
 
 def read_messages(messages: Any) -> list[Turn]:
-    """Turns, ending with a question, of a list of messages; neighbours of one role become one turn."""
+    """Turns, ending with a question, of a list of messages, brought in order as those of a file are."""
     if not isinstance(messages, list) or not messages:
         raise RequestRefusedError(
             "messages 应为非空列表 must be a list that is not empty", param="messages", code="invalid_type"
         )
-    turns: list[Turn] = []
-    for number, message in enumerate(messages):
-        turn = _read_message(message, f"messages[{number}]")
-        if turns and turns[-1].role == turn.role:
-            turns[-1] = turn._replace(text=f"{turns[-1].text}\n\n{turn.text}")
-            continue
-        spoken = turns[1:] if turns and turns[0].role == "system" else turns
-        wanted = ("user", "assistant")[len(spoken) % 2]
-        if turn.role != wanted and not (turn.role == "system" and not turns):
-            raise _bad_message(f"messages[{number}]", f"role 应为 must be {wanted} here, found {turn.role}")
-        turns.append(turn)
-    if turns[-1].role != "user":
-        raise _bad_message(f"messages[{len(messages) - 1}]", "最后一轮应是 the last one must be the user's")
-    return turns
+    turns = [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    try:
+        return list(in_order(turns, answered=False)[0])
+    except FormatError as problem:
+        raise _bad_message(f"messages[{len(messages) - 1}]", problem.reason) from None
 
 
 def _read_message(message: Any, where: str) -> Turn:
@@ -115,12 +109,12 @@ def _read_message(message: Any, where: str) -> Turn:
     if not isinstance(role, str) or role not in ROLES:
         raise _bad_message(f"{where}.role", f"应为 must be one of {', '.join(ROLES)}, found {excerpt(role)}")
     for name, value in message.items():
-        if name not in ("role", "content", "name") and value:
+        if name not in ("role", "content", *ECHOED) and value:
             raise _bad_message(f"{where}.{name[:64]}", "不支持 is not supported")
     if "name" in message and not isinstance(message["name"], str | None):
         raise _bad_message(f"{where}.name", "应为文字 must be text")
-    text = _read_content(content, f"{where}.content")
-    if role != "assistant" and not text.strip():
+    text = "" if role == "assistant" and content is None else _read_content(content, f"{where}.content")
+    if role == "user" and not text.strip():
         raise _bad_message(f"{where}.content", "是空的 is empty")
     return Turn(ROLES[role], text)
 
@@ -169,7 +163,8 @@ def _read_prompt(prompt: Any, batcher: Batcher) -> list[int]:
 def _read_body(body: dict[str, Any], fields: Mapping[str, Field], others: tuple[str, ...]) -> dict[str, Any]:
     """The checked fields. Those of ONLY and IGNORED may be there too; a value that ONLY does not list is refused."""
     for name, allowed in ONLY.items():
-        if body.get(name) is not None and body[name] not in allowed:
+        not_used = name == "tools" and body.get("tool_choice") == "none"
+        if body.get(name) is not None and body[name] not in allowed and not not_used:
             raise RequestRefusedError(f"{name} 不支持 is not supported here", param=name, code="unsupported_parameter")
     return read_fields(body, fields, (*others, "stop", *ONLY, *IGNORED), null=True)
 

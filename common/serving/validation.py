@@ -36,6 +36,11 @@ def read_json(request: Request) -> dict[str, Any]:
         raise RequestRefusedError(
             f"Content-Type 应为 must be application/json, found {found}", 415, code="content_type"
         )
+    packed = request.headers.get("Content-Encoding", "identity")
+    if packed != "identity":
+        raise RequestRefusedError(
+            f"Content-Encoding: 不支持压缩 a compressed body is not read: {packed[:64]}", 415, code="content_encoding"
+        )
     try:
         body = json.loads(
             request.get_data().decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_without_repeats
@@ -57,10 +62,10 @@ def read_fields(
 ) -> dict[str, Any]:
     """{name: value} of all `fields`, defaults filled in. RequestRefusedError names the field and what is allowed.
 
-    others: names the caller reads itself. null: a field that is null counts as left out.
+    others: names the caller reads itself. null: a field that is null counts as left out, also one unknown here.
     """
     for name in body:
-        if name not in fields and name not in others:
+        if name not in fields and name not in others and not (null and body[name] is None):
             near = difflib.get_close_matches(name, [*fields, *others], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RequestRefusedError(f"未知字段 unknown field {excerpt(name)}{hint}", param=name, code="unknown_field")
