@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WINDOWS = re.compile(r"^[A-Za-z]:[\\/]|\\")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 SHOWN = 5  # names of files in an error
-# of pictures and sound, which a model of text alone never meets: some tokenizers have one id more than their text models' rows
+# of pictures and sound: a tokenizer may have them where the model, of text alone, has no row for them
 UNUSED = {"<image_soft_token>", "<audio_soft_token>"}
 
 
