@@ -339,7 +339,7 @@ def logits_of(folder, *flags, base=False):
     given = ["--model_save_dir", folder, "--dtype", "float32", *flags]
     answer = predict.load_answer(parse(Config, PredictFlags, list(map(str, given)))[0], base)
     with torch.inference_mode():
-        return answer.net(torch.tensor([answer.prompt_ids([Turn("user", "1+1")])])).logits
+        return answer.net(torch.tensor([answer.fitted_ids([Turn("user", "1+1")])])).logits
 
 
 def test_an_adapter_of_another_tool_answers_as_the_run_does(lora_run, foreign, small_gemma, capfd):

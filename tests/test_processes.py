@@ -250,7 +250,7 @@ def test_killed_then_stopped_then_resumed(home, flags, start, finish):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(home, flags, finish, small_gemma):
-    """A row whose token has no finite embedding: its process alone sees it, all stop, one line names the row."""
+    """A row whose token overflows in the first layer: its process sees it, all stop, one line names the row."""
     base = home / "broken"
     base.mkdir()
     for file in small_gemma.iterdir():
@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(home, flags, finish, 
     from transformers import AutoTokenizer
 
     (poisoned,) = AutoTokenizer.from_pretrained(base).encode("答", add_special_tokens=False)
-    weights["model.embed_tokens.weight"][poisoned] = float("nan")
+    weights["model.embed_tokens.weight"][poisoned] = 3e38  # finite: a base that holds NaN is refused before
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     rows = [{"query": f"{n}+1", "response": str(n + 1) if n != 11 else "答"} for n in range(24)]
     (home / "one_bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

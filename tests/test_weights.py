@@ -189,7 +189,7 @@ def test_an_adapter_without_weights_is_named(trained, rows_file, line_of, nothin
 def test_a_process_ends_with_that_line(base, rows_file, recipe):
     (base / "model.safetensors").write_bytes(POINTER)
     done = recipe("train.py", "--path_model_pretrain", base, "--data_path", rows_file)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 1 and done.stdout == f"基座 base: {base}\n"
     (line,) = done.stderr.splitlines()
     assert f"{base / 'model.safetensors'}: " in line and line.endswith("git lfs pull")
 
