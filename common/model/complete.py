@@ -31,12 +31,15 @@ AGAIN = "download the folder again, or give the model these weights were saved f
 def report_hidden() -> Iterator[None]:
     """Within, transformers does not print its table of names that do not fit: `check_names` says it in one line."""
     logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_error)  # its level has to stay: at WARNING and above transformers 5.23 warns of shards
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def check_names(net: PreTrainedModel, info: Mapping[str, Any], path: str | Path) -> None:
