@@ -14,8 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, GenerationConfig
 
-from common import files
-from common.data import templates
+from common import files, templates
 from common.data.turns import Turn
 from common.device import device
 from common.errors import UserError

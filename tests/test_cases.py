@@ -3,7 +3,7 @@
 import pytest
 
 from common.data import turns as mend
-from common.data.conversations import Notes, conversations_in
+from common.data.formats import Notes, conversations_in
 from common.data.sources import read_records
 from common.data.turns import Turn, Unusable
 from common.errors import UserError

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.data import conversations, dataset, tokenised, workers
+from common import workers
+from common.data import accounts, cache, dataset, sources
 from common.data.render import TooLongError, encode_text, frame_ids, prompt_ids, special_id, training_sample
 from common.data.turns import Turn
 from common.errors import UserError
@@ -107,7 +108,7 @@ def test_the_seed_decides_the_sample(tmp_path, prepare):
     + [("c#/a.jsonl#12", ("c#/a.jsonl", 12)), ("a#b", ("a#b", None)), ("https://h/a#7", ("https://h/a", 7))],
 )
 def test_split_sample(spec, expected):
-    assert conversations.split_sample(spec) == expected
+    assert sources.split_sample(spec) == expected
 
 
 def test_a_sample_of_nothing_is_refused(tmp_path, prepare):
@@ -278,13 +279,13 @@ def test_held_out_rows(tmp_path):
         tmp_path, "a.jsonl", [QA, EMPTY, {"text": "一段"}, *[{"input": f"{n}", "output": "答"} for n in range(6)]]
     )
     cfg = settings(tmp_path, "unused")
-    kept, left_out = conversations.held_out(cfg, [path], 0)
+    kept, left_out = dataset.held_out(cfg, [path], 0)
     assert [where for where, _ in kept] == [f"{path}:{line}" for line in (1, 4, 5, 6, 7, 8, 9)]
     assert kept[0][1] == talk("问", "答")
     assert [row.where for row in left_out] == [f"{path}:2", f"{path}:3"]
-    assert conversations.held_out(cfg, [path], 3)[0] == kept[:3]
-    drawn = conversations.held_out(cfg, [f"{path}#3"], 0)[0]
-    assert drawn == conversations.held_out(cfg, [f"{path}#3"], 0)[0] and len({where for where, _ in drawn}) == 3
+    assert dataset.held_out(cfg, [path], 3)[0] == kept[:3]
+    drawn = dataset.held_out(cfg, [f"{path}#3"], 0)[0]
+    assert drawn == dataset.held_out(cfg, [f"{path}#3"], 0)[0] and len({where for where, _ in drawn}) == 3
 
 
 # ---------------------------------------------------------------- the cache
@@ -337,7 +338,7 @@ OTHER = {
 
 
 def key_of(tmp_path, path="a.jsonl", content="1", tokenizer_id="2", **knobs):
-    return tokenised.cache_key(path, content, settings(tmp_path, "a.jsonl", **knobs), tokenizer_id, prompt)
+    return cache.cache_key(path, content, settings(tmp_path, "a.jsonl", **knobs), tokenizer_id, prompt)
 
 
 def test_the_cache_key_holds_every_knob_that_decides_ids_and_no_other(tmp_path):
@@ -364,7 +365,7 @@ def test_tokenising_asks_for_no_knob_that_the_cache_key_leaves_out(tmp_path, tok
     rows = [QA, EMPTY, "broken", {"question": "问", "answer": "答" * 9}, {"question": "你是谁", "answer": "{{name}}"}]
     path = write(tmp_path, "a.jsonl", rows)
     cfg = Watched(settings(tmp_path, path, max_length_a=8))
-    tokenised.tokenised(path, cfg, tokenizer, tokenised.tokenizer_hash(tokenizer), prompt)
+    dataset.tokenised(path, cfg, tokenizer, cache.tokenizer_hash(tokenizer), prompt)
     assert cfg.asked == IDS | {"cache_dir", "strict"}
 
 
@@ -374,7 +375,7 @@ def reads_as_changed(file, read=Path.read_text):
 
 
 def test_the_cache_key_holds_the_code_of_the_room_and_of_the_prompt(tmp_path, monkeypatch):
-    key, files = key_of(tmp_path), [*Path(tokenised.__file__).parent.rglob("*.py"), Path(prompt.__file__)]
+    key, files = key_of(tmp_path), [*Path(dataset.__file__).parent.rglob("*.py"), Path(prompt.__file__)]
     assert len(files) > 10
     for file in files:
         monkeypatch.setattr(Path, "read_text", reads_as_changed(file))
@@ -483,7 +484,7 @@ def test_two_at_once_tokenise_once(tmp_path, tokenizer):
 @pytest.fixture
 def processes(monkeypatch):
     """Files of more than seven rows are tokenised by two processes, three rows at a time."""
-    monkeypatch.setattr(tokenised, "CHUNK", 3)
+    monkeypatch.setattr(dataset, "CHUNK", 3)
     monkeypatch.setattr(workers, "ALONE", 2)
     monkeypatch.setattr(workers, "cores", lambda: 2)
 
@@ -513,7 +514,7 @@ def test_a_sentencepiece_tokenizer_can_be_handed_to_a_process():
     copy = pickle.loads(pickle.dumps(tokenizer))
     for text in ("问 a\n[MASK]b", TYPED):
         assert encode_text(copy, text) == encode_text(tokenizer, text)
-    assert tokenised.tokenizer_hash(copy) == tokenised.tokenizer_hash(tokenizer)
+    assert cache.tokenizer_hash(copy) == cache.tokenizer_hash(tokenizer)
 
 
 def die(chunk):
@@ -661,7 +662,7 @@ def test_over_long_rows_are_cut_or_dropped_and_counted(tmp_path, prepare, capsys
     source = rows.sources[0]
     assert (source["rows"], source["kept"], source["cut"], source["used"]) == (5, 3, 2, 3)
     assert (source["tokens"], source["supervised"]) == (21 + 22 + 21, 3 + 3 + 2)
-    dataset.show_counts(rows)
+    accounts.show_counts(rows)
     out = capsys.readouterr().out
     assert "rows 5, 可用 kept 3, 截断 cut 2, 剔除 dropped 2, 使用 used 3, token 64, 计损失 supervised 12%" in out
     assert "train 3, 验证 validation 0" in out and "answer 是空的 is empty" in out

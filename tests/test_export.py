@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import export
+from common import export, templates
 from common.cli import parse
 from common.config import PredictFlags
-from common.data import templates
 from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
 from common.data.turns import Turn
 from common.errors import UserError

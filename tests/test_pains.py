@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import export
 from common.cli import parse
 from common.config import TrainFlags
-from common.data import conversations, dataset, formats, render, sources, tokenised
+from common.data import dataset, formats, render, sources
 from common.data.render import TooLongError
 from common.data.turns import Conversation, FormatError, Turn
 from common.device import resolve_dtype
@@ -361,7 +361,7 @@ def test_pain_17_saving_says_whether_the_adapter_serves_as_it_is(flags, tmp_path
 def test_pain_18_what_is_wrong_is_named_with_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "1", "response": "2"}\n{"query": "1", "response": \n{"query": "1", "respnse": "2"}\n')
-    found = list(conversations.conversations(str(path), Config()))
+    found = list(formats.conversations(str(path), Config()))
     assert [row.where for row in found] == [f"{path}:{line}" for line in (1, 2, 3)]
     assert "broken JSON line" in found[1].reason and '"response": ' in found[1].row
     assert "unknown keys: query+respnse; nearest known shape: query+response" in found[2].reason
@@ -379,12 +379,12 @@ def test_pain_19_every_row_is_accounted_for(tmp_path, tokenizer):
 
 
 def test_pain_19_without_the_guard_rows_vanish(tmp_path, tokenizer, monkeypatch):
-    whole = conversations.conversations_in
+    whole = formats.conversations_in
 
     def warn_and_continue(record, path, cfg, notes):
         return (row for row in whole(record, path, cfg, notes) if isinstance(row, Conversation))
 
-    monkeypatch.setattr(tokenised, "conversations_in", warn_and_continue)
+    monkeypatch.setattr(dataset, "conversations_in", warn_and_continue)
     rows = prepared(tmp_path, BROKEN, tokenizer, strict=True)
     assert len(rows.train) == 2 == rows.sources[0]["rows"] and len(rows.rejected) == 0
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from common.data import dataset, formats, render, tokenised, turns
+from common.data import accounts, dataset, formats, render, turns
 from common.data.turns import Conversation, FormatError, Turn
 from common.errors import UserError
 from common.training import check
@@ -238,7 +238,7 @@ def test_unused_keys_are_counted_once_a_file(tmp_path, tokenizer, capsys):
     for _ in range(2):  # read, and out of the cache
         found = dataset.prepare(cfg, tokenizer, prompt)
         assert found.sources[0]["unused"] == {"id": 1, "note": 3}
-        dataset.show_counts(found)
+        accounts.show_counts(found)
         assert "id: not used in 1 rows; note: not used in 3 rows\n" in capsys.readouterr().out
     report = check.examine(cfg, tokenizer, prompt)[1]
     told = [finding for finding in report["findings"] if finding["kind"] == "unused"]
@@ -343,7 +343,7 @@ def test_the_loss_counts_no_id_of_an_unlearnt_answer(tokenizer, style, loss_on):
 def test_a_sequence_that_teaches_one_answer_is_made_for_learnt_ones_only():
     half = talk("一", "二", "三", "四")
     half[1] = half[1]._replace(learn=False)
-    assert list(tokenised.lessons([Conversation("f:1", half)], True)) == [("f:1", half)]
+    assert list(dataset.lessons([Conversation("f:1", half)], True)) == [("f:1", half)]
 
 
 # ---------------------------------------------------------------- one reading of a conversation
@@ -418,7 +418,7 @@ def test_repairs_are_counted_with_their_places(tmp_path, tokenizer, capsys):
     for _ in range(2):  # read, and out of the cache
         found = dataset.prepare(cfg, tokenizer, prompt)
         assert found.sources[0]["repaired"] == 5 == len(found.repaired) and found.sources[0]["kept"] == 6
-        dataset.show_counts(found)
+        accounts.show_counts(found)
         out = capsys.readouterr().out
         assert f"repaired 4: {turns.JOINED}: {path}:2, {path}:4, {path}:5\n" in out
         assert f"repaired 1: {turns.GREETING}: {path}:3\n" in out

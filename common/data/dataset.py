@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import random
-import re
+import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
+from filelock import FileLock
 
-from common import distributed
+from common import distributed, workers
 from common.data import render
-from common.data.conversations import draw_rows, split_sample
-from common.data.tokenised import Listed, tokenised, tokenizer_hash
-from common.data.turns import Repair, Unusable
+from common.data.cache import Listed, Tokenised, cache_key, tokenizer_hash
+from common.data.formats import Notes, conversations_in, questions
+from common.data.render import Sample
+from common.data.sources import Record, read_records, split_sample
+from common.data.turns import Conversation, Repair, Unusable, said
 from common.errors import UserError
+from common.files import file_hash, line_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import pyarrow
+    from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
     from common.config import SFTConfig
     from common.data.family import Family
 
-PLACES = 3  # of a kind of repair are shown
+CHUNK = 1000  # rows tokenised at a time: what a process is handed, and a record batch of rows.arrow
 
 
 class TrainingData(NamedTuple):
@@ -111,38 +120,160 @@ def _check_counts(cfg: SFTConfig, sources: list[dict[str, Any]], rejected: Liste
         )
 
 
-def show_counts(data: TrainingData) -> None:
-    """Print what was read of each file and what became of it."""
-    for source in data.sources:
-        print(
-            f"数据 {source['path']}: 读取 rows {source['rows']}, 可用 kept {source['kept']}, "
-            f"截断 cut {source['cut']}, 剔除 dropped {source['rows'] - source['kept']}, "
-            f"使用 used {source['used']}, token {source['tokens']}, "
-            f"计损失 supervised {source['supervised'] / max(source['tokens'], 1):.0%}"
+def tokenised(
+    path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, tokenizer_id: str, prompt: Family
+) -> Tokenised:
+    """One file, from the cache where its content and all that shapes its ids are the same.
+
+    tokenizer_id: `tokenizer_hash` of the tokenizer. UserError where the file cannot be read, or with `cfg.strict` a
+    row cannot be used.
+    """
+    from datasets import Dataset
+
+    content = file_hash(path)
+    folder = Path(cfg.cache_dir).expanduser() / cache_key(path, content, cfg, tokenizer_id, prompt)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # the other processes of a run wait here and find the work done
+        if not folder.exists():
+            _tokenise(path, cfg, tokenizer, prompt, folder)
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    rejected = Listed(Unusable, [(folder / "rejected.jsonl", record["rows"] - record["kept"])])
+    repaired = Listed(Repair, [(folder / "repaired.jsonl", record["repaired"])])
+    if cfg.strict and (rejected or repaired):
+        first = rejected[0] if rejected else repaired[0]
+        raise UserError(f"{first.where}: {first.reason} (--strict)")
+    source = {"path": path, "sha256": content, **record}
+    return Tokenised(Dataset.from_file(str(folder / "rows.arrow")), source, rejected, repaired)
+
+
+def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family, folder: Path) -> None:
+    """Write rows.arrow, {rejected,repaired}.jsonl and record.json into `folder`, which appears when all are whole."""
+    from datasets.arrow_writer import ArrowWriter
+    from tqdm import tqdm
+
+    features = _features()
+    schema = features.arrow_schema
+    counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0, repaired=0)
+    unused: Counter[str] = Counter()
+    records = read_records(path)
+    chunks = iter(lambda: list(islice(records, CHUNK)), [])
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        draft = Path(scratch) / folder.name
+        draft.mkdir()
+        with (
+            ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer,
+            (draft / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as rejected,
+            (draft / "repaired.jsonl").open("w", encoding="utf-8", newline="\n") as repaired,
+            tqdm(desc="编码 tokenising", unit="row", leave=False) as bar,
+        ):
+            done = workers.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt)
+            for table, left_out, counted, told in done:
+                writer.write_table(table)
+                rejected.writelines(left_out)
+                counts.update(counted)
+                unused.update(told.unused)
+                repaired.writelines(line_of(repair._asdict()) for repair in told.repaired)
+                bar.update(counted["rows"])
+            writer.finalize()
+        record = {**counts, "unused": dict(sorted(unused.items()))}
+        (draft / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        draft.rename(folder)
+
+
+def _features() -> Features:
+    """The columns of rows.arrow."""
+    from datasets import Features, Value
+    from datasets import List as ListOf
+
+    return Features(
+        input_ids=ListOf(Value("int32")),
+        labels=ListOf(Value("int32")),
+        length=Value("int32"),
+        cut=Value("bool"),
+        where=Value("string"),
+    )
+
+
+def _encode(
+    records: list[Record],
+    path: str,
+    schema: pyarrow.Schema,
+    cfg: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Family,
+) -> tuple[pyarrow.Table, list[str], Counter[str], Notes]:
+    """(table of samples, lines of rejected.jsonl, counts, Notes) of some Records of a file."""
+    import pyarrow
+
+    columns: dict[str, list] = {name: [] for name in schema.names}
+    rejected: list[str] = []
+    counts: Counter[str] = Counter()
+    notes = Notes()
+    found = (row for record in records for row in conversations_in(record, path, cfg, notes))
+    for row in lessons(found, prompt.ONE_ANSWER and cfg.loss_on == "answer"):
+        counts["rows"] += 1
+        sample = _sample_of(row, cfg, tokenizer, prompt)
+        if isinstance(sample, Unusable):
+            rejected.append(line_of(sample._asdict()))
+            continue
+        length = len(sample.input_ids)
+        counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(render.IGNORED))
+        for name, value in {**sample._asdict(), "length": length, "where": row.where}.items():
+            columns[name].append(value)
+    counts["repaired"] = len(notes.repaired)
+    return pyarrow.table(columns, schema), rejected, counts, notes
+
+
+def lessons(rows: Iterable[Conversation | Unusable], one_answer: bool) -> Iterator[Conversation | Unusable]:
+    """The rows; with `one_answer` a conversation gives one for each of its answers to learn, which ends there."""
+    for row in rows:
+        if not one_answer or isinstance(row, Unusable) or row.turns[-1].role == "text":
+            yield row
+            continue
+        for end, turn in enumerate(row.turns, 1):
+            if turn.role == "assistant" and turn.learn:
+                yield Conversation(row.where, row.turns[:end])
+
+
+def _sample_of(
+    row: Conversation | Unusable, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family
+) -> Sample | Unusable:
+    """A row as ids and labels, or why it cannot be trained on."""
+    if isinstance(row, Unusable):
+        return row
+    try:
+        sample = render.training_sample(
+            tokenizer, prompt, row.turns, cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a
         )
-        unused = "; ".join(f"{key}: not used in {rows} rows" for key, rows in source["unused"].items())
-        if unused:
-            print(f"  没有读的字段 keys that were not read: {unused}")
-    reasons = Counter(re.sub(r"\d+", "N", row.reason) for row in data.rejected)
-    for reason, count in reasons.most_common(5):
-        print(f"  剔除 dropped {count}: {reason}")
-    repairs: Counter[str] = Counter()
-    places: dict[str, list[str]] = {}  # the first of each kind
-    for where, reason in data.repaired:
-        repairs[reason] += 1
-        if repairs[reason] <= PLACES:
-            places.setdefault(reason, []).append(where)
-    for reason, count in repairs.items():
-        print(f"  修整 repaired {count}: {reason}: {', '.join(places[reason])}")
-    print(f"训练 train {len(data.train)}, 验证 validation {len(data.validation)}")
+    except render.TooLongError as problem:
+        return Unusable(row.where, problem.reason, said(row.turns), problem.kind)
+    if sample.labels.count(render.IGNORED) == len(sample.labels):
+        reason = "没有可训练的 token no id of the row is supervised"
+        return Unusable(row.where, reason, said(row.turns), kind="unsupervised")
+    return sample
 
 
-def show_first(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print the first training row as text, ids and labels, so that a wrong prompt or mask is seen at once."""
-    row = data.train[0]
-    supervised = [label for label in row["labels"] if label != render.IGNORED]
-    print(f"第一条样本 first sample ({row['where']}):")
-    print("text:", repr(render.shown(tokenizer, row["input_ids"])))
-    print("input_ids:", row["input_ids"])
-    print("labels:", row["labels"])
-    print("计损失的文字 supervised text:", repr(render.shown(tokenizer, supervised)))
+def held_out(cfg: SFTConfig, specs: Sequence[str], limit: int) -> tuple[list[Conversation], list[Unusable]]:
+    """The conversations of held-out files, `limit` at most (0: all), and the rows left out."""
+    kept: list[Conversation] = []
+    left_out: list[Unusable] = []
+    for spec in specs:
+        path, wanted = split_sample(spec)
+        rows = []
+        for row in questions(path, cfg):
+            if isinstance(row, Conversation):
+                rows.append(row)
+            else:
+                left_out.append(row)
+        kept += [rows[number] for number in draw_rows(len(rows), wanted, random.Random(cfg.seed))]
+    return kept[: limit or None], left_out
+
+
+def draw_rows(available: int, wanted: int | None, rng: random.Random) -> numpy.ndarray:
+    """Row numbers [N]: all in order, or `wanted` drawn without repetition until the file is used up, then again."""
+    everything = numpy.arange(available)
+    if wanted is None or not available:
+        return everything
+    rounds, rest = divmod(wanted, available)
+    drawn = numpy.array(rng.sample(range(available), rest), dtype=everything.dtype)
+    return numpy.concatenate([everything] * rounds + [drawn])

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.data.fields import MATTERS, ROLES, SPEAKERS, Fields, as_text, mark_of, role_of
-from common.data.turns import FormatError, Turn, in_order
+from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
+from common.data.fields import MATTERS, SPEAKERS, Fields, as_text, mark_of
+from common.data.sources import Record, read_records
+from common.data.turns import Conversation, FormatError, Repair, Turn, Unusable, fill_identity, in_order, said
+
+if TYPE_CHECKING:
+    from common.config import SFTConfig
 
 Row = dict[str, Any]
 Reader = Callable[[Fields], list[list[Turn]]]  # a row's conversations
 Shape = frozenset[str]  # the keys a row of it has
 OPENING = {"system", "system_prompt", "tools", "history"}
 PREFERENCE = {key for key, (kind, _) in MATTERS.items() if kind == "preference"}
-MOSS_MARKS = re.compile(r"^\s*<\|\w+\|>:\s*|\s*<eo\w>\s*$")
-MOSS_NOTES = ("Inner Thoughts", "Tool Responses")
-SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要求|[Ww]ord count)[^）)]*[）)]\s*)?")
 
 
 class Reading(NamedTuple):
@@ -27,6 +30,58 @@ class Reading(NamedTuple):
     conversations: list[Sequence[Turn]]
     unused: list[str]
     repaired: list[str]
+
+
+def conversations(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
+    """Yield what the rows of a file are, in order. Of `cfg`, model_name and model_author are used."""
+    for record in read_records(path):
+        yield from conversations_in(record, path, cfg)
+
+
+@dataclass
+class Notes:
+    """What else there is to say of the usable rows of a file."""
+
+    unused: Counter[str] = field(default_factory=Counter)  # key that was not read: rows that have it
+    repaired: list[Repair] = field(default_factory=list)
+
+    def add(self, where: str, reading: Reading) -> None:
+        """Note what was said of the row at `where`, file:line."""
+        if reading.unused:
+            self.unused.update(set(reading.unused))
+        self.repaired += [Repair(where, reason) for reason in dict.fromkeys(reading.repaired)]
+
+
+def conversations_in(
+    record: Record, path: str, cfg: SFTConfig, notes: Notes | None = None
+) -> Iterator[Conversation | Unusable]:
+    """Yield the conversations of one record, or the one Unusable that says why it has none.
+
+    What else there is to say of the record goes into `notes`.
+    """
+    where = f"{path}:{record.line}"
+    if record.problem:
+        yield Unusable(where, record.problem, record.value, record.kind)
+        return
+    try:
+        reading = read_row(record.value)
+        found = [fill_identity(turns, cfg.model_name, cfg.model_author) for turns in reading.conversations]
+    except FormatError as problem:
+        yield Unusable(where, problem.reason, record.value, problem.kind)
+        return
+    if notes is not None:
+        notes.add(where, reading)
+    for turns in found:
+        yield Conversation(where, turns)
+
+
+def questions(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
+    """Yield what `conversations` does; a text that asks nothing is unusable."""
+    for row in conversations(path, cfg):
+        if isinstance(row, Conversation) and row.turns[-1].role == "text":
+            yield Unusable(row.where, "没有提问 there is no question to ask", said(row.turns), kind="no-question")
+        else:
+            yield row
 
 
 def read_row(row: object) -> Reading:
@@ -200,74 +255,6 @@ def _rounds(row: Fields) -> list[list[Turn]]:
     return [turns]
 
 
-def _many_answers(row: Fields) -> list[list[Turn]]:
-    """HC3's rows: a conversation for each answer to the question."""
-    question = Turn("user", row.text("question"))
-    answers = row.items("human_answers") + row.items("chatgpt_answers")
-    if not answers:
-        raise FormatError("empty", "human_answers 和 chatgpt_answers 都是空的 are both empty")
-    return [[question, Turn("assistant", as_text(answer, "answers"))] for answer in answers]
-
-
-def _exam(row: Fields) -> list[list[Turn]]:
-    """COIG's exam questions: task, text and question; answer and explanation."""
-    asked = [row.text(f"textbox_{key}", required=False) for key in ("q_instruction", "q_context", "question")]
-    explained = row.text("textbox_answer_analysis", required=False)
-    answer = "\n".join(part for part in (row.text("textbox_answer"), explained) if part.strip())
-    return [[Turn("user", "\n".join(part for part in asked if part.strip())), Turn("assistant", answer)]]
-
-
-def _moss(row: Fields) -> list[list[Turn]]:
-    """MOSS's chats {turn_1: {Human, MOSS, Commands, …}}, each text between markers such as <|Human|>: and <eoh>."""
-    meta = row.text("meta_instruction", required=False)
-    turns = [Turn("system", meta)] if meta.strip() else []
-    chat = row.get("chat")
-    for value in chat.values() if isinstance(chat, dict) else ():
-        if not isinstance(value, dict):
-            raise FormatError("not-an-utterance", f"chat: 应有 Human 和 MOSS expected, found {str(value)[:60]!r}")
-        round_ = Fields(value, "chat")
-        command = MOSS_MARKS.sub("", round_.text("Commands", required=False)) or "None"
-        if command != "None":
-            raise FormatError("plugin-call", f"chat 调用了插件 calls a plugin, which would be lost: {command[:40]!r}")
-        question, answer = (MOSS_MARKS.sub("", round_.text(name)) for name in ("Human", "MOSS"))
-        turns += [Turn("user", question), Turn("assistant", answer)]
-        round_.read |= {name for name in MOSS_NOTES if MOSS_MARKS.sub("", str(value.get(name))) == "None"}
-        row.inner += round_.unread()
-    return [turns]
-
-
-def _best_thread(row: Fields) -> list[list[Turn]]:
-    """OpenAssistant's trees {prompt: {text, role, replies: [{…, rank}, …]}}: always the reply of the best rank."""
-    turns, messages = [], [row.get("prompt")]
-    while messages:
-        if not all(isinstance(message, dict) and "role" in message for message in messages):
-            raise FormatError(
-                "not-an-utterance", f"prompt: 应有 role, text 和 replies expected, found {str(messages)[:60]!r}"
-            )
-        best = min(messages, key=lambda message: (message.get("rank") is None, message.get("rank") or 0))
-        role = role_of(best["role"])
-        if role is None:
-            raise FormatError(
-                "unknown-role", f"prompt: 未知角色 unknown role {best['role']!r}; known: prompter, assistant"
-            )
-        message = Fields(best, "prompt")
-        turns.append(Turn(role, message.text("text")))
-        row.inner += ["prompt.replies"] if len(messages) > 1 else []
-        messages = message.items("replies")
-        row.inner += message.unread()
-    return [turns]
-
-
-def _dialogue(row: Fields) -> list[list[Turn]]:
-    """RefGPT's dialogues, one text: <start_chat><Human 1>:…<Assistant 1>:…<end_chat>."""
-    text = row.text("dialogue").strip().removeprefix("<start_chat>").removesuffix("<end_chat>")
-    before, *parts = SPEAKER.split(text)
-    if before.strip() or not parts:
-        raise FormatError("not-a-dialogue", f"dialogue: 应以 <Human 1>: 开头 must begin with it, found {text[:40]!r}")
-    spoken = zip(parts[::2], parts[1::2], strict=True)
-    return [[Turn(ROLES[who.lower()], as_text(said.strip(), "dialogue")) for who, said in spoken]]
-
-
 def _plain_text(key: str) -> Reader:
     return lambda row: [[Turn("text", row.text(key))]]
 
@@ -286,7 +273,7 @@ SHAPES: dict[Shape, Reader] = {
     frozenset({"query", "response"}): _question_answer(("query",), "response"),
     frozenset({"question", "answer"}): _question_answer(("question",), "answer"),
     frozenset({"question", "std_answer"}): _question_answer(("question",), "std_answer"),
-    frozenset({"question", "human_answers", "chatgpt_answers"}): _many_answers,
+    frozenset({"question", "human_answers", "chatgpt_answers"}): many_answers,
     frozenset({"input", "target"}): _question_answer(("input",), "target"),
     frozenset({"prompt", "response"}): _question_answer(("prompt",), "response"),
     frozenset({"prompt", "completion"}): _prompt_completion,
@@ -294,10 +281,10 @@ SHAPES: dict[Shape, Reader] = {
     frozenset({"指令", "输出"}): _question_answer(("指令", "输入"), "输出"),
     frozenset({"输入", "输出"}): _question_answer(("输入",), "输出"),
     frozenset({"指令", "输入", "输出"}): _question_answer(("指令", "输入"), "输出"),
-    frozenset({"textbox_question", "textbox_answer"}): _exam,
-    frozenset({"chat", "num_turns"}): _moss,
-    frozenset({"message_tree_id", "prompt"}): _best_thread,
-    frozenset({"dialogue", "reference"}): _dialogue,
+    frozenset({"textbox_question", "textbox_answer"}): exam,
+    frozenset({"chat", "num_turns"}): moss,
+    frozenset({"message_tree_id", "prompt"}): best_thread,
+    frozenset({"dialogue", "reference"}): dialogue,
 }
 # pre-training text, unless the row has a key of ASKING
 TEXT_SHAPES: dict[Shape, Reader] = {frozenset({key}): _plain_text(key) for key in ("response", "text")}

@@ -35,6 +35,16 @@ class Record(NamedTuple):
     kind: str = ""
 
 
+def split_sample(spec: str) -> tuple[str, int | None]:
+    """`path#N` as (path, N); N is None where it is not given."""
+    path, mark, count = spec.rpartition("#")
+    if mark and count.isdigit():
+        if int(count) == 0:
+            raise UserError(f"{spec}: 抽样行数应大于 0 the number of rows after # must be above 0")
+        return path, int(count)
+    return spec, None
+
+
 def read_records(path: str) -> Iterator[Record]:
     """Yield the Records of a local file or any fsspec URL, compressed or not, with a BOM or not.
 

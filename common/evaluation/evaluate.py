@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from common import distributed, launch
-from common.data import conversations
+from common.data import dataset, formats, sources
 from common.data.turns import Conversation, Turn, said
 from common.errors import UserError
 from common.evaluation import intervals, metrics
@@ -38,10 +38,10 @@ def held_out_rows(cfg: SFTConfig, rows: TrainingData | None = None) -> HeldOut:
     if not cfg.eval_rows:
         return []
     if cfg.eval_data_path:
-        return conversations.held_out(cfg, cfg.eval_data_path, cfg.eval_rows)[0]
+        return dataset.held_out(cfg, cfg.eval_data_path, cfg.eval_rows)[0]
     wanted = set(rows.validation["where"]) if rows is not None else set()
-    paths = [conversations.split_sample(spec)[0] for spec in cfg.data_path] if wanted else []
-    found = (row for path in paths for row in conversations.questions(path, cfg))
+    paths = [sources.split_sample(spec)[0] for spec in cfg.data_path] if wanted else []
+    found = (row for path in paths for row in formats.questions(path, cfg))
     return list(islice((row for row in found if isinstance(row, Conversation) and row.where in wanted), cfg.eval_rows))
 
 
@@ -51,7 +51,7 @@ def rows_to_score(cfg: SFTConfig, limit: int) -> HeldOut:
     specs = cfg.data_path if "data_path" in cfg.given else cfg.eval_data_path
     if manifest and not cfg.given & {"data_path", "eval_data_path"}:
         specs = manifest["config"]["eval_data_path"]
-    rows, left_out = conversations.held_out(cfg, specs, limit)
+    rows, left_out = dataset.held_out(cfg, specs, limit)
     for row in left_out:
         print(f"不评估 not scored: {row.where}: {row.reason}")
     if not rows:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import distributed
 from common.config import ROOT
-from common.data import render, tokenised
+from common.data import cache, render
 from common.errors import UserError
 from common.model import loading, weights
 
@@ -51,7 +51,7 @@ def matching(base: str, style: str, tokenizer: PreTrainedTokenizerBase, prompt: 
     template = render.template_text(tokenizer, prompt, style)
     return {
         "base": {"path": base, "sha256": loading.base_hash(base)},
-        "tokenizer_sha256": tokenised.tokenizer_hash(tokenizer),
+        "tokenizer_sha256": cache.tokenizer_hash(tokenizer),
         "template": {"style": style, "text": template, "sha256": hashlib.sha256(template.encode()).hexdigest()},
         "stop_ids": prompt.stop_ids(tokenizer, style),
     }
@@ -74,7 +74,7 @@ def check_fits(manifest: dict[str, Any], base: str, tokenizer: PreTrainedTokeniz
     """
     weights.check_model(base)
     template = render.template_text(tokenizer, prompt, manifest["template"]["style"])
-    base_now, ids_now = loading.base_hash(base), tokenised.tokenizer_hash(tokenizer)
+    base_now, ids_now = loading.base_hash(base), cache.tokenizer_hash(tokenizer)
     pairs = [
         ("基座模型 base model", manifest["base"]["sha256"], base_now, "give the base trained with"),
         ("分词器 tokenizer", manifest["tokenizer_sha256"], ids_now, "restore the base's tokenizer files"),

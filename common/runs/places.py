@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import distributed
-from common.data.conversations import split_sample
+from common.data.sources import split_sample
 from common.errors import UserError
 
 if TYPE_CHECKING:

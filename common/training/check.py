@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from common.data import conversations, dataset, tokenised
+from common.data import cache, dataset, formats, sources
 from common.data.defects import DEFECTS
 from common.data.render import IGNORED
 from common.data.turns import Conversation, Repair, Turn, Unusable
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.config import SFTConfig, TrainFlags
+    from common.data.cache import Tokenised
     from common.data.dataset import TrainingData
     from common.data.family import Family
-    from common.data.tokenised import Tokenised
 
 Report = dict[str, Any]  # what --json prints
 SAMPLES = 3  # rows shown with their mask
@@ -111,10 +111,10 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
     """The readable files of data_path, and the Findings of their rows."""
     files: list[Tokenised] = []
     findings: list[Finding] = []
-    tokenizer_id = tokenised.tokenizer_hash(tokenizer)
-    for path in dict.fromkeys(conversations.split_sample(spec)[0] for spec in cfg.data_path):
+    tokenizer_id = cache.tokenizer_hash(tokenizer)
+    for path in dict.fromkeys(sources.split_sample(spec)[0] for spec in cfg.data_path):
         try:
-            files.append(tokenised.tokenised(path, cfg, tokenizer, tokenizer_id, prompt))
+            files.append(dataset.tokenised(path, cfg, tokenizer, tokenizer_id, prompt))
         except UserError as problem:
             findings.append(_unreadable(problem))
             continue
@@ -196,9 +196,9 @@ def _held_out_overlap(cfg: SFTConfig, texts: Texts) -> tuple[dict[str, int], lis
     findings: list[Finding] = []
     same_rows = same_questions = 0
     for spec in cfg.eval_data_path:
-        path = conversations.split_sample(spec)[0]
+        path = sources.split_sample(spec)[0]
         try:
-            for row in conversations.conversations(path, cfg):
+            for row in formats.conversations(path, cfg):
                 if isinstance(row, Unusable):
                     findings.append(_left_out(row))
                     continue
@@ -215,9 +215,9 @@ def _held_out_overlap(cfg: SFTConfig, texts: Texts) -> tuple[dict[str, int], lis
 
 def _conversations(cfg: SFTConfig) -> Iterator[Conversation]:
     """The usable rows of data_path; a file that breaks off has been reported already."""
-    for path in dict.fromkeys(conversations.split_sample(spec)[0] for spec in cfg.data_path):
+    for path in dict.fromkeys(sources.split_sample(spec)[0] for spec in cfg.data_path):
         with contextlib.suppress(UserError):
-            for row in conversations.conversations(path, cfg):
+            for row in formats.conversations(path, cfg):
                 if isinstance(row, Conversation):
                     yield row
 

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, TrainFlags, argv)
     # torch is imported only now, so that --help answers at once
     from common import distributed
-    from common.data import dataset
+    from common.data import accounts, dataset
     from common.evaluation import evaluate
     from common.model import layers, loading
     from common.runs import places, run
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.check:
         return check.run(cfg, flags, base, tokenizer, prompt)
     rows = dataset.prepare(cfg, tokenizer, prompt)
-    dataset.show_counts(rows)
-    dataset.show_first(rows, tokenizer)
+    accounts.show_counts(rows)
+    accounts.show_first(rows, tokenizer)
     held_out = evaluate.held_out_rows(cfg, rows)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway)
     net = tuning.make_trainable(base, cfg)
