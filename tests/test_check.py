@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -120,8 +121,11 @@ def test_the_report_for_people_names_every_line(flags, capsys):
         train.main(flags([row for row, _, _ in DEFECTS.values()]))
     assert ended.value.code == 1
     out = capsys.readouterr().out
+    kinds = Counter(kind for _, kind, _ in DEFECTS.values())
     for line, (_, kind, words) in enumerate(DEFECTS.values(), 3):
-        entry = re.search(rf"rows\.jsonl:{line}: \[{kind}\] (.*)\n    应为 expected: .+; 办法 remedy: .+\n", out)
+        assert out.count(f"[{kind}] {kinds[kind]} 处 found\n") == 1
+        told = out.partition(f"[{kind}]")[2].partition("[")[0]
+        entry = re.search(rf"rows\.jsonl:{line}: (.*)\n +应为 expected: .+; 办法 remedy: .+\n", told)
         assert entry and words in entry[1], (line, out)
     assert "剔除 dropped 9" in out and out.strip().splitlines()[-1].startswith("结论 verdict: 有问题 bad: ")
 
@@ -138,6 +142,51 @@ def test_good_rows_are_good(report, tmp_path):
     assert step["rows"] == 4 and step["length"] == lengths["tokens"]["p100"] and step["total_steps"] == 9
     assert step["seconds"] > 0 and step["run_seconds"] > 0
     assert min(used.values()) >= 0 and used["estimate"] > 0 and used["peak"] > used["measured"]
+
+
+def of_400(bad):
+    """400 rows, two of them those that `flags` puts first; so many of them without an answer."""
+    return [{"question": f"{n}", "answer": "" if n < bad else f"{n}"} for n in range(398)]
+
+
+def test_few_lost_rows_are_told_and_do_not_spoil_the_verdict(report, flags, capsys):
+    found, code = report(of_400(10))
+    assert code == 0 and found["verdict"] == "usable with losses" and found["usable_share"] == 390 / 400
+    assert found["problems"] == {} and found["losses"] == {"empty": 10}
+    train.main(flags(of_400(10)))
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].endswith("usable with losses: 390 行可用 rows are usable (97.5%): 10 × empty")
+    assert out.count("[empty] 10 处 found") == 1 and out.count("answer 是空的 is empty") == 3
+    assert "keep every row whole" not in out
+
+
+@pytest.mark.parametrize(("bad", "more"), [(10, ["--strict"]), (10, ["--max_dropped", 0.02]), (201, [])])
+def test_what_training_would_refuse_is_bad(report, bad, more):
+    found, code = report(of_400(bad), *more)
+    assert code == 1 and found["verdict"] == "bad" and found["losses"] == {"empty": bad}
+
+
+def test_the_limits_that_keep_every_row_are_told(report, flags, capsys):
+    rows = [{"question": "长" * 90, "answer": "好"}, {"question": "问", "answer": "答" * 40}]
+    found, _ = report(rows, "--max_length_q", 50, "--max_length_a", 30)
+    assert found["kinds"] == {"cut": 1, "over-long": 1}
+    limits = found["keep_all"]
+    assert found["lengths"]["prompt"]["p100"] == limits["max_length_q"]
+    assert found["lengths"]["answer"]["p100"] == limits["max_length_a"] == 41
+    given = [f"--{name} {value}" for name, value in limits.items()]
+    train.main(flags(rows, "--max_length_q", 50, "--max_length_a", 30))
+    assert f"to keep every row whole: {' '.join(given)}\n" in capsys.readouterr().out
+    found, _ = report(rows, *" ".join(given).split())
+    assert found["rows"]["kept"] == 4 and found["rows"]["cut"] == 0 and found["keep_all"] == limits
+    less = {name: value - 1 for name, value in limits.items()}
+    found, _ = report(rows, *" ".join(f"--{name} {value}" for name, value in less.items()).split())
+    assert found["rows"]["kept"] == 3 and found["rows"]["cut"] == 1
+
+
+def test_the_run_is_estimated_from_light_and_heavy_micro_batches():
+    micro = [[number, number + 1] for number in range(9)] + [[9]]
+    assert rehearsal.spread([*micro[-1:], *micro[:-1]]) == [micro[1], micro[4], micro[7]]
+    assert rehearsal.spread([[1]]) == [[1]] * 3
 
 
 def test_duplicates_cuts_and_typed_tokens_are_told_but_not_bad(report):

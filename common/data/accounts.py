@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
 
 from common.data import render
 from common.data.dataset import TrainingData
 
 if TYPE_CHECKING:
+    import pyarrow
     from transformers import PreTrainedTokenizerBase
 
+    from common.data.cache import Tokenised
+
 PLACES = 3  # of a kind of repair are shown
+PERCENTS = (50, 90, 95, 99, 100)
 
 
 def show_counts(data: TrainingData) -> None:
@@ -50,3 +57,39 @@ def show_first(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> None:
     print("input_ids:", row["input_ids"])
     print("labels:", row["labels"])
     print("计损失的文字 supervised text:", repr(render.shown(tokenizer, supervised)))
+
+
+def lengths(files: Sequence[Tokenised], stop_ids: set[int]) -> dict[str, Any]:
+    """{stop_share, lengths, keep_all} of files.
+
+    stop_share: of the kept rows, how many end with an id of `stop_ids`. lengths: percentiles of ids a row; "tokens" and
+    "supervised" of the kept rows, "prompt" and "answer" of all rows before anything was cut or left out. keep_all: the
+    least limits that neither cut nor leave out a row.
+    """
+    counted = [_counts(batch, stop_ids) for file in files for batch in file.rows.with_format("arrow").iter(1000)]
+    tokens, supervised, ends = (_together([batch[number] for batch in counted]) for number in range(3))
+    prompts, answers = (_together([file.whole[:, number] for file in files]) for number in range(2))
+    found = {"tokens": tokens, "supervised": supervised, "prompt": prompts, "answer": answers}
+    return {
+        "stop_share": float(ends.mean()) if len(ends) else 1.0,
+        "lengths": {name: _percentiles(values) for name, values in found.items()},
+        "keep_all": {"max_length_q": int(prompts.max(initial=0)), "max_length_a": int(answers.max(initial=0))},
+    }
+
+
+def _together(parts: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    return numpy.concatenate([numpy.empty(0, int), *parts])
+
+
+def _counts(batch: pyarrow.Table, stop_ids: set[int]) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Of each row of an Arrow table: number of ids, of supervised ids, and whether the last of these is a stop id."""
+    column = batch["labels"].combine_chunks()
+    labels, starts = column.flatten().to_numpy(), column.offsets.to_numpy() - column.offsets[0].as_py()
+    counted = numpy.flatnonzero(labels != render.IGNORED)
+    ends = numpy.searchsorted(counted, starts[1:])  # every kept row has a supervised id
+    last = labels[counted[ends - 1]]
+    return numpy.diff(starts), numpy.diff(numpy.searchsorted(counted, starts)), numpy.isin(last, list(stop_ids))
+
+
+def _percentiles(values: numpy.ndarray) -> dict[str, int]:
+    return {f"p{p}": int(numpy.percentile(values, p)) for p in PERCENTS} if len(values) else {}

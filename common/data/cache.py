@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+import numpy
+
 from common.data.turns import Repair, Unusable
 from common.files import stream_jsonl
 from common.knobs import IDS
@@ -49,6 +51,7 @@ class Tokenised(NamedTuple):
     source: dict[str, Any]
     rejected: Listed[Unusable]
     repaired: Listed[Repair]
+    whole: numpy.ndarray  # (ids of the prompt, ids of the last answer) of each row before it is cut or left out, [N, 2]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

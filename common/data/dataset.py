@@ -143,11 +143,12 @@ def tokenised(
         first = rejected[0] if rejected else repaired[0]
         raise UserError(f"{first.where}: {first.reason} (--strict)")
     source = {"path": path, "sha256": content, **record}
-    return Tokenised(Dataset.from_file(str(folder / "rows.arrow")), source, rejected, repaired)
+    whole = numpy.load(folder / "whole.npy", mmap_mode="r")
+    return Tokenised(Dataset.from_file(str(folder / "rows.arrow")), source, rejected, repaired, whole)
 
 
 def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family, folder: Path) -> None:
-    """Write rows.arrow, {rejected,repaired}.jsonl and record.json into `folder`, which appears when all are whole."""
+    """Write `folder`: rows.arrow, {rejected,repaired}.jsonl, whole.npy, record.json; it appears when all are whole."""
     from datasets.arrow_writer import ArrowWriter
     from tqdm import tqdm
 
@@ -155,6 +156,7 @@ def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, pro
     schema = features.arrow_schema
     counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0, repaired=0)
     unused: Counter[str] = Counter()
+    whole = [numpy.empty((0, 2), numpy.int32)]
     records = read_records(path)
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -167,14 +169,16 @@ def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, pro
             tqdm(desc="编码 tokenising", unit="row", leave=False) as bar,
         ):
             done = workers.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt)
-            for table, left_out, counted, told in done:
-                writer.write_table(table)
-                rejected.writelines(left_out)
-                counts.update(counted)
-                unused.update(told.unused)
-                repaired.writelines(line_of(repair._asdict()) for repair in told.repaired)
-                bar.update(counted["rows"])
+            for chunk in done:
+                writer.write_table(chunk.table)
+                rejected.writelines(chunk.rejected)
+                counts.update(chunk.counts)
+                unused.update(chunk.notes.unused)
+                repaired.writelines(line_of(repair._asdict()) for repair in chunk.notes.repaired)
+                whole.append(chunk.whole)
+                bar.update(chunk.counts["rows"])
             writer.finalize()
+        numpy.save(draft / "whole.npy", numpy.concatenate(whole))
         record = {**counts, "unused": dict(sorted(unused.items()))}
         (draft / "record.json").write_text(json.dumps(record), encoding="utf-8")
         draft.rename(folder)
@@ -194,6 +198,19 @@ def _features() -> Features:
     )
 
 
+class Encoded(NamedTuple):
+    """Some Records of a file: their samples as a table, lines of rejected.jsonl, counts, what else was noted.
+
+    `whole`: (ids of the prompt, ids of the last answer) of each row before it is cut or left out, int32 [N, 2].
+    """
+
+    table: pyarrow.Table
+    rejected: list[str]
+    counts: Counter[str]
+    notes: Notes
+    whole: numpy.ndarray
+
+
 def _encode(
     records: list[Record],
     path: str,
@@ -201,27 +218,29 @@ def _encode(
     cfg: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Family,
-) -> tuple[pyarrow.Table, list[str], Counter[str], Notes]:
-    """(table of samples, lines of rejected.jsonl, counts, Notes) of some Records of a file."""
+) -> Encoded:
     import pyarrow
 
     columns: dict[str, list] = {name: [] for name in schema.names}
     rejected: list[str] = []
     counts: Counter[str] = Counter()
     notes = Notes()
+    whole: list[tuple[int, int]] = []
     found = (row for record in records for row in conversations_in(record, path, cfg, notes))
     for row in lessons(found, prompt.ONE_ANSWER and cfg.loss_on == "answer"):
         counts["rows"] += 1
-        sample = _sample_of(row, cfg, tokenizer, prompt)
+        sample = _sample_of(row, cfg, tokenizer, prompt, whole)
         if isinstance(sample, Unusable):
             rejected.append(line_of(sample._asdict()))
             continue
         length = len(sample.input_ids)
         counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(render.IGNORED))
-        for name, value in {**sample._asdict(), "length": length, "where": row.where}.items():
+        for name, value in zip(columns, (sample.input_ids, sample.labels, length, sample.cut, row.where), strict=True):
             columns[name].append(value)
     counts["repaired"] = len(notes.repaired)
-    return pyarrow.table(columns, schema), rejected, counts, notes
+    return Encoded(
+        pyarrow.table(columns, schema), rejected, counts, notes, numpy.array(whole, numpy.int32).reshape(-1, 2)
+    )
 
 
 def lessons(rows: Iterable[Conversation | Unusable], one_answer: bool) -> Iterator[Conversation | Unusable]:
@@ -236,14 +255,21 @@ def lessons(rows: Iterable[Conversation | Unusable], one_answer: bool) -> Iterat
 
 
 def _sample_of(
-    row: Conversation | Unusable, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family
+    row: Conversation | Unusable,
+    cfg: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Family,
+    whole: list[tuple[int, int]],
 ) -> Sample | Unusable:
-    """A row as ids and labels, or why it cannot be trained on."""
+    """A row as ids and labels, or why it cannot be trained on; its uncut lengths go into `whole`."""
     if isinstance(row, Unusable):
         return row
+    pieces = prompt.render(tokenizer, row.turns, cfg.prompt_style)
+    whole.append((len(render.joined(pieces[:-1])), len(pieces[-1].ids)))
     try:
+        limits = cfg.max_length_q, cfg.max_length_a
         sample = render.training_sample(
-            tokenizer, prompt, row.turns, cfg.prompt_style, cfg.loss_on, cfg.max_length_q, cfg.max_length_a
+            tokenizer, prompt, row.turns, cfg.prompt_style, cfg.loss_on, *limits, pieces=pieces
         )
     except render.TooLongError as problem:
         return Unusable(row.where, problem.reason, said(row.turns), problem.kind)

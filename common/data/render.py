@@ -85,12 +85,14 @@ def training_sample(
     loss_on: str,
     max_length_q: int,
     max_length_a: int,
+    pieces: list[Piece] | None = None,
 ) -> Sample:
     """The Sample of a conversation whose last turn is an answer. Its ids up to the answer are `prompt_ids` of the rest.
 
-    loss_on: "all" ids but the first, every "answer", or the "last" answer. Raises TooLongError.
+    loss_on: "all" ids but the first, every "answer", or the "last" answer. pieces: of the turns, where they have been
+    rendered. Raises TooLongError.
     """
-    pieces, cut = prompt.render(tokenizer, turns, style), False
+    pieces, cut = pieces or prompt.render(tokenizer, turns, style), False
     if len(joined(pieces[:-1])) > max_length_q:
         asked, cut = fit_turns(
             lambda asked: len(joined(prompt.render(tokenizer, asked, style))), turns[:-1], max_length_q

@@ -13,9 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy
-
-from common.data import cache, dataset, formats, sources
+from common.data import accounts, cache, dataset, formats, sources
 from common.data.defects import DEFECTS
 from common.data.render import IGNORED
 from common.data.turns import Conversation, Repair, Turn, Unusable
@@ -25,7 +23,6 @@ from common.training import rehearsal, tuning
 from common.training.check_report import show_rows, show_step, show_verdict
 
 if TYPE_CHECKING:
-    import pyarrow
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.config import SFTConfig, TrainFlags
@@ -35,14 +32,15 @@ if TYPE_CHECKING:
 
 Report = dict[str, Any]  # what --json prints
 SAMPLES = 3  # rows shown with their mask
-PERCENTS = (50, 90, 95, 99, 100)
-STEPS = 2  # of a rehearsal; the first is not timed
 NO_END = "有的行不以停止符结尾 rows whose last supervised id is no stop id: the model would not stop"
 OUT_OF_MEMORY = "--micro_batch_size 1, --gradient_checkpointing true, a smaller --max_length_q or --max_length_a"
 
 
 class Finding(NamedTuple):
-    """A defect: file:line (or file), its kind, what was found and expected, the remedy, whether the verdict is bad."""
+    """A defect: file:line (or file), its kind, what was found and expected, and the remedy.
+
+    `bad` makes the verdict bad. `lost` is a row that is left out: of those, only too many make it bad.
+    """
 
     where: str
     kind: str
@@ -50,6 +48,7 @@ class Finding(NamedTuple):
     expected: str
     remedy: str
     bad: bool = True
+    lost: bool = False
 
 
 def run(
@@ -65,14 +64,26 @@ def run(
         show_rows(report)
         measured, failures = rehearse(cfg, base, tokenizer, rows) if rows else ({}, [])
         show_step(measured)
-        problems = Counter(finding["kind"] for finding in report["findings"] if finding["bad"])
-        problems += Counter(failures) + Counter([NO_END] if report["stop_share"] < 1 else [])
-        show_verdict(problems)
-    report |= measured | {"problems": dict(problems), "verdict": "bad" if problems else "good"}
+        report |= measured | _judged(cfg, report, failures)
+        show_verdict(report)
     if flags.json:
         print(json.dumps(report, ensure_ascii=False))
-    if problems:
+    if report["problems"]:
         raise SystemExit(1)
+
+
+def _judged(cfg: SFTConfig, report: Report, failures: list[str]) -> Report:
+    """{problems, losses: {what: count}, verdict}: bad where training would stop, or would make a bad model."""
+    problems = Counter(finding["kind"] for finding in report["findings"] if finding["bad"])
+    problems += Counter(failures) + Counter([NO_END] if report["stop_share"] < 1 else [])
+    losses = Counter(finding["kind"] for finding in report["findings"] if finding["lost"])
+    rows = report["rows"]
+    if rows["dropped"] > cfg.max_dropped * rows["rows"] or not rows["kept"]:
+        problems += losses
+    elif cfg.strict and (losses or report["kinds"].get("repaired")):
+        problems["--strict"] += 1
+    verdict = "bad" if problems else "usable with losses" if losses else "good"
+    return {"problems": dict(problems), "losses": dict(losses), "verdict": verdict}
 
 
 def examine(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> tuple[TrainingData | None, Report]:
@@ -99,7 +110,9 @@ def examine(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) 
         | {"dropped": totals["rows"] - totals["kept"], "duplicates": len(texts.same)}
         | ({"train": len(rows.train), "validation": len(rows.validation)} if rows else {}),
         "overlap": overlap | {"validation": len(straddling)},
-        **_shares(files, totals, set(prompt.stop_ids(tokenizer, cfg.prompt_style))),
+        "usable_share": totals["kept"] / max(totals["rows"], 1),
+        "supervised_share": totals["supervised"] / max(totals["tokens"], 1),
+        **accounts.lengths(files, set(prompt.stop_ids(tokenizer, cfg.prompt_style))),
         "kinds": dict(Counter(finding.kind for finding in findings)),
         "findings": [finding._asdict() for finding in sorted(findings, key=_place)],
         "samples": _samples(rows, tokenizer, cfg.seed) if rows else [],
@@ -128,7 +141,7 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
 
 def _left_out(row: Unusable) -> Finding:
     defect = DEFECTS[row.kind]
-    return Finding(row.where, defect.group, row.reason, defect.expected, defect.remedy)
+    return Finding(row.where, defect.group, row.reason, defect.expected, defect.remedy, bad=False, lost=True)
 
 
 def _mended(repair: Repair) -> Finding:
@@ -232,33 +245,6 @@ def _place(finding: Finding) -> tuple[str, int]:
     return (path, int(line)) if line.isdigit() else (finding.where, 0)
 
 
-def _shares(files: list[Tokenised], totals: dict[str, int], stop_ids: set[int]) -> Report:
-    """Supervised and stop-token share of the kept rows, and percentiles of ids and supervised ids a row."""
-    counts = [_counts(batch, stop_ids) for file in files for batch in file.rows.with_format("arrow").iter(1000)]
-    lengths, supervised, ends = (
-        (numpy.concatenate(column) for column in zip(*counts, strict=True)) if counts else [[]] * 3
-    )
-    return {
-        "supervised_share": totals["supervised"] / max(totals["tokens"], 1),
-        "stop_share": float(numpy.mean(ends)) if len(ends) else 1.0,
-        "lengths": {"tokens": _percentiles(lengths), "supervised": _percentiles(supervised)},
-    }
-
-
-def _counts(batch: pyarrow.Table, stop_ids: set[int]) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Of each row of an Arrow table: number of ids, of supervised ids, and whether the last of these is a stop id."""
-    column = batch["labels"].combine_chunks()
-    labels, starts = column.flatten().to_numpy(), column.offsets.to_numpy() - column.offsets[0].as_py()
-    counted = numpy.flatnonzero(labels != IGNORED)
-    ends = numpy.searchsorted(counted, starts[1:])  # every kept row has a supervised id
-    last = labels[counted[ends - 1]]
-    return numpy.diff(starts), numpy.diff(numpy.searchsorted(counted, starts)), numpy.isin(last, list(stop_ids))
-
-
-def _percentiles(values: Sequence[int] | numpy.ndarray) -> dict[str, int]:
-    return {f"p{p}": int(numpy.percentile(values, p)) for p in PERCENTS} if len(values) else {}
-
-
 def _samples(rows: TrainingData, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
     """[{where, tokens: [[text, supervised], …]}] of the first row and others drawn with the seed."""
     count = len(rows.train)
@@ -290,7 +276,7 @@ def rehearse(
 ) -> tuple[Report, list[str]]:
     """({step, memory} of training on the heaviest micro batch of the run, what went wrong as a list of texts)."""
     try:
-        return rehearsal.rehearse(tuning.make_trainable(base, cfg), rows, cfg, tokenizer, STEPS), []
+        return rehearsal.rehearse(tuning.make_trainable(base, cfg), rows, cfg, tokenizer), []
     except UserError as problem:
         return {}, [str(problem)]
     except (MemoryError, RuntimeError) as problem:

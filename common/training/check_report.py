@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from typing import Any
 
 from common.training import memory
 
-SHOWN = 20  # lines printed of each kind of defect; --json has all
+LENGTHS = {
+    "tokens": "可用行的 token, of the kept rows",
+    "supervised": "其中计损失的 supervised",
+    "prompt": "所有行未截断的提问 prompts of all rows, uncut",
+    "answer": "所有行的回答 answers of all rows",
+}
+PLACES = 3  # printed of each kind of defect; --json has all
 
 
 def show_rows(report: dict[str, Any]) -> None:
     """Print counts, shares, lengths, the defects by line, and the samples with their mask."""
     rows, overlap = report["rows"], report["overlap"]
     print(
-        f"数据 data: 读取 rows {rows['rows']}, 可用 kept {rows['kept']}, 截断 cut {rows['cut']}, "
-        f"剔除 dropped {rows['dropped']}, 重复 duplicates {rows['duplicates']}, "
+        f"数据 data: 读取 rows {rows['rows']}, 可用 kept {rows['kept']} ({report['usable_share']:.1%}), "
+        f"截断 cut {rows['cut']}, 剔除 dropped {rows['dropped']}, 重复 duplicates {rows['duplicates']}, "
         f"训练 train {rows.get('train', 0)}, 验证 validation {rows.get('validation', 0)}"
     )
     print(
@@ -28,19 +33,25 @@ def show_rows(report: dict[str, Any]) -> None:
         f"以停止符结尾 rows that end with a stop token {report['stop_share']:.1%}"
     )
     for name, values in report["lengths"].items():
-        print(f"长度 length ({name}): " + ", ".join(f"{key} {value}" for key, value in values.items()))
-    shown: Counter[str] = Counter()
-    for finding in report["findings"]:
-        shown[finding["kind"]] += 1
-        if shown[finding["kind"]] <= SHOWN:
-            mark = "✗" if finding["bad"] else "!"
-            print(f"{mark} {finding['where']}: [{finding['kind']}] {finding['found']}")
-            print(f"    应为 expected: {finding['expected']}; 办法 remedy: {finding['remedy']}")
-    for kind, count in shown.items():
-        if count > SHOWN:
-            print(f"  [{kind}] 还有 {count - SHOWN} 行 more rows; --json 全部列出 lists all")
+        print(f"长度 length ({LENGTHS[name]}): " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    if rows["cut"] or report["kinds"].get("over-long"):
+        limits = " ".join(f"--{name} {value}" for name, value in report["keep_all"].items())
+        print(f"全部保留、不截断 to keep every row whole: {limits}")
+    for kind in report["kinds"]:
+        _show_kind(kind, [finding for finding in report["findings"] if finding["kind"] == kind])
     for sample in report["samples"]:
         print(f"样本 sample {sample['where']}: {marked(sample['tokens'], sys.stdout.isatty())}")
+
+
+def _show_kind(kind: str, findings: list[dict[str, Any]]) -> None:
+    """Print a kind of defect once, with its count and a few places; first those that differ in their remedy."""
+    mark = "✗" if any(finding["bad"] or finding["lost"] for finding in findings) else "!"
+    print(f"{mark} [{kind}] {len(findings)} 处 found{'; --json 全部列出 lists all' if len(findings) > PLACES else ''}")
+    by_remedy = {finding["remedy"]: finding for finding in reversed(findings)}  # the first of each
+    unlike = sorted(by_remedy.values(), key=findings.index)
+    for finding in (unlike + [finding for finding in findings if finding not in unlike])[:PLACES]:
+        print(f"    {finding['where']}: {finding['found']}")
+        print(f"        应为 expected: {finding['expected']}; 办法 remedy: {finding['remedy']}")
 
 
 def marked(tokens: list[list], colour: bool) -> str:
@@ -73,9 +84,13 @@ def show_step(measured: dict[str, Any]) -> None:
     )
 
 
-def show_verdict(problems: Counter[str]) -> None:
+def show_verdict(report: dict[str, Any]) -> None:
     """Print the last line."""
-    if not problems:
-        print("结论 verdict: 可以训练 good")
-        return
-    print(f"结论 verdict: 有问题 bad: {'; '.join(f'{count} × {what}' for what, count in problems.items())}")
+    counts, kept, share = report["problems"] or report["losses"], report["rows"]["kept"], report["usable_share"]
+    verdicts = {
+        "good": "可以训练 good",
+        "usable with losses": f"可以训练，但有损失 usable with losses: {kept} 行可用 rows are usable ({share:.1%})",
+        "bad": "有问题 bad",
+    }
+    listed = "; ".join(f"{count} × {what}" for what, count in counts.items())
+    print(f"结论 verdict: {verdicts[report['verdict']]}{': ' + listed if listed else ''}")

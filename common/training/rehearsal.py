@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 from transformers import TrainerCallback
 
@@ -30,39 +29,39 @@ if TYPE_CHECKING:
     from common.data.dataset import TrainingData
 
 PASSES = 3  # passes over the data in which the heaviest micro batch is looked for
+TIMED = 3  # steps on ordinary micro batches; the first of them is tried once before, untimed
 
 
 def rehearse(
-    net: PreTrainedModel | PeftModel, rows: TrainingData, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, steps: int
+    net: PreTrainedModel | PeftModel, rows: TrainingData, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, Any]]:
-    """Train `net` for `steps` steps on an ordinary micro batch of the run, then on the heaviest it will make.
+    """Train `net` on some ordinary micro batches of the run, then on the heaviest it will make.
 
     Returns {step: {where, rows, length (ids), seconds, total_steps, run_seconds (estimated)}, memory: {peak, measured,
     free, estimate, gradient_checkpointing}}, bytes; measured and estimate are without what was loaded before. The first
-    step of each is not timed. Raises UserError as `fit` does. Leaves no files, and weights that mean nothing.
+    step of each is not timed. run_seconds is what the ordinary ones say, which stand for light and heavy ones alike.
+    Raises UserError as `fit` does. Leaves no files, and weights that mean nothing.
     """
     with supervised(net.train(), cfg.label_smoothing_factor), lean(net):
-        return _rehearse(net, rows, cfg, tokenizer, steps)
+        return _rehearse(net, rows, cfg, tokenizer)
 
 
 def _rehearse(
-    net: PreTrainedModel | PeftModel, rows: TrainingData, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, steps: int
+    net: PreTrainedModel | PeftModel, rows: TrainingData, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, Any]]:
     data, lengths = trainer.training_data(net, rows.train, cfg)
     plan, sampler = trainer.make_plan(cfg, len(data)), batches.sampler_of(lengths, cfg)
     micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
-    heaviest, ordinary = micro[-1], micro[len(micro) // 2]
+    heaviest, ordinary = micro[-1], spread(micro)
     step = memory.step_memory(cfg, net, rows, tokenizer, sampler.shape(heaviest))
     if step is None:
         raise UserError(
             "--check: 参数分片时不能试 cannot be tried where the weights are sharded; run it as one process"
         )
-    others = _seconds_a_step(net, cfg, tokenizer, data, ordinary * steps, step.checkpointing)
+    usual = _seconds_a_step(net, cfg, tokenizer, data, [ordinary[0], *ordinary], step.checkpointing)
     with memory.Peak() as used:
-        seconds = _seconds_a_step(net, cfg, tokenizer, data, heaviest * steps, step.checkpointing)
-    mean = numpy.mean([sampler.ids_in(numbers) for numbers in micro])
-    line = numpy.interp(mean, [sampler.ids_in(ordinary), sampler.ids_in(heaviest)], [others, seconds])
-    runs = plan["total_steps"] * plan["accumulation"] * float(line)
+        seconds = _seconds_a_step(net, cfg, tokenizer, data, [heaviest] * 2, step.checkpointing)
+    runs = plan["total_steps"] * plan["accumulation"] * usual
     where = batches.collate(data.__getitems__(heaviest), pad_id=0)["where"]
     shape = {"where": where, "rows": len(where), "length": sampler.shape(heaviest)[1]}
     taken = {"peak": used.peak, "measured": used.peak - used.before, "free": step.free}
@@ -71,22 +70,28 @@ def _rehearse(
     return {"step": shape | times, "memory": taken}
 
 
+def spread(micro: list[list[int]]) -> list[list[int]]:
+    """TIMED of the micro batches, which are sorted by weight: the middle of each third, those of a full batch."""
+    full = [numbers for numbers in micro if len(numbers) == len(micro[-1])]
+    return [full[(2 * part + 1) * len(full) // (2 * TIMED)] for part in range(TIMED)]
+
+
 def _seconds_a_step(
     net: PreTrainedModel | PeftModel,
     cfg: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     data: Any,
-    order: list[int],
+    micro: list[list[int]],
     checkpointing: bool,
 ) -> float:
-    """Mean seconds of a step over `data` in `order`, a micro batch a step, the first left out."""
-    watch, steps = StopWatch(), len(order) // len(set(order))
+    """Mean seconds of a step over all of the micro batches (equally many rows of `data` each) except the first."""
+    watch, steps = StopWatch(), len(micro)
     plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": steps}
     with tempfile.TemporaryDirectory() as folder:
         args = trainer.arguments(replace(cfg, model_save_dir=folder, max_steps=steps), plan, False, checkpointing)
-        args.per_device_train_batch_size = len(set(order))  # the last micro batch of an epoch may be smaller
+        args.per_device_train_batch_size = len(micro[0])  # the last micro batch of an epoch may be smaller
         args.save_strategy = "no"
-        trainer.make_trainer(net, args, data, [], order, [watch], tokenizer).train()
+        trainer.make_trainer(net, args, data, [], sum(micro, []), [watch], tokenizer).train()
     return sum(watch.seconds[1:]) / len(watch.seconds[1:])
 
 
