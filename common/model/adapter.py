@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from common.config import LORA
 from common.errors import UserError
+from common.model.folders import read_object
 from common.model.layers import causal_of
 from common.model.loading import load_base
 from common.model.verify import adapter_state, compare_adapter
@@ -50,6 +51,7 @@ def load_tuned(trained: TrainedWith, folder: str | Path, dtype: str) -> PreTrain
     if trained.tuning not in LORA:
         return load_base(folder, dtype)
     check_adapter(folder)  # before a large base is loaded for nothing
+    _check_kind(folder)
     return attach(load_base(trained.path_model_pretrain, dtype, trained.bits), folder)
 
 
@@ -61,6 +63,7 @@ def attach(base: PreTrainedModel | PeftModel, folder: str | Path, name: str = "d
     base: a model, or a PeftModel that gets one more adapter.
     """
     file = check_adapter(folder)
+    _check_kind(folder)
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of missing keys; the comparison below refuses them
         try:
@@ -69,11 +72,18 @@ def attach(base: PreTrainedModel | PeftModel, folder: str | Path, name: str = "d
                 model = base
             else:
                 model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-        except (RuntimeError, ValueError) as problem:
+        except (RuntimeError, ValueError, TypeError) as problem:
             reason = " ".join(str(problem).split())[:200]
             raise UserError(f"{folder}: 适配器与模型不符 the adapter does not fit: {reason}") from None
     compare_adapter(adapter_state(model, name=name), load_file(file), folder)
     return model.eval()
+
+
+def _check_kind(folder: str | Path) -> None:
+    """UserError where the adapter in `folder` is no LoRA."""
+    kind = read_object(Path(folder) / "adapter_config.json").get("peft_type", "of no peft_type")
+    if kind != "LORA":
+        raise UserError(f"{folder}: 只支持 LoRA only LoRA adapters are used, this is {kind}")
 
 
 @contextlib.contextmanager

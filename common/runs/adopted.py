@@ -53,7 +53,7 @@ def describe_adapter(cfg: SFTConfig, base: str, tokenizer: PreTrainedTokenizerBa
 def accept(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Say in one line on stderr what `folder` is where it is no finished run's own; nothing to do for such a run.
 
-    UserError where the checkpoint was cut off, or the adapter is no LoRA.
+    UserError where the checkpoint was cut off, or belongs to a base that its run has split.
     """
     folder, base = Path(folder), manifest["base"]["path"]
     if "checkpoint" in manifest:
@@ -67,19 +67,16 @@ def accept(folder: str | Path, manifest: dict[str, Any]) -> None:
         line = f"其他工具训练的适配器 an adapter of another tool, base {base}, prompt_style {style}"
     else:
         return
-    _check_kind(folder)
+    _refuse_split(folder)
     print(f"{folder}: {line}", file=sys.stderr)
 
 
-def _check_kind(folder: Path) -> None:
-    """UserError where the adapter in `folder` is no LoRA over the base as its files hold it."""
+def _refuse_split(folder: Path) -> None:
+    """UserError where the adapter in `folder` is none over the base as its files hold it."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         return  # a checkpoint of a whole model
-    config = read_object(file)
-    if config.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{folder}: 只支持 LoRA only LoRA adapters are used, this is {config['peft_type']}")
-    if str(config.get("init_lora_weights")).startswith("pissa"):
+    if str(read_object(file).get("init_lora_weights")).startswith("pissa"):
         raise UserError(
             f"{folder}: PiSSA 的检查点要配被拆分的基座 a PiSSA adapter as it is while training: it "
             "belongs to a split base; give the finished run, which is plain LoRA"

@@ -59,12 +59,24 @@ def matching(base: str, style: str, tokenizer: PreTrainedTokenizerBase, prompt: 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest in `folder`, or None where there is none; UserError where it is damaged."""
+    file = Path(folder) / MANIFEST
     try:
-        return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
-        raise UserError(f"{Path(folder) / MANIFEST}: 文件损坏 is damaged; train again or restore it") from None
+        manifest = None
+    if not _is_whole(manifest):
+        raise UserError(f"{file}: 文件损坏 is damaged; train again or restore it")
+    return manifest
+
+
+def _is_whole(manifest: object) -> bool:
+    """Whether what was read has the parts that its users take from it."""
+    if not isinstance(manifest, dict) or not {"state", "tokenizer_sha256"} <= manifest.keys():
+        return False
+    parts = {"config": set(), "base": {"path", "sha256"}, "template": {"style", "text"}}
+    return all(isinstance(manifest.get(name), dict) and keys <= manifest[name].keys() for name, keys in parts.items())
 
 
 def check_fits(manifest: dict[str, Any], base: str, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> None:
