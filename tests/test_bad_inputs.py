@@ -1,4 +1,4 @@
-"""No recipe ends in a traceback, whatever a user gives: every recipe over a table of bad bases, runs, data and values."""
+"""No recipe ends in a traceback: each of them over one table of bad bases, runs, data and values."""
 
 import importlib
 import json
