@@ -127,6 +127,15 @@ def test_stop_strings(client):
     assert "".join(part.delta.content or "" for part in parts) == expected and parts[-1].finish_reason == "stop"
 
 
+def test_min_p(client):
+    """1 leaves the most probable piece alone, in both of OpenAI's paths and however hot."""
+    hot = {"temperature": 9.0, "max_tokens": 12, "seed": 3}
+    one, none = ({"extra_body": {"min_p": share, "top_k": 0}} for share in (1.0, 0.0))
+    for asked in (client.chat, lambda **fields: client.complete("有问", **fields)):
+        greedy = asked(temperature=0, max_tokens=12).choices
+        assert asked(**hot, **one).choices == greedy != asked(**hot, **none).choices
+
+
 def test_seeds_and_n(client):
     first, again = (client.chat(seed=5, n=3, **LIVELY) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]

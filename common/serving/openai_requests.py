@@ -22,6 +22,7 @@ SAMPLING = {
     "temperature": Field(float, None, 0, 100, "0: greedy"),
     "top_p": Field(float, None, 0, 1, "nucleus"),
     "top_k": Field(int, None, -1, 1 << 20, "candidates; 0 or -1: all"),
+    "min_p": Field(float, None, 0, 1, "candidates below this share of the highest chance are left out; 0: none"),
     "presence_penalty": Field(float, 0.0, -2, 2, "taken off pieces that have occurred in the answer"),
     "frequency_penalty": Field(float, 0.0, -2, 2, "the same, for each time"),
     "repetition_penalty": Field(float, None, 0.01, 10, "above 1: fewer repetitions of prompt and answer"),
@@ -220,7 +221,7 @@ def fitted(sampling: Sampling, length: int, context: int, asked: bool) -> Sampli
 
 def _sampling(given: dict[str, Any], defaults: Sampling) -> Sampling:
     """The Sampling asked for. temperature 0 is greedy; what is left out is the service's default."""
-    names = {"max_tokens": "max_new_tokens", "top_p": "top_p", "repetition_penalty": "repetition_penalty"}
+    names = {name: name for name in ("top_p", "min_p", "repetition_penalty")} | {"max_tokens": "max_new_tokens"}
     chosen = {ours: given[name] for name, ours in names.items() if given[name] is not None}
     if given["top_k"] is not None:
         chosen["top_k"] = max(given["top_k"], 0)
