@@ -323,6 +323,8 @@ BODIES = [  # path, body, status, code
     (OLD, b'{"text": "a", "min_p": 2}', 400, "out_of_range"),
     (OLD, b'{"text": "a", "do_sample": false, "penalty_alpha": 0.6}', 400, "unsupported_value"),
     (OLD, b'{"text": "\\ud800"}', 400, "invalid_text"),
+    (OLD, json.dumps({"text": "有" * 100_000}).encode(), 400, "context_length_exceeded"),
+    (OLD, b'{"text": "a", "max_new_tokens": 1024}', 400, "context_length_exceeded"),
     (OLD, b'{"text": "a", "model": "base"}', 400, "unknown_field"),
     *((path, b'{"text": "' + b"a" * (1 << 20) + b'"}', 413, "request_entity_too_large") for path in (CHAT, TEXT, OLD)),
 ]

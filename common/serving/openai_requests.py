@@ -187,7 +187,7 @@ def _wanted(
     asks = [
         Ask(
             ids,
-            fitted(sampling, len(ids), batcher.context, given["max_tokens"] is not None),
+            fitted(sampling, len(ids), batcher.context, "" if given["max_tokens"] is None else "max_tokens"),
             given["presence_penalty"],
             given["frequency_penalty"],
             None if given["seed"] is None else given["seed"] + number,
@@ -202,18 +202,19 @@ def _wanted(
     return Wanted(given["model"], asks, given["n"], given["stream"], include_usage, chat)
 
 
-def fitted(sampling: Sampling, length: int, context: int, asked: bool) -> Sampling:
+def fitted(sampling: Sampling, length: int, context: int, asked: str) -> Sampling:
     """`sampling`, shortened so that a prompt of `length` ids and its answer fit in `context`.
 
-    asked: the client asked for this many tokens; otherwise the answer is as long as there is room.
+    asked: the field by which the client asked for this many tokens; "" where it did not, and then the answer is as long
+    as there is room.
     RequestRefusedError, with the numbers, where there is no room.
     """
     room = context - length
     if room < 1 or asked and room < sampling.max_new_tokens:
-        wanted = f" + max_tokens {sampling.max_new_tokens}" if asked else ""
+        wanted = f" + {asked} {sampling.max_new_tokens}" if asked else ""
         raise RequestRefusedError(
             f"提示太长 the prompt is too long: {length} tokens{wanted}, 上限 the limit for both is {context}",
-            param="max_tokens" if room > 0 else None,
+            param=asked if room > 0 else None,
             code="context_length_exceeded",
         )
     return replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))

@@ -65,10 +65,11 @@ class Service:
 
 def text_generate(service: Service) -> Response:
     """Answer the current request of POST /nlg/text_generate: one JSON string."""
-    turns, sampling = read_request(read_json(request))
-    batcher = service.loaded
-    ids = batcher.encoder.fitted_ids(turns)
-    ask = Ask(ids, fitted(sampling, len(ids), batcher.context, asked=False))
+    body, batcher = read_json(request), service.loaded
+    turns, sampling = read_request(body)
+    ids = batcher.encoder.whole_ids(turns)
+    asked = "max_new_tokens" if "max_new_tokens" in body else ""
+    ask = Ask(ids, fitted(sampling, len(ids), batcher.context, asked))
     ticket = _submit(service, service.model, [ask])
     return json_response("".join(part.text for parts in ticket.parts(_gone()) for part in parts))
 
