@@ -11,8 +11,8 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from common.data.turns import Turn
-from common.engine.batcher import Batcher, QueueFullError
 from common.engine import sampling as engine_sampling
+from common.engine.batcher import Batcher, QueueFullError
 from common.engine.request import Ask, ClientGoneError, ModelFailedError, RequestTimeoutError
 from common.inference.answerer import Sampling
 from common.inference.text import Wording, decode

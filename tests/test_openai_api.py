@@ -16,9 +16,8 @@ from common.data.turns import Turn
 from common.engine.batcher import Batcher
 from common.inference.answerer import Sampling
 from common.serving import openai_requests
-from common.serving.app import create_app
+from common.serving.app import Service, create_app
 from common.serving.server import Server
-from common.serving.service import Service
 
 FAMILIES = {"gemma": "gemma_sft.ft_gemma", "qwen": "qwen2_sft.ft_qwen2", "chatglm": "chatglm_sft.ft_chatglm"}
 ASK = [{"role": "user", "content": "有问答吗"}]

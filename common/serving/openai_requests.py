@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -166,7 +167,9 @@ def _read_body(body: dict[str, Any], fields: Mapping[str, Field], others: tuple[
     for name, allowed in ONLY.items():
         not_used = name == "tools" and body.get("tool_choice") == "none"
         if body.get(name) is not None and body[name] not in allowed and not not_used:
-            raise RequestRefusedError(f"{name} 不支持 is not supported here", param=name, code="unsupported_parameter")
+            good = " 或 or ".join(map(json.dumps, allowed))
+            why = f"{name} 不支持 is not supported here; leave it out, or send {good}"
+            raise RequestRefusedError(why, param=name, code="unsupported_parameter")
     return read_fields(body, fields, (*others, "stop", *ONLY, *IGNORED), null=True)
 
 
