@@ -25,12 +25,14 @@ STYLES = ("chat",)
 ONE_ANSWER = True
 ENGINES = UNTIED_ENGINES = ()  # besides transformers with the model of this folder, nothing runs it
 CHAT_TEMPLATE = (  # the prompt's text; calling the tokenizer on it adds [gMASK] and <sop>
-    "{% set ns = namespace(system='', round=0) %}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\n\n' %}"
-    "{% elif message['role'] == 'user' %}"
+    "{% set ns = namespace(system='', greeting='', round=0, asked=false) %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}"
+    "{% elif message['role'] == 'user' %}{% set ns.asked = true %}{% set before = ns.greeting + ns.system %}"
+    "{% set question = before + (message['content'].lstrip() if before else message['content']) %}"
     "{% if messages | selectattr('role', 'equalto', 'user') | list | length > 1 %}"
-    "{{ '[Round ' ~ ns.round ~ ']\n问：' + ns.system + message['content'] + '\n答：' }}"
-    "{% else %}{{ ns.system + message['content'] }}{% endif %}{% set ns.system = '' %}"
+    "{{ '[Round ' ~ ns.round ~ ']\n问：' + question + '\n答：' }}"
+    "{% else %}{{ question }}{% endif %}{% set ns.system = '' %}{% set ns.greeting = '' %}"
+    "{% elif not ns.asked %}{% set ns.greeting = message['content'] | trim + '\n\n' %}"
     "{% elif not loop.last %}{{ message['content'] + '\n' }}{% set ns.round = ns.round + 1 %}{% endif %}{% endfor %}"
 )
 

@@ -87,6 +87,7 @@ class SFTConfig:
     temperature: float = 0.8  # of sampling
     top_p: float = 0.95  # nucleus
     top_k: int = 50  # candidates
+    min_p: float = 0.0  # candidates below this share of the most probable one's chance are left out; 0: none
     repetition_penalty: float = 1.0  # above 1: fewer repetitions
     num_beams: int = 1  # beams
     eval_batch_size: int = 32  # prompts generated together in evaluation

@@ -28,7 +28,7 @@ LEARNING = frozenset(
 FREE = frozenset(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
     "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
-    "repetition_penalty num_beams eval_batch_size host port deepspeed".split()
+    "min_p repetition_penalty num_beams eval_batch_size host port deepspeed".split()
 )
 
 ALIASES = {  # names people type by habit
@@ -120,7 +120,7 @@ RANGES = {  # any value of its type where a knob is not named
     "max_steps": Range(lambda v: v == -1 or v >= 1, "-1 or at least 1"),
     "save_total_limit": Range(lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),
     "top_p": Range(lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "max_dropped": Range(lambda v: 0 <= v <= 1, "between 0 and 1"),
+    **dict.fromkeys("max_dropped min_p".split(), Range(lambda v: 0 <= v <= 1, "between 0 and 1")),
     "deepspeed": Range(lambda v: not v or os.path.isfile(os.path.expanduser(v)), "a JSON file that is there"),
     "port": Range(lambda v: 0 <= v <= 65535, "a port number"),
     "seed": Range(lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),

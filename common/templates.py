@@ -14,18 +14,20 @@ if TYPE_CHECKING:
 
     from common.data.family import Family
 
-SYSTEM, ASKED, ANSWERED, AGAIN = "{system}", "{question 1}", "{answer 1}", "{question 2}"
+SYSTEM, GREETED, ASKED, ANSWERED, AGAIN = "{system}", "{greeting}", "{question 1}", "{answer 1}", "{question 2}"
 MODELFILE = (
     'FROM .\nTEMPLATE """{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ else }}}}{header}{{{{ end }}}}'
     '{{{{ .Prompt }}}}{ask}{{{{ .Response }}}}{end}"""\n'
 )
-JINJA = (
-    "{{{{ {bos} }}}}{{% for message in messages %}}"
-    "{{% if message['role'] == 'system' %}}{{{{ {before} + message['content'] + {after} }}}}"
-    "{{% elif message['role'] == 'assistant' %}}{{{{ message['content'] + {end} }}}}"
-    "{{% else %}}{{% if loop.first %}}{{{{ {first} }}}}{{% elif messages[loop.index0 - 1]['role'] != 'system' %}}"
-    "{{{{ {header} }}}}{{% endif %}}{{{{ message['content'] + {ask} }}}}{{% endif %}}{{% endfor %}}"
+JINJA = (  # ask: what stands before the next question; greet: before a greeting, nothing before other answers
+    "{{{{ {bos} }}}}{{% set ns = namespace(ask={first}, greet={greet}) %}}{{% for message in messages %}}"
+    "{{% if message['role'] == 'system' %}}{{% set ns.ask = {before} + message['content'] + {after} %}}{welcome}"
+    "{{% elif message['role'] == 'assistant' %}}{{{{ ns.greet + message['content'] + {end} }}}}{spoken}"
+    "{{% else %}}{{{{ ns.ask + message['content'] + {ask} }}}}{{% set ns.ask = {header} %}}{{% endif %}}"
+    "{{% if message['role'] != 'system' %}}{{% set ns.greet = '' %}}{{% endif %}}{{% endfor %}}"
 )
+WELCOME = "{{% set ns.greet = {before} + message['content'] + {between} %}}"  # the system text stands before a greeting
+SPOKEN = "{{% set ns.ask = {header} %}}"
 
 
 class Layout(NamedTuple):
@@ -34,7 +36,9 @@ class Layout(NamedTuple):
     bos: str  # before everything; engines add it by themselves
     before: str  # before a system text
     after: str  # between system text and first question
-    first: str  # before the first question where there is no system text
+    greet: str  # before a greeting where there is no system text
+    between: str | None  # between system text and greeting; None: the system text waits for the first question
+    first: str  # before the first question where there is neither
     header: str  # before any later question
     ask: str  # between question and answer
     end: str  # behind an answer
@@ -44,37 +48,44 @@ class Layout(NamedTuple):
 def layout(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> Layout | None:
     """The Layout of a style, or None where constant texts cannot express it (numbered rounds)."""
 
-    def split(turns: Sequence[Turn], *marks: str) -> list[str]:
-        """The rendered turns, split at the marks."""
-        text = tokenizer.decode(_ids(tokenizer, prompt, style, turns), skip_special_tokens=False)
+    def shown(*turns: Turn) -> str:
+        return tokenizer.decode(_ids(tokenizer, prompt, style, turns), skip_special_tokens=False)
+
+    def split(text: str, *marks: str) -> list[str]:
         found = []
         for mark in marks:
             part, _, text = text.partition(mark)
             found.append(part)
         return [*found, text]
 
-    question = Turn("user", ASKED)
-    first, ask, between, again = split(
-        [question, Turn("assistant", ANSWERED), Turn("user", AGAIN)], ASKED, ANSWERED, AGAIN
-    )
-    before, after, system_ask = split([Turn("system", SYSTEM), question], SYSTEM, ASKED)
+    system, greeting, question = Turn("system", SYSTEM), Turn("assistant", GREETED), Turn("user", ASKED)
+    rounds = shown(question, Turn("assistant", ANSWERED), Turn("user", AGAIN))
+    first, ask, apart, again = split(rounds, ASKED, ANSWERED, AGAIN)
+    before, after, system_ask = split(shown(system, question), SYSTEM, ASKED)
     if not ask == again == system_ask:
         return None
+    greet = split(shown(greeting, question), GREETED)[0]
+    welcome = shown(system, greeting, question)
+    between = split(welcome, SYSTEM, GREETED)[1] if welcome.find(SYSTEM) < welcome.find(GREETED) else None
     bos = tokenizer.bos_token if tokenizer.bos_token and first.startswith(tokenizer.bos_token) else ""
-    first, before = first[len(bos) :], before[len(bos) :]
-    if between.endswith(first):
-        return Layout(bos, before, after, first, first, ask, between[: len(between) - len(first)], "")
+    first, before, greet = first[len(bos) :], before[len(bos) :], greet[len(bos) :]
+    if apart.endswith(first):
+        end = apart[: len(apart) - len(first)]
+        return Layout(bos, before, after, greet, between, first, first, ask, end, "")
     stop = tokenizer.decode(prompt.stop_ids(tokenizer, style)[:1], skip_special_tokens=False)
-    if first.startswith(before) and first.endswith(after) and between.startswith(stop):
+    if first.startswith(before) and first.endswith(after) and apart.startswith(stop):
         default = first[len(before) : len(first) - len(after)]
-        return Layout(bos, before, after, first, between[len(stop) :], ask, stop, default)
+        return Layout(bos, before, after, greet, between, first, apart[len(stop) :], ask, stop, default)
     return None
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> str | None:
-    """A Jinja chat template that gives exactly the ids of this style: the tokenizer's own, one made here, or None."""
+    """A Jinja chat template that gives exactly the ids of this style in every order of turns, or None.
+
+    The tokenizer's own, the family's, or one made here, in that order.
+    """
     made = layout(tokenizer, prompt, style)
-    candidates = [tokenizer.chat_template] + ([jinja_of(made)] if made else [])
+    candidates = [tokenizer.chat_template, prompt.CHAT_TEMPLATE, made and jinja_of(made)]
     return next((found for found in candidates if found and _renders_alike(tokenizer, prompt, style, found)), None)
 
 
@@ -92,15 +103,21 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) ->
 
 def jinja_of(made: Layout) -> str:
     """`made` as a Jinja template; a later question's header follows the end of the answer before it."""
-    return JINJA.format(**{name: repr(text) for name, text in made._asdict().items()})
+    texts = {name: repr(text) for name, text in made._asdict().items()}
+    waits = made.between is None
+    return JINJA.format(
+        welcome="" if waits else WELCOME.format(**texts), spoken="" if waits else SPOKEN.format(**texts), **texts
+    )
 
 
 def _renders_alike(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str, template: str) -> bool:
-    """Whether the template gives the ids of `prompt.render`, in three conversations."""
+    """Whether the template gives the ids of `prompt.render` in every order of turns, one to three questions each."""
     rounds = [Turn("user", "你好"), Turn("assistant", "您好。"), Turn("user", "1+1="), Turn("assistant", "2")]
-    conversations = [rounds[:1], rounds[:3], [*rounds, Turn("user", "谢谢")]]
+    system, greeting = [Turn("system", "少说话。")], [Turn("assistant", "在的。")]
     return all(
-        _rendered(tokenizer, template, turns) == _ids(tokenizer, prompt, style, turns) for turns in conversations
+        _rendered(tokenizer, template, turns) == _ids(tokenizer, prompt, style, turns)
+        for start in ([], system, greeting, system + greeting)
+        for turns in ([*start, *rounds[:1]], [*start, *rounds[:3]], [*start, *rounds, Turn("user", "谢谢")])
     )
 
 

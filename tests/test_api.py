@@ -17,7 +17,7 @@ import pytest
 
 from common.data.turns import Turn
 from common.engine.batcher import Batcher
-from common.engine.request import Part
+from common.engine.request import Ask, Part
 from common.errors import UserError
 from common.inference.answerer import Sampling
 from common.serving import app
@@ -47,7 +47,7 @@ class Fake:
     def __init__(self, text="一条“黑色”裙子\n好看"):
         self.text, self.asked, self.encoder = text, [], self
 
-    def fitted_ids(self, turns):
+    def whole_ids(self, turns):
         if isinstance(self.text, UserError):
             raise self.text
         self.turns = turns
@@ -224,11 +224,12 @@ def test_defaults_are_the_originals(client, fake):
 
 
 def test_fields_reach_the_sampling(client, fake):
-    body = {"max_new_tokens": 7, "temperature": 2, "do_sample": False, "num_beams": 4, "top_p": 1, "top_k": 0}
+    body = {"max_new_tokens": 7, "temperature": 2, "do_sample": False, "num_beams": 4}
+    body |= {"top_p": 1, "top_k": 0, "min_p": 1}
     assert post(client, {"text": "x", **body}).status_code == 200
     sampling = fake.asked[0][1]
     assert {name: getattr(sampling, name) for name in body} == body
-    assert type(sampling.temperature) is type(sampling.top_p) is float
+    assert type(sampling.temperature) is type(sampling.top_p) is type(sampling.min_p) is float
 
 
 @pytest.mark.parametrize(
@@ -463,6 +464,30 @@ def test_concurrent_greedy_requests_get_their_own_answers(real):
     alone = [(200, real.answer([one], Sampling(max_new_tokens=8))[0].text) for one in turns]
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(ask, questions)) == alone
+
+
+def test_a_long_text_is_400_with_the_numbers(real):
+    """As /v1 does: nothing is cut, and an answer asked for by length has its room or is refused."""
+    client, frame = client_of(real, "base"), len(real.encoder.whole_ids([Turn("user", "有")])) - 1
+    told = "提示太长 the prompt is too long: {}, 上限 the limit for both is 1024"
+    for body, param, counts in [
+        ({"text": "有" * 1100}, None, f"{1100 + frame} tokens"),
+        ({"text": "有" * 1000, "max_new_tokens": 60}, "max_new_tokens", f"{1000 + frame} tokens + max_new_tokens 60"),
+    ]:
+        response = post(client, body)
+        assert response.status_code == 400 and error_of(response) == told.format(counts)
+        assert (response.json["error"]["param"], response.json["error"]["code"]) == (param, "context_length_exceeded")
+    for body in ({"text": "有" * 1000}, {"text": "有" * 1000, "max_new_tokens": 2}):  # 128 by default: as many as fit
+        assert post(client, body).status_code == 200
+
+
+def test_nothing_of_a_text_is_cut(real):
+    """A text beyond --max_length_q is what it is."""
+    greedy, text = {"do_sample": False, "max_new_tokens": 8}, "有" + "问答" * 300 + "1"
+    assert len(real.encoder.whole_ids([Turn("user", text)])) > real.answer.max_length_q
+    expected = real.submit("base", [Ask(real.encoder.whole_ids([Turn("user", text)]), Sampling(max_new_tokens=8))])
+    found = post(client_of(real, "base"), {"text": text, **greedy})
+    assert json.loads(found.get_data()) == "".join(part.text for parts in expected.parts() for part in parts)
 
 
 def test_beams_over_http(real):

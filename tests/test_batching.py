@@ -6,8 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
 
 from common.data.turns import Turn
+from common.engine import sampling as engine_sampling
 from common.engine.batcher import Batcher, QueueFullError
 from common.engine.request import Ask, ClientGoneError, ModelFailedError, RequestTimeoutError
 from common.inference.answerer import Sampling
@@ -131,6 +135,42 @@ def test_sampling_depends_on_the_seed_alone(batcher):
         ids_and_stop(ticket)
     different = ask(batcher, "有问答吗", 16, sampling=drawn, seed=8)
     assert ids_and_stop(batcher.submit("base", [different]))[0] != alone
+
+
+DRAWN = [
+    {"min_p": 0.1},
+    {"min_p": 0.3, "temperature": 2.0},
+    {"min_p": 0.05, "temperature": 0.7, "top_k": 9},
+    {"min_p": 0.2, "temperature": 3.0, "top_k": 12, "top_p": 0.8},
+    {"min_p": 1.0, "temperature": 1.5},
+    {"min_p": 0.0, "temperature": 1.5, "top_p": 0.6},
+]
+
+
+def test_chances_are_those_of_transformers():
+    """Temperature, top_k, top_p and min_p of several rows at once: ids come as often as transformers' warpers say."""
+    times, size = 4000, 40
+    logits = torch.randn(len(DRAWN), size, generator=torch.Generator().manual_seed(0)) * 2
+    numbers = [(number + 0.5) / times for number in range(times)]
+    samplings = [Sampling(do_sample=True, **drawn) for drawn in DRAWN]
+    together = engine_sampling.draw(logits.repeat(times, 1), samplings * times, [n for n in numbers for _ in DRAWN])
+    for row, drawn in enumerate(samplings):
+        warpers = LogitsProcessorList([logits_process.TemperatureLogitsWarper(drawn.temperature)])
+        warpers += [logits_process.TopKLogitsWarper(drawn.top_k)] if drawn.top_k else []
+        warpers += [logits_process.TopPLogitsWarper(drawn.top_p), logits_process.MinPLogitsWarper(drawn.min_p)]
+        chances = warpers(None, logits[row : row + 1]).softmax(-1)[0]
+        counted = torch.bincount(together.view(times, -1)[:, row], minlength=size)
+        assert (counted > 0).tolist() == (chances * times >= 1).tolist() and 0 < (counted > 0).sum() < size
+        assert (counted - chances * times).abs().max() <= 1.01
+
+
+def test_min_p_is_of_one_row_alone(batcher_of):
+    """A row with min_p 1 is greedy, whatever its temperature; the row beside it draws as it does alone."""
+    batcher, hot = batcher_of(), {"do_sample": True, "temperature": 5.0}
+    (greedy,) = ids_and_stop(batcher.submit("base", [ask(batcher, "有问答吗", 16)]))
+    (alone,) = ids_and_stop(batcher.submit("base", [ask(batcher, "有问答吗", 16, sampling=hot, seed=3)]))
+    asks = [ask(batcher, "有问答吗", 16, sampling=hot | {"min_p": p}, seed=3) for p in (1.0, 0.0)]
+    assert ids_and_stop(batcher.submit("base", asks)) == [greedy, alone] and greedy != alone
 
 
 def test_text_is_that_of_the_answerer(answer, batcher):

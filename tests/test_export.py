@@ -15,7 +15,7 @@ from common import export, templates
 from common.cli import parse
 from common.config import PredictFlags
 from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
-from common.data.turns import Turn
+from common.data.turns import Turn, in_order, said
 from common.errors import UserError
 from common.inference.answerer import Sampling
 from common.model import loading
@@ -255,6 +255,65 @@ def test_templates_say_what_the_renderer_says(tokenizer, family, turns):
     assert (
         tokenizer.apply_chat_template(messages, chat_template=made, add_generation_prompt=True, tokenize=False) == text
     )
+
+
+S, G = Turn("system", " 有问有答\n"), Turn("assistant", "\n您好，在的 ")
+ORDERS = {
+    f"{name}, {length // 2 + 1} questions": [*start, *ROUNDS[:length]]
+    for name, start in {"plain": [], "system": [S], "greeting": [G], "system and greeting": [S, G]}.items()
+    for length in (1, 3, 5)
+}
+ALL_STYLES = [  # (fixture with the tokenizer or its folder, family, style); qwen's log style has no template
+    *(("small_gemma", "gemma_sft", style) for style in ("chat", "log", "plain")),
+    *(("small_qwen", "qwen2_sft", style) for style in ("chat", "plain")),
+    ("small_chatglm", "chatglm_sft", "chat"),
+]
+
+
+def test_the_orders_are_those_of_conversations():
+    for turns in ORDERS.values():
+        assert said(in_order(turns, answered=False)[0]) == said(turns)
+
+
+@pytest.mark.parametrize(("fixture", "family", "style"), ALL_STYLES, ids=lambda value: value)
+def test_in_every_order_of_turns_a_template_says_what_the_renderer_says(request, fixture, family, style):
+    prompt = importlib.import_module(f"{family}.prompt")
+    if family == "chatglm_sft":
+        importlib.import_module("chatglm_sft.models.chatglm")
+    tokenizer = loading.load_tokenizer(request.getfixturevalue(fixture), prompt)
+    strip = str if style == "chat" else str.strip  # in a chat the templates take off the blanks the renderer takes off
+    wrong = []
+    for name, given in ORDERS.items():
+        turns = [turn._replace(text=strip(turn.text)) for turn in given]
+        ids = [id_ for piece in prompt.render(tokenizer, turns, style) for id_ in piece.ids]
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        made = {"chat_template": templates.chat_template(tokenizer, prompt, style), "add_generation_prompt": True}
+        if family == "chatglm_sft":  # [gMASK] and <sop> are the tokenizer's: no template gives their ids
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            found = tokenizer(text).input_ids
+        else:
+            found = tokenizer.apply_chat_template(messages, return_dict=False, **made)
+        wrong += [] if found == ids else [(name, tokenizer.decode(found), tokenizer.decode(ids))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("family", [(gemma_prompt, "chat"), (gemma_prompt, "plain"), (WithDefault, "chat")])
+def test_a_template_made_here_says_so_too(tokenizer, family):
+    prompt, style = family
+    made = templates.jinja_of(templates.layout(tokenizer, prompt, style))
+    for given in ORDERS.values():
+        turns = [turn._replace(text=turn.text.strip()) for turn in given]
+        text = tokenizer.decode([id_ for piece in prompt.render(tokenizer, turns, style) for id_ in piece.ids])
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        asked = {"chat_template": made, "add_generation_prompt": True, "tokenize": False}
+        assert tokenizer.apply_chat_template(messages, **asked) == text
+
+
+def test_a_template_that_refuses_a_greeting_gives_way_to_the_familys(tokenizer, monkeypatch):
+    """As the official ones do that want user and assistant in turn."""
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}" + gemma_prompt.CHAT_TEMPLATE
+    monkeypatch.setattr(tokenizer, "chat_template", strict)
+    assert templates.chat_template(tokenizer, gemma_prompt, "chat") == gemma_prompt.CHAT_TEMPLATE
 
 
 def test_the_chat_template_is_the_runs_style(tokenizer):

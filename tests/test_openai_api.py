@@ -16,9 +16,8 @@ from common.data.turns import Turn
 from common.engine.batcher import Batcher
 from common.inference.answerer import Sampling
 from common.serving import openai_requests
-from common.serving.app import create_app
+from common.serving.app import Service, create_app
 from common.serving.server import Server
-from common.serving.service import Service
 
 FAMILIES = {"gemma": "gemma_sft.ft_gemma", "qwen": "qwen2_sft.ft_qwen2", "chatglm": "chatglm_sft.ft_chatglm"}
 ASK = [{"role": "user", "content": "有问答吗"}]
@@ -125,6 +124,15 @@ def test_stop_strings(client):
     assert (whole.message.content, whole.finish_reason) == (expected, "stop")
     parts = [chunk.choices[0] for chunk in client.chat(seed=seed, stop=stop, stream=True, **LIVELY)]
     assert "".join(part.delta.content or "" for part in parts) == expected and parts[-1].finish_reason == "stop"
+
+
+def test_min_p(client):
+    """1 leaves the most probable piece alone, in both of OpenAI's paths and however hot."""
+    hot = {"temperature": 9.0, "max_tokens": 12, "seed": 3}
+    one, none = ({"extra_body": {"min_p": share, "top_k": 0}} for share in (1.0, 0.0))
+    for asked in (client.chat, lambda **fields: client.complete("有问", **fields)):
+        greedy = asked(temperature=0, max_tokens=12).choices
+        assert asked(**hot, **one).choices == greedy != asked(**hot, **none).choices
 
 
 def test_seeds_and_n(client):

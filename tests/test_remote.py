@@ -118,7 +118,7 @@ def test_a_server_that_takes_text_alone(cfg, capsys):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), TextOnly) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         there = remote.load(cfg, prompt, f"http://127.0.0.1:{server.server_port}/v1/")
-        found = there([QUESTIONS[0]], Sampling(max_new_tokens=3, do_sample=True, temperature=0.5, top_k=7))
+        found = there([QUESTIONS[0]], Sampling(max_new_tokens=3, do_sample=True, temperature=0.5, top_k=7, min_p=0.1))
         there([QUESTIONS[2]], Sampling(max_new_tokens=3))
         with pytest.raises(UserError, match="no model called base: theirs"):
             there([QUESTIONS[0]], Sampling(), base=True)
@@ -127,11 +127,12 @@ def test_a_server_that_takes_text_alone(cfg, capsys):
     ids, busy, taken, again = TextOnly.asked
     assert isinstance(ids["prompt"], list) and busy == taken
     assert taken["prompt"] == "<start_of_turn>user\n有<end_of_turn>\n<start_of_turn>model\n"  # the bos is the server's
-    assert {name: taken[name] for name in ("model", "temperature", "top_p", "top_k", "max_tokens")} == {
+    assert {name: taken[name] for name in ("model", "temperature", "top_p", "top_k", "min_p", "max_tokens")} == {
         "model": "theirs",
         "temperature": 0.5,
         "top_p": 1.0,
         "top_k": 7,
+        "min_p": 0.1,
         "max_tokens": 3,
     }
-    assert again["temperature"] == 0 and "repetition_penalty" not in again
+    assert again["temperature"] == 0 and not {"repetition_penalty", "min_p"} & again.keys()

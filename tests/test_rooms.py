@@ -1,6 +1,7 @@
 """common/ as a house: rooms import only lower ones, libraries stay in their rooms, files and functions stay short."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,19 @@ def test_a_room_holds_few_modules_and_says_how_to_read_them():
         tour = ast.get_docstring(ast.parse((COMMON / room / "__init__.py").read_text(encoding="utf-8")))
         listed = [line.split()[0] for line in tour.splitlines() if len(line.split("  ")) > 1]
         assert modules == {name for name in listed if not name.endswith("/")}, room
+
+
+def test_the_two_ways_through_the_house_are_short_and_true():
+    """CONTRIBUTING.md: each step's file defines what the step names; a way has at most 11 steps, a file each."""
+    parts = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n## One ")[1:]
+    assert len(parts) == 2
+    for way in (part.split("\n## ")[0] for part in parts):
+        steps = re.findall(r"^\d+\. `(.+?\.py)` (`.+?`): ", way, re.M)
+        assert len(re.findall(r"^\d+\. ", way, re.M)) == len(steps) == len({file for file, _ in steps}) <= 11
+        for file, names in steps:
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+            assert set(re.findall(r"\w+", names)) <= defined, file
 
 
 def test_rooms_re_export_nothing():

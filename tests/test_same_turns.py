@@ -7,9 +7,8 @@ import pytest
 
 from common.data.formats import read_row
 from common.engine.batcher import Batcher
-from common.serving.app import create_app
+from common.serving.app import Service, create_app
 from common.serving.openai_requests import read_messages
-from common.serving.service import Service
 
 CHAT = "/v1/chat/completions"
 U, A, S = (lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant", "system"))
@@ -75,15 +74,32 @@ def test_what_clients_send_is_answered(client, body):
 def test_what_cannot_be_done_is_refused_by_name(client, body, param):
     response = client.post(CHAT, json=body)
     assert (response.status_code, response.json["error"]["param"]) == (400, param)
+    assert "leave it out" in response.json["error"]["message"] or "messages" in param
 
 
 def test_envelopes(client):
     text = json.dumps({"messages": [U("你好")], "max_tokens": 2})
     kind = {"Content-Type": "application/json"}
     marked = client.post(CHAT, data="\ufeff" + text, headers=kind)
-    assert marked.status_code == 400 and "BOM" in marked.json["error"]["message"]
+    assert marked.status_code == 400
+    assert "begins with a BOM (UTF-8 signature); send it without" in marked.json["error"]["message"]
     packed = client.post(CHAT, data=gzip.compress(text.encode()), headers=kind | {"Content-Encoding": "gzip"})
-    assert packed.status_code == 415 and "gzip" in packed.json["error"]["message"]
+    assert packed.status_code == 415 and "is not read: gzip; send it uncompressed" in packed.json["error"]["message"]
+    for unpacked in ("", "identity", "Identity"):
+        assert client.post(CHAT, data=text, headers=kind | {"Content-Encoding": unpacked}).status_code == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/nlg/text_generate"])
+def test_a_slash_at_the_end_is_named(client, path):
+    found = client.post(path + "/", json={"messages": [U("你好")]})
+    assert (found.status_code, found.json["error"]["code"]) == (404, "not_found")
+    assert f"{path}/: 末尾多了斜杠 ends with a slash; ask without it: {path}" == found.json["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/", "/none/", "//"])
+def test_no_other_path_is_told_of_its_slash(client, path):
+    found = client.post(path, json={})
+    assert found.status_code == 404 and "ends with a slash" not in found.json["error"]["message"]
 
 
 def test_the_bodies_of_the_cases(client, fixtures):

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from common.data.turns import Turn
     from common.inference.answerer import Answerer
 
-NO_LIMIT = 2**31  # more ids than any prompt has
-
 
 class PromptEncoder:
     """Encodes prompts for one Answerer's model; all methods may be called from any thread.
@@ -35,14 +33,8 @@ class PromptEncoder:
 
     def whole_ids(self, turns: Sequence[Turn]) -> list[int]:
         """Ids that ask for the answer to `turns`; nothing is cut."""
-        answer = self.answer
         with self.lock:
-            return render.prompt_ids(self.tokenizer, answer.prompt, turns, answer.style, NO_LIMIT)[0]
-
-    def fitted_ids(self, turns: Sequence[Turn]) -> list[int]:
-        """The same, cut to the length the model was trained with; UserError where that is impossible."""
-        with self.lock:
-            return self.answer.fitted_ids(turns)
+            return render.joined(self.answer.prompt.render(self.tokenizer, turns, self.answer.style))
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text without a template: what the tokenizer puts around one, and control tokens in it stay text."""

@@ -47,15 +47,17 @@ def next_ids(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
 
 
 def draw(logits: torch.Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> torch.Tensor:
-    """Ids [B] drawn from logits [B, V] by temperature, top_k, top_p and one random number in [0, 1) a row.
+    """Ids [B] drawn from logits [B, V] by temperature, top_k, top_p, min_p and one random number in [0, 1) a row.
 
-    The same row with the same number draws the same id in whatever batch it stands.
+    The same row with the same number draws the same id in whatever batch it stands. The four act in this order, as in
+    transformers; min_p (Nguyen et al. 2024, arXiv 2407.01082) is a share of the highest chance.
     """
     if logits.device.type == "mps":  # Apple's GPUs have no float64
         logits = logits.cpu()
     device, size = logits.device, logits.shape[-1]
     top_k = torch.tensor([min(s.top_k or size, size) for s in samplings], device=device)[:, None]
     top_p = torch.tensor([s.top_p for s in samplings], device=device, dtype=torch.float64)[:, None]
+    min_p = torch.tensor([s.min_p for s in samplings], device=device, dtype=torch.float64)[:, None]
     temperature = torch.tensor([s.temperature for s in samplings], device=device)[:, None]
     scores, ids = logits.topk(int(top_k.max()))  # from the highest down
     scores = (scores - scores[:, :1]) / temperature
@@ -63,6 +65,7 @@ def draw(logits: torch.Tensor, samplings: Sequence[Sampling], numbers: Sequence[
     chances = scores.double().softmax(-1)
     sums = chances.cumsum(-1)
     chances = chances.masked_fill((sums - chances >= top_p) & (sums > chances), 0)  # the first always stays
+    chances = chances.masked_fill(chances < min_p * chances[:, :1], 0)
     sums = chances.cumsum(-1)
     aims = torch.tensor(numbers, device=device, dtype=torch.float64)[:, None] * sums[:, -1:]
     picked = torch.searchsorted(sums, aims, right=True)

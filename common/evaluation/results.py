@@ -67,6 +67,7 @@ def sampling_of(cfg: SFTConfig) -> Sampling:
 def _decoding(sampling: Sampling) -> str:
     """How the answers were drawn, in words."""
     drawn = f"sampled, temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}"
+    drawn += f", min_p {sampling.min_p}" if sampling.min_p else ""
     how = drawn if sampling.do_sample else "greedy"
     beams = f", {sampling.num_beams} beams" if sampling.num_beams > 1 else ""
     penalty = f", repetition penalty {sampling.repetition_penalty}" if sampling.repetition_penalty != 1 else ""

@@ -36,6 +36,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     num_beams: int = 1
 
@@ -139,7 +140,8 @@ class Answerer:
 
     def generation_config(self, sampling: Sampling) -> GenerationConfig:
         """transformers' settings for a Sampling."""
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        names = ("temperature", "top_p", "top_k", "min_p")
+        drawn = {name: getattr(sampling, name) for name in names}
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=sampling.do_sample,

@@ -112,7 +112,7 @@ class Remote:
         }
         if sampling.do_sample:
             body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-            body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+            body |= {name: value for name in ("top_k", "min_p") if (value := getattr(sampling, name))}
         if sampling.repetition_penalty != 1:  # not OpenAI's, and so not sent unasked
             body["repetition_penalty"] = sampling.repetition_penalty
         return body

@@ -3,8 +3,7 @@
 In reading order:
 
 server             waitress: limits, and an end that lets answers finish
-app                routes, who may use them, the service's life
-service            what is served; a request becomes an answer, whole or as events
+app                the service's life and routes, who may use them; a request becomes an answer, whole or as events
 failures           what a client is told where it gets none
 middleware         around every request: id, log line, counts
 validation         bodies, read strictly

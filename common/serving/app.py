@@ -1,31 +1,34 @@
-"""The HTTP service: one Flask app over a Service. Its routes, who may use them, and its life from start to end."""
+"""The HTTP service: one Flask app over a Service: its life, its routes, who may use them, and each request's answer."""
 
 from __future__ import annotations
 
 import hmac
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from flask import Flask, Response, request
+from flask import Flask, Response, current_app, request
 
 from common.config import SFTConfig
-from common.engine.batcher import Batcher
+from common.engine.batcher import Batcher, QueueFullError
+from common.engine.request import Ask, ClientGoneError, ModelFailedError, Part, RequestTimeoutError, Ticket
 from common.inference.answerer import Answerer, Sampling
-from common.serving import adapters, openai_requests, tracing
-from common.serving.failures import RequestRefusedError, add_error_handlers, json_response
+from common.serving import adapters, openai_requests, text_generate, tracing
+from common.serving.failures import FAILURES, RequestRefusedError, add_error_handlers, error_object, json_response
 from common.serving.middleware import Counts, Watch
+from common.serving.openai_responses import Shape
 from common.serving.openapi import document
 from common.serving.server import Server, drain, log_to_stderr, until_told
-from common.serving.service import Service, complete, text_generate
-from common.serving.text_generate import FIELDS
-from common.serving.validation import LIMIT
+from common.serving.validation import LIMIT, read_json
 
 if TYPE_CHECKING:
     from common.config import ServeFlags
     from common.inference.remote import Remote
+    from common.serving.openai_requests import Wanted
 
 PAGES = Path(__file__).with_name("pages")
 OPEN = ("/", "/docs", "/openapi.json", "/health")  # served without a key: they hold no text of a user
@@ -34,6 +37,50 @@ CSP = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'
 HERE = ("127.0.0.1", "localhost", "::1")  # hosts that other machines cannot reach
 
 Config = TypeVar("Config", bound=SFTConfig)  # a family's own
+
+
+@dataclass
+class Service:
+    """What the app serves, and how. `batcher` is None until the model is loaded.
+
+    run_name: what /health calls the run. model: the name served where a request names none. defaults: Sampling where
+    a request says nothing. seconds: a request's time limit. log_text: questions and answers go into the log.
+    """
+
+    run_name: str
+    model: str = "tuned"
+    batcher: Batcher | None = None
+    defaults: Sampling = field(default_factory=Sampling)
+    api_key: str = ""
+    cors: str = ""
+    seconds: float = 600
+    log_text: bool = False
+    draining: bool = False
+
+    @property
+    def state(self) -> str:
+        """ok, loading, draining, or dead."""
+        if self.draining:
+            return "draining"
+        if self.batcher is None:
+            return "loading"
+        return "ok" if self.batcher.alive else "dead"
+
+    @property
+    def loaded(self) -> Batcher:
+        """The Batcher; RequestRefusedError until the model is loaded."""
+        if self.batcher is None:
+            why = "模型还在加载 the model is still loading"
+            raise RequestRefusedError(why, 503, code="loading", headers={"Retry-After": "5"})
+        return self.batcher
+
+    def model_called(self, name: str) -> str:
+        """A model's name; the served one for ""; RequestRefusedError where there is none of that name."""
+        names = list(self.loaded.models)
+        if name and name not in names:
+            why = f"没有模型 there is no model {name[:64]!r}; there are: {', '.join(names)}"
+            raise RequestRefusedError(why, 404, "model", "model_not_found")
+        return name or self.model
 
 
 def create_app(service: Service) -> Flask:
@@ -89,7 +136,7 @@ def run(load_answer: Callable[[Config, bool], Answerer | Remote], cfg: Config, f
 
 
 def _let_in(service: Service) -> None:
-    """RequestRefusedError where the key is missing or wrong, or nobody is there to answer."""
+    """RequestRefusedError where the key is missing or wrong, nothing is there, or nobody is there to answer."""
     path = request.url_rule.rule if request.url_rule else "other"
     request.environ["service.record"]["path"] = path
     if service.api_key and path not in OPEN and request.method != "OPTIONS":
@@ -97,9 +144,19 @@ def _let_in(service: Service) -> None:
         if not hmac.compare_digest(given, f"Bearer {service.api_key}".encode()):
             why = "密钥不对 wrong or missing key; send Authorization: Bearer KEY"
             raise RequestRefusedError(why, 401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    if path == "other":
+        _refuse_slash(request.path)
     if path in GENERATING and request.method == "POST" and service.state != "ok":
         why = f"服务没有就绪 the service is not ready: {service.state}"
         raise RequestRefusedError(why, 503, code=service.state, headers={"Retry-After": "5"})
+
+
+def _refuse_slash(path: str) -> None:
+    """RequestRefusedError where only a slash at its end parts the path from one that is served."""
+    bare = path.rstrip("/")
+    if bare and bare != path and current_app.url_map.bind("").test(bare, request.method):
+        why = f"{bare}/: 末尾多了斜杠 ends with a slash; ask without it: {bare}"
+        raise RequestRefusedError(why, 404, code="not_found")
 
 
 def _with_cors(service: Service, response: Response) -> Response:
@@ -125,7 +182,7 @@ def _add_pages(app: Flask, service: Service, counts: Counts) -> None:
 
     @app.get("/openapi.json")
     def openapi() -> Response:
-        return json_response(document(FIELDS, openai_requests.CHAT, openai_requests.COMPLETION))
+        return json_response(document(text_generate.FIELDS, openai_requests.CHAT, openai_requests.COMPLETION))
 
     @app.get("/docs")
     def docs() -> Response:
@@ -134,6 +191,12 @@ def _add_pages(app: Flask, service: Service, counts: Counts) -> None:
     @app.get("/")
     def chat_page() -> Response:
         return _page("chat.html")
+
+
+def _page(name: str) -> Response:
+    page = Response((PAGES / name).read_bytes(), mimetype="text/html")
+    page.headers["Content-Security-Policy"] = CSP
+    return page
 
 
 def _add_models(app: Flask, service: Service) -> None:
@@ -155,18 +218,80 @@ def _add_models(app: Flask, service: Service) -> None:
 def _add_answers(app: Flask, service: Service) -> None:
     @app.post("/nlg/text_generate")
     def nlg() -> Response:
-        return text_generate(service)
+        return _text_of(service)
 
     @app.post("/v1/chat/completions")
     def chat_completions() -> Response:
-        return complete(service, openai_requests.read_chat)
+        return _complete(service, openai_requests.read_chat)
 
     @app.post("/v1/completions")
     def completions() -> Response:
-        return complete(service, openai_requests.read_completion)
+        return _complete(service, openai_requests.read_completion)
 
 
-def _page(name: str) -> Response:
-    page = Response((PAGES / name).read_bytes(), mimetype="text/html")
-    page.headers["Content-Security-Policy"] = CSP
-    return page
+def _text_of(service: Service) -> Response:
+    """Answer the current request of POST /nlg/text_generate: one JSON string."""
+    body, batcher = read_json(request), service.loaded
+    turns, sampling = text_generate.read_request(body)
+    ids = batcher.encoder.whole_ids(turns)
+    asked = "max_new_tokens" if "max_new_tokens" in body else ""
+    ask = Ask(ids, openai_requests.fitted(sampling, len(ids), batcher.context, asked))
+    ticket = _submit(service, service.model, [ask])
+    return json_response("".join(part.text for parts in ticket.parts(_gone()) for part in parts))
+
+
+def _complete(service: Service, read: Callable[[dict[str, Any], Batcher, Sampling], Wanted]) -> Response:
+    """Answer the current request for a chat or a completion, whose body `read` reads."""
+    wanted = read(read_json(request), service.loaded, service.defaults)
+    model = service.model_called(wanted.model)
+    ticket = _submit(service, model, wanted.asks)
+    shape = Shape(wanted, request.environ["service.record"]["id"], model, service.loaded)
+    parts = ticket.parts(_gone())
+    if wanted.stream:
+        first = next(parts)  # what fails before has a status of its own
+        response = Response(_events(first, parts, ticket, shape), mimetype="text/event-stream")
+        response.headers["Cache-Control"] = "no-store"
+        response.call_on_close(ticket.cancel)
+        return response
+    return json_response(shape.whole([part for more in parts for part in more], ticket.tokens))
+
+
+def _submit(service: Service, model: str, asks: list[Ask]) -> Ticket:
+    """The Ticket of some Asks; RequestRefusedError where they cannot be taken. The log line will tell of it."""
+    try:
+        ticket = service.loaded.submit(model, asks, service.seconds)
+    except QueueFullError:
+        why = "服务繁忙 all slots and the queue are full; try again"
+        raise RequestRefusedError(why, 429, code="queue_full", headers={"Retry-After": "1"}) from None
+    request.environ["service.ticket"] = ticket
+    request.environ["service.log_text"] = service.log_text
+    return ticket
+
+
+def _gone() -> Callable[[], bool]:
+    """Tells whether the client of the current request has left."""
+    return request.environ.get("waitress.client_disconnected", lambda: False)
+
+
+def _events(
+    first: list[Part], parts: Generator[list[Part], None, None], ticket: Ticket, shape: Shape
+) -> Iterator[bytes]:
+    """Server-sent events of Parts; what fails on the way is the last one, and [DONE] is missing."""
+    try:
+        yield _event(*map(shape.chunk, first))
+        for more in parts:
+            yield _event(*map(shape.chunk, more))
+        if shape.wanted.include_usage:
+            yield _event(shape.last_chunk(ticket.tokens))
+        yield b"data: [DONE]\n\n"
+    except (ModelFailedError, RequestTimeoutError) as error:
+        message, status, code = FAILURES[type(error)]
+        yield _event(error_object(message, status, code=code))
+    except ClientGoneError:
+        pass
+    finally:
+        parts.close()
+
+
+def _event(*values: dict[str, Any]) -> bytes:
+    return b"".join(b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n" for value in values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ SAMPLING = {
     "temperature": Field(float, None, 0, 100, "0: greedy"),
     "top_p": Field(float, None, 0, 1, "nucleus"),
     "top_k": Field(int, None, -1, 1 << 20, "candidates; 0 or -1: all"),
+    "min_p": Field(float, None, 0, 1, "candidates below this share of the highest chance are left out; 0: none"),
     "presence_penalty": Field(float, 0.0, -2, 2, "taken off pieces that have occurred in the answer"),
     "frequency_penalty": Field(float, 0.0, -2, 2, "the same, for each time"),
     "repetition_penalty": Field(float, None, 0.01, 10, "above 1: fewer repetitions of prompt and answer"),
@@ -165,7 +167,9 @@ def _read_body(body: dict[str, Any], fields: Mapping[str, Field], others: tuple[
     for name, allowed in ONLY.items():
         not_used = name == "tools" and body.get("tool_choice") == "none"
         if body.get(name) is not None and body[name] not in allowed and not not_used:
-            raise RequestRefusedError(f"{name} 不支持 is not supported here", param=name, code="unsupported_parameter")
+            good = " 或 or ".join(map(json.dumps, allowed))
+            why = f"{name} 不支持 is not supported here; leave it out, or send {good}"
+            raise RequestRefusedError(why, param=name, code="unsupported_parameter")
     return read_fields(body, fields, (*others, "stop", *ONLY, *IGNORED), null=True)
 
 
@@ -186,7 +190,7 @@ def _wanted(
     asks = [
         Ask(
             ids,
-            fitted(sampling, len(ids), batcher.context, given["max_tokens"] is not None),
+            fitted(sampling, len(ids), batcher.context, "" if given["max_tokens"] is None else "max_tokens"),
             given["presence_penalty"],
             given["frequency_penalty"],
             None if given["seed"] is None else given["seed"] + number,
@@ -201,18 +205,19 @@ def _wanted(
     return Wanted(given["model"], asks, given["n"], given["stream"], include_usage, chat)
 
 
-def fitted(sampling: Sampling, length: int, context: int, asked: bool) -> Sampling:
+def fitted(sampling: Sampling, length: int, context: int, asked: str) -> Sampling:
     """`sampling`, shortened so that a prompt of `length` ids and its answer fit in `context`.
 
-    asked: the client asked for this many tokens; otherwise the answer is as long as there is room.
+    asked: the field by which the client asked for this many tokens; "" where it did not, and then the answer is as long
+    as there is room.
     RequestRefusedError, with the numbers, where there is no room.
     """
     room = context - length
     if room < 1 or asked and room < sampling.max_new_tokens:
-        wanted = f" + max_tokens {sampling.max_new_tokens}" if asked else ""
+        wanted = f" + {asked} {sampling.max_new_tokens}" if asked else ""
         raise RequestRefusedError(
             f"提示太长 the prompt is too long: {length} tokens{wanted}, 上限 the limit for both is {context}",
-            param="max_tokens" if room > 0 else None,
+            param=asked if room > 0 else None,
             code="context_length_exceeded",
         )
     return replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
@@ -220,7 +225,7 @@ def fitted(sampling: Sampling, length: int, context: int, asked: bool) -> Sampli
 
 def _sampling(given: dict[str, Any], defaults: Sampling) -> Sampling:
     """The Sampling asked for. temperature 0 is greedy; what is left out is the service's default."""
-    names = {"max_tokens": "max_new_tokens", "top_p": "top_p", "repetition_penalty": "repetition_penalty"}
+    names = {name: name for name in ("top_p", "min_p", "repetition_penalty")} | {"max_tokens": "max_new_tokens"}
     chosen = {ours: given[name] for name, ours in names.items() if given[name] is not None}
     if given["top_k"] is not None:
         chosen["top_k"] = max(given["top_k"], 0)

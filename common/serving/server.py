@@ -23,8 +23,8 @@ from common.serving.validation import LIMIT
 if TYPE_CHECKING:
     from flask import Flask
 
+    from common.serving.app import Service
     from common.serving.middleware import Watch
-    from common.serving.service import Service
 
 HEADERS = 32 << 10  # bytes of a request's headers
 IDLE = 60  # seconds a connection may say nothing

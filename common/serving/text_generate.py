@@ -19,6 +19,7 @@ FIELDS = {
     "num_beams": Field(int, 1, 1, 8, "beams"),
     "top_p": Field(float, 0.8, 0.01, 1, "nucleus"),
     "top_k": Field(int, 50, 0, 1000, "candidates; 0: all"),
+    "min_p": Field(float, 0.0, 0, 1, "candidates below this share of the highest chance are left out; 0: none"),
 }
 
 

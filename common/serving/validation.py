@@ -6,6 +6,7 @@ through and calls an int beyond a float's range no number, and the same texts on
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 from collections.abc import Collection, Mapping
@@ -36,15 +37,16 @@ def read_json(request: Request) -> dict[str, Any]:
         raise RequestRefusedError(
             f"Content-Type 应为 must be application/json, found {found}", 415, code="content_type"
         )
-    packed = request.headers.get("Content-Encoding", "identity")
-    if packed != "identity":
-        raise RequestRefusedError(
-            f"Content-Encoding: 不支持压缩 a compressed body is not read: {packed[:64]}", 415, code="content_encoding"
-        )
+    packed = request.headers.get("Content-Encoding", "")
+    if packed.strip().lower() not in ("", "identity"):
+        why = f"Content-Encoding: 不支持压缩 a compressed body is not read: {packed[:64]}; send it uncompressed"
+        raise RequestRefusedError(why, 415, code="content_encoding")
+    data = request.get_data()
+    if data.startswith(codecs.BOM_UTF8):
+        why = "请求体以 BOM 开头 the body begins with a BOM (UTF-8 signature); send it without"
+        raise RequestRefusedError(why, code="invalid_json")
     try:
-        body = json.loads(
-            request.get_data().decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_without_repeats
-        )
+        body = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_without_repeats)
     except UnicodeDecodeError:
         raise RequestRefusedError("请求体不是 UTF-8 the body is not UTF-8", code="invalid_json") from None
     except (ValueError, RecursionError) as problem:
