@@ -29,9 +29,10 @@ class Reading(NamedTuple):
     repaired: list[str]
 
 
-def read_row(row: object) -> Reading:
+def read_row(row: object, asked: bool = False) -> Reading:
     """The Reading of one row.
 
+    asked: the row is one to be asked, so that it may end with a question, and marks of what to learn do not matter.
     Raises FormatError naming the keys found, or the field that is empty, of the wrong type, or would be lost.
     """
     if isinstance(row, list) and row and all(isinstance(message, dict) for message in row):
@@ -41,11 +42,19 @@ def read_row(row: object) -> Reading:
     shape, read = _shape_of(row)
     fields = Fields(row)
     conversations = read(fields)
-    mended = [in_order(_marked(fields, turns)) for turns in conversations]
+    if asked:
+        mended = [in_order(turns, answered=not _ends_asking(turns)) for turns in conversations]
+    else:
+        mended = [in_order(_marked(fields, turns)) for turns in conversations]
     repaired = [repair for _, repairs in mended for repair in repairs]
-    if not mark_of(fields.get("weight"), "weight") or not all(_teaches(turns) for turns, _ in mended):
+    if not asked and not (mark_of(fields.get("weight"), "weight") and all(_teaches(turns) for turns, _ in mended)):
         raise FormatError("nothing-to-learn", "没有要学的回答 every answer of the row is marked as not to be learnt")
     return Reading([turns for turns, _ in mended], fields.unread(shape), repaired)
+
+
+def _ends_asking(turns: Sequence[Turn]) -> bool:
+    """Whether the last turn that says something is no answer."""
+    return next((turn.role for turn in reversed(turns) if turn.text.strip()), "") != "assistant"
 
 
 def _teaches(turns: Sequence[Turn]) -> bool:

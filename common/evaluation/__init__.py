@@ -10,6 +10,7 @@ overlap        rows that the training files hold too
 results        all_results.json
 tables         scores as rows of text
 report         eval_report.md and eval_report.png
+answer_file    a file of questions answered, without scores
 tasks          benchmark questions from local files
 benchmark      them asked, and counted by subject
 """

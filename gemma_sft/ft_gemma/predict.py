@@ -1,6 +1,7 @@
-"""Talk to the tuned Gemma in the console; --query for one answer, --base for the model without its adapter.
+"""Talk to the tuned Gemma in the console; --query for one answer, --output for a file of them, --base: no adapter.
 
 python gemma_sft/ft_gemma/predict.py --model_save_dir out
+python gemma_sft/ft_gemma/predict.py --model_save_dir out --data_path questions.jsonl --output answers.jsonl
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def main(argv: list[str] | None = None) -> None:
 
     if flags.print_prompt:
         return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
+    if flags.output:
+        from common.evaluation import answer_file
+
+        rows = answer_file.rows_to_ask(cfg, flags)
+        return answer_file.write(load_answer(cfg, flags.base, flags.base_url), rows, cfg, flags)
     answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
     if flags.query:
         return console.ask_once(answer, Sampling.of(cfg), flags)
