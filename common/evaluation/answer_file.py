@@ -70,7 +70,9 @@ def write(answer: Answers, rows: ToAsk, cfg: SFTConfig, flags: PredictFlags) -> 
     asked is asked again. UserError where the file holds other answers, or no row could be asked.
     """
     path, sampling = Path(flags.output), sampling_of(cfg)
-    key = key_of(cfg, flags.base, [[(where, said(turns)) for where, turns in rows], vars(sampling), *asked_as(answer)])
+    asked = [(where, _with_reference(turns)) for where, turns in rows]
+    hashed = [(where, said(turns)) for where, turns in asked]
+    key = key_of(cfg, flags.base, [hashed, vars(sampling), *asked_as(answer)])
     if _keys_in(path) - {key}:
         raise UserError(
             f"{path}: 是别的提问、模型或采样的回答 holds answers to other questions, or of another model or sampling; "
@@ -79,14 +81,15 @@ def write(answer: Answers, rows: ToAsk, cfg: SFTConfig, flags: PredictFlags) -> 
     failed: list[Record] = []
 
     def ask(numbers: list[int]) -> Iterator[Record]:
-        batch = [(number, rows[number][0], _with_reference(rows[number][1])) for number in numbers]
-        for record in predict(answer, batch, sampling, flags.base, lambda *_: {}):
+        for record in predict(
+            answer, [(number, *asked[number]) for number in numbers], sampling, flags.base, lambda *_: {}
+        ):
             if record["stop"].startswith(FAILED):
                 failed.append(record)
             else:
                 yield _line(record)
 
-    order = shortest_first([turns for _, turns in rows])
+    order = shortest_first([turns[:-1] for _, turns in asked])
     records = score_rows(path, key, order, ask, cfg, Progress("回答 answers"))
     files.write_jsonl(path, records)
     for record in failed:

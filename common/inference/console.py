@@ -102,7 +102,7 @@ def _show_cut(limit: int) -> None:
     """Say on stderr that a prompt was cut to `limit` tokens; nothing for 0."""
     if limit:
         print(
-            f"提示已截断到 the prompt was cut to {limit} tokens: 先去掉最早的几轮，再截断问题中间 the oldest turns go, then "
-            "the middle of the question",
+            f"提示已截断到 the prompt was cut to {limit} tokens: 先去掉最早的几轮，再截断问题中间 "
+            "the oldest turns go, then the middle of the question",
             file=sys.stderr,
         )

@@ -35,13 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     from common.inference import console
     from common.inference.answerer import Sampling
 
-    if flags.print_prompt:
-        return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
     if flags.output:
         from common.evaluation import answer_file
 
         rows = answer_file.rows_to_ask(cfg, flags)
         return answer_file.write(load_answer(cfg, flags.base, flags.base_url), rows, cfg, flags)
+    if flags.print_prompt:
+        return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
     answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
     if flags.query:
         return console.ask_once(answer, Sampling.of(cfg), flags)
