@@ -77,9 +77,9 @@ def test_what_a_server_cannot_do(cfg, url, monkeypatch):
     with pytest.raises(UserError, match="400.*context"):
         there(QUESTIONS, Sampling(max_new_tokens=5000))
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
-    with pytest.raises(UserError, match="401"):
+    with pytest.raises(remote.UnreachableError, match="401"):
         remote.load(cfg, prompt, url)
-    with pytest.raises(UserError, match="http://127.0.0.1:9/v1.*nobody answers"):
+    with pytest.raises(remote.UnreachableError, match="http://127.0.0.1:9/v1.*nobody answers"):
         remote.load(cfg, prompt, "http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="nobody answers"):
         remote.load(cfg, prompt, "nonsense")
