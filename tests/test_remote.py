@@ -70,6 +70,16 @@ def test_predict_and_evaluation(cfg, url, small_gemma, tmp_path, capsys, answer)
     assert [row["answer"] for row in sorted(found, key=lambda row: row["row"])] == alone
 
 
+def test_a_file_of_questions(cfg, url, small_gemma, tmp_path, answer):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"query": f"{n}+1="}) + "\n" for n in range(5)))
+    flags = ["--base_url", url, "--path_model_pretrain", str(small_gemma), "--model_save_dir", str(tmp_path)]
+    predict.main([*flags, "--data_path", str(rows), "--output", str(tmp_path / "a.jsonl"), "--max_new_tokens", "9"])
+    found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    alone = [answer([[Turn("user", f"{n}+1=")]], Sampling(max_new_tokens=9))[0] for n in range(5)]
+    assert [(one["answer"], one["finish_reason"]) for one in found] == [(one.text, one.stop) for one in alone]
+
+
 def test_what_a_server_cannot_do(cfg, url, monkeypatch):
     there = remote.load(cfg, prompt, url)
     with pytest.raises(UserError, match="num_beams"):
