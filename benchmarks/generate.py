@@ -72,10 +72,10 @@ def answer_all(args):
     data = (str(ROOT / "data/product_heldout.jsonl"), str(ROOT / "data/entity_heldout.jsonl"))
     cfg = config.Config(model_save_dir=args.model_save_dir, eval_data_path=data, **config.Config.EMBEDDED)
     answer = recipe.load_answer(cfg)
-    from common.data import dataset
+    from common.evaluation import asking
     from common.inference.answerer import Sampling
 
-    rows = dataset.held_out(cfg, data, args.prompts)[0]
+    rows = asking.held_out(cfg, data, args.prompts)[0]
     questions = [turns[:-1] for _, turns in rows]
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
     answer(questions[:1], sampling)

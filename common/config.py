@@ -38,7 +38,7 @@ class SFTConfig:
     eval_data_path: tuple[str, ...] = (str(DATA / "product_heldout.jsonl"),)  # held-out rows scored after training
     eval_rows: int = 50  # held-out rows on which base and tuned are compared after training; 0: none
     val_set_size: float = 0.02  # kept out of training for the validation loss: rows (1 or more) or a share (below 1)
-    max_length_q: int = 512  # longest prompt in tokens; older turns, then the question's middle, are cut
+    max_length_q: int = 512  # longest prompt of training, in tokens; older turns, then the question's middle, are cut
     max_length_a: int = 512  # longest answer in tokens, stop token included; rows with longer ones are dropped
     max_dropped: float = 0.5  # stop when a larger share of the rows cannot be trained on
     strict: bool = False  # stop at the first row that cannot be used instead of listing it in rejected.jsonl
@@ -83,14 +83,14 @@ class SFTConfig:
     modules_to_save: tuple[str, ...] = ()  # modules trained in full and saved with the adapter: names, all-norm, …
     # answers
     max_new_tokens: int = 256  # longest answer generated
-    do_sample: bool = True  # console and service sample; evaluation is greedy unless this is given
+    do_sample: bool = True  # console and service sample; evaluation and --output are greedy unless this is given
     temperature: float = 0.8  # of sampling
     top_p: float = 0.95  # nucleus
     top_k: int = 50  # candidates
     min_p: float = 0.0  # candidates below this share of the most probable one's chance are left out; 0: none
     repetition_penalty: float = 1.0  # above 1: fewer repetitions
     num_beams: int = 1  # beams
-    eval_batch_size: int = 32  # prompts generated together in evaluation
+    eval_batch_size: int = 32  # prompts generated together in evaluation and for --output
     # service
     host: str = "127.0.0.1"  # address post_api.py listens on
     port: int = 8000  # and its port
@@ -134,6 +134,7 @@ class PredictFlags:
     """What predict.py takes beside the knobs."""
 
     query: str = ""  # answer this one question on stdout and exit
+    output: str = ""  # answer all questions of --data_path into this file, as JSON lines, and exit
     base: bool = False  # talk to the base model without the adapter
     compare: bool = False  # show the base's and the tuned model's answers side by side
     print_prompt: str = ""  # print the prompt's text and ids for this question as JSON; loads no weights

@@ -66,8 +66,8 @@ def _line_of(error: Exception) -> str | None:
         found = " ".join(str(error).split())[:200] or type(error).__name__
         return (
             f"内存或显存不足 out of memory ({found}); train.py: --gradient_checkpointing true, a smaller "
-            "--micro_batch_size or --max_length_q and --max_length_a, --tuning qlora; evaluation.py: a smaller "
-            "--eval_batch_size; post_api.py: fewer --slots"
+            "--micro_batch_size or --max_length_q and --max_length_a, --tuning qlora; evaluation.py and "
+            "predict.py --output: a smaller --eval_batch_size; post_api.py: fewer --slots"
         )
     if launch.world_size() > 1 and _lost_another(error):
         return "另一个进程退出了 another process ended; its error, if any, is above"

@@ -19,7 +19,7 @@ from common.data.turns import Turn
 from common.device import device
 from common.errors import UserError
 from common.evaluation import evaluate
-from common.inference.answerer import fitted_ids
+from common.inference.answerer import fitted
 from common.inference.tuned import open_run
 from common.model.adapter import load_tuned, merge_reasons
 from common.model.layers import causal_of
@@ -79,7 +79,7 @@ def load(cfg: SFTConfig, prompt: Family) -> Tuned:
     causal_of(net).generation_config = GenerationConfig()  # the checkpoint's own would mix with ours
     turns = _questions(cfg, manifest)
     style, limit = trained.prompt_style, trained.max_length_q
-    prompts = [fitted_ids(tokenizer, prompt, asked, style, limit) for asked in turns]
+    prompts = [fitted(tokenizer, prompt, asked, style, limit)[0] for asked in turns]
     rank, reasons = (adapter.r, merge_reasons(net)) if adapter else (0, [])
     return Tuned(net, tokenizer, manifest, prompts, manifest["stop_ids"], rank, reasons)
 

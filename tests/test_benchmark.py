@@ -1,6 +1,7 @@
 """Benchmarks: local files of every shape, answers by likelihood and in writing, counted again independently."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import re
@@ -288,6 +289,23 @@ def test_subjects_and_their_average():
         "b": {"accuracy": 0.0, "questions": 1},
     }
     assert found["loss"] == 1.0 and 0 <= found["interval"][0] < 0.5 < found["interval"][1] <= 1
+
+
+def test_prompts_beyond_the_limit_are_counted(cfg, monkeypatch, capsys):
+    """The context widens the limit, 100 ids here; a user's own --max_length_q is the limit itself."""
+    monkeypatch.setattr(benchmark, "PROMPT_LIMIT", 100)
+    answerer = Answerer(load_base(cfg.base, "float32"), load_tokenizer(cfg.base, prompt), prompt, "chat", 64)
+    options = {"A": "是", "B": "不是"}
+    chosen, written = (
+        [tasks.Question(f"f:{n}", "s", [Turn("user", "问" * n)], given, key) for n in (5, 150, 500)]
+        for given, key in ((options, "A"), ({}, "2"))
+    )
+    flags = EvaluationFlags(tasks=("probe", "gsm8k"))
+    for name, given, limit, cut in (("wide", {}, 200, 1), ("none", {}, 100, 2), ("own", {"max_length_q"}, 64, 2)):
+        answerer.max_length_q, answerer.context = 64, 208 if name == "wide" else 0
+        changes = {"max_new_tokens": 8, "model_save_dir": f"{cfg.model_save_dir}_{name}", "given": frozenset(given)}
+        benchmark.report(answerer, {"probe": chosen, "gsm8k": written}, dataclasses.replace(cfg, **changes), flags)
+        assert capsys.readouterr().out.count(f"prompts cut: {cut} / 3, 上限 the limit is {limit} tokens") == 2
 
 
 # --- the whole road -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from common.data.turns import Turn
 from common.errors import UserError
 from common.inference import console
 from common.inference.answerer import Answer, Answerer, Sampling
+from common.model import loading
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import predict
 from gemma_sft.ft_gemma.config import Config
@@ -171,6 +172,9 @@ class Fake:
                 yield part
         finally:
             self.closed += 1
+
+    def cut_to(self, turns, new_tokens):
+        return 0
 
     def __call__(self, conversations, sampling, base=False):
         self.asked += [(list(turns), sampling, base) for turns in conversations]
@@ -370,6 +374,81 @@ def test_print_prompt_that_cannot_fit_is_a_user_error(only_tokenizer, tmp_path):
     flags = ["--path_model_pretrain", only_tokenizer, "--model_save_dir", tmp_path, "--max_length_q", 3]
     with pytest.raises(UserError):
         predict.main([str(flag) for flag in [*flags, "--print_prompt", "你好"]])
+
+
+# --- how long a prompt may be ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limited(small_gemma):
+    """limited(**knobs): an Answerer of a model with a context of 1,024 ids, `prompts` its prompts' lengths."""
+
+    def load(**knobs):
+        cfg = Config(path_model_pretrain=str(small_gemma), model_save_dir="/nowhere", given=frozenset(knobs), **knobs)
+        answer = predict.load_answer(cfg, base=True)
+        answer.prompts = []
+
+        def generate(prompts, sampling, base=False, streamer=None):
+            answer.prompts += map(len, prompts)
+            return [[] for _ in prompts]
+
+        answer.generate = generate
+        return answer
+
+    return load
+
+
+@pytest.mark.parametrize(
+    "knobs, tokens, length, limit",
+    [
+        ({}, 100, 800, 0),  # longer than the 512 of training
+        ({}, 100, 3000, 924),
+        ({}, 800, 600, 512),  # what is left of the context is less than what was trained with
+        ({}, 5000, 600, 512),
+        ({"max_length_q": 64}, 100, 800, 64),  # the user's own
+        ({"max_length_q": 2000}, 100, 1500, 0),
+    ],
+)
+def test_the_context_is_the_limit_of_a_prompt(limited, knobs, tokens, length, limit):
+    answer, turns, sampling = limited(**knobs), [Turn("user", "人" * length)], Sampling(max_new_tokens=tokens)
+    assert answer.cut_to(turns, tokens) == limit
+    assert answer([turns], sampling)[0].cut_to == limit
+    list(answer.stream(turns, sampling))
+    whole = length - 1 + len(answer.fitted_ids([Turn("user", "人")]))
+    assert answer.prompts == [limit or whole] * 2
+
+
+def test_a_model_that_does_not_say_its_context_is_asked_as_it_was_trained(small_gemma, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    assert [loading.context_of(path) for path in (small_gemma, tmp_path, tmp_path.parent)] == [1024, 0, 0]
+
+
+def test_a_long_chat_forgets_its_oldest_turns_and_says_so(limited, capsys):
+    answer = limited()
+    capsys.readouterr()
+    console.chat(answer, Sampling(max_new_tokens=24), PredictFlags(), typed("人" * 900, "的" * 400, "短"))
+    shown = capsys.readouterr()
+    assert shown.err.count("cut to 1000 tokens") == shown.err.count("\n") == 2
+    assert "cut" not in shown.out
+    assert len(answer.prompts) == 3 and answer.prompts[1] < 450 < 900 < answer.prompts[0]
+
+
+def test_a_long_query_is_cut_and_stdout_is_the_answer_alone(small_gemma, tmp_path, capsys):
+    flags = ["--base", "--path_model_pretrain", str(small_gemma), "--model_save_dir", str(tmp_path)]
+    predict.main([*flags, "--query", "人" * 3000, "--max_new_tokens", "4"])
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 1 and "cut to" not in shown.out
+    assert shown.err.count("the prompt was cut to 1020 tokens") == 1
+
+
+def test_print_prompt_has_the_limit_of_the_answer(small_gemma, tmp_path, capsys):
+    flags = ["--path_model_pretrain", small_gemma, "--model_save_dir", tmp_path, "--max_new_tokens", 24]
+    for length, expected in ((900, "whole"), (2000, 1000)):
+        predict.main([str(flag) for flag in [*flags, "--print_prompt", "人" * length]])
+        shown = capsys.readouterr()
+        found = json.loads(shown.out)
+        assert found["text"].count("人") == 900 if expected == "whole" else len(found["input_ids"]) == expected
+        assert ("cut to 1000 tokens" in shown.err) is (expected != "whole")
 
 
 # --- the stream -----------------------------------------------------------------------------------------------------

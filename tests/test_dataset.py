@@ -17,6 +17,7 @@ from common.data import accounts, cache, dataset, sources
 from common.data.render import TooLongError, encode_text, frame_ids, prompt_ids, special_id, training_sample
 from common.data.turns import Turn
 from common.errors import UserError
+from common.evaluation import asking
 from common.files import read_jsonl
 from common.knobs import IDS
 from gemma_sft import prompt
@@ -279,13 +280,13 @@ def test_held_out_rows(tmp_path):
         tmp_path, "a.jsonl", [QA, EMPTY, {"text": "一段"}, *[{"input": f"{n}", "output": "答"} for n in range(6)]]
     )
     cfg = settings(tmp_path, "unused")
-    kept, left_out = dataset.held_out(cfg, [path], 0)
+    kept, left_out = asking.held_out(cfg, [path], 0)
     assert [where for where, _ in kept] == [f"{path}:{line}" for line in (1, 4, 5, 6, 7, 8, 9)]
     assert kept[0][1] == talk("问", "答")
     assert [row.where for row in left_out] == [f"{path}:2", f"{path}:3"]
-    assert dataset.held_out(cfg, [path], 3)[0] == kept[:3]
-    drawn = dataset.held_out(cfg, [f"{path}#3"], 0)[0]
-    assert drawn == dataset.held_out(cfg, [f"{path}#3"], 0)[0] and len({where for where, _ in drawn}) == 3
+    assert asking.held_out(cfg, [path], 3)[0] == kept[:3]
+    drawn = asking.held_out(cfg, [f"{path}#3"], 0)[0]
+    assert drawn == asking.held_out(cfg, [f"{path}#3"], 0)[0] and len({where for where, _ in drawn}) == 3
 
 
 # ---------------------------------------------------------------- the cache

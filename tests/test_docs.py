@@ -141,6 +141,8 @@ def check_service(folder, outputs):
     streamed = next(output for line, output in outputs.items() if '"stream": true' in line)
     assert streamed.rstrip().endswith("data: [DONE]") and '"usage"' in streamed
     assert (folder / "out_whole/Modelfile").is_file()
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 8 and all(line["question"] == f"{int(line['reference']) - 1}+1=" for line in answers)
 
 
 def check_evaluation(folder, outputs):

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.evaluation import evaluate, metrics
 from common.evaluation.records import predictions
 from common.inference.answerer import Answer
+from common.inference.remote import UnreachableError
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import evaluation, predict, train
 from gemma_sft.ft_gemma.config import Config
@@ -176,6 +177,38 @@ def test_predictions_of_earlier_runs_keep_their_keys(tmp_path):
     manifest = {"state": "finished", "base": {"path": "/nowhere/base", "sha256": ""}, "config": config}
     (tmp_path / "run_manifest.json").write_text(json.dumps(manifest))
     assert evaluate.key_of(Config(**told, model_save_dir=str(tmp_path)), False, ["rows"]) == "632556cac511595c"
+
+
+def test_cut_prompts_are_counted(cfg, capsys):
+    """Also those of an earlier call."""
+
+    def cutting(conversations, sampling, base=False):
+        return [Answer("答", "stop", 1, 90 if len(turns[-1].text) > 10 else 0) for turns in conversations]
+
+    rows = rows_of(("短", "答"), ("长" * 20, "答"), ("长" * 30, "答"))
+    for _ in range(2):
+        evaluate.evaluate(cutting, rows, cfg())
+        assert "prompts cut: 2 / 3, 上限 the limit is 90 tokens" in capsys.readouterr().out
+    evaluate.evaluate(cutting, rows[:1], cfg())
+    assert "cut" not in capsys.readouterr().out
+
+
+def test_another_context_is_asked_anew(cfg):
+    rows = made(3)
+    for context, asked in ((0, 3), (0, 0), (64, 3)):
+        fake = Fake()
+        fake.context = context
+        evaluate.evaluate(fake, rows, cfg())
+        assert len(fake.asked) == asked
+
+
+def test_a_server_that_is_gone_scores_nothing(cfg, tmp_path):
+    def gone(conversations, sampling, base=False):
+        raise UnreachableError("nobody answers")
+
+    with pytest.raises(UnreachableError):
+        evaluate.evaluate(gone, made(6), cfg())
+    assert lines_of(tmp_path / "run") == []
 
 
 def test_attributes_are_scored_where_they_are_asked_for(cfg):
@@ -361,6 +394,22 @@ def test_unreadable_rows_are_reported(mixed, capsys):
     shown = [line for line in capsys.readouterr().out.splitlines() if "not scored" in line]
     assert [line.split("mixed.jsonl:")[1].split(":")[0] for line in shown] == ["3", "7", "12"]
     assert "question" in shown[1]
+
+
+@pytest.mark.parametrize("read", ["evaluation.py", "train.py"])
+def test_what_was_not_read_or_was_repaired_is_told(tmp_path, capsys, read):
+    greeting = [{"role": role, "content": "好"} for role in ("assistant", "user", "assistant")]
+    rows = [{"query": f"{n}", "response": "答", "id": n} for n in range(3)] + [{"messages": greeting}] * 2
+    path = tmp_path / "held.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"x": 1}\n')
+    if read == "evaluation.py":
+        assert len(chosen("--data_path", path)) == 5
+    else:
+        assert len(evaluate.held_out_rows(Config(eval_data_path=(str(path),), eval_rows=4))) == 4
+    title, unused, repaired, left_out = capsys.readouterr().out.splitlines()
+    assert str(path) in title and "id: not used in 3 rows" in unused
+    assert "repaired 2" in repaired and f"greeting is context only: {path}:4, {path}:5" in repaired
+    assert f"{path}:6" in left_out
 
 
 @pytest.mark.parametrize("limit, count", [(0, 9), (4, 4), (100, 9)])

@@ -70,6 +70,16 @@ def test_predict_and_evaluation(cfg, url, small_gemma, tmp_path, capsys, answer)
     assert [row["answer"] for row in sorted(found, key=lambda row: row["row"])] == alone
 
 
+def test_a_file_of_questions(cfg, url, small_gemma, tmp_path, answer):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"query": f"{n}+1="}) + "\n" for n in range(5)))
+    flags = ["--base_url", url, "--path_model_pretrain", str(small_gemma), "--model_save_dir", str(tmp_path)]
+    predict.main([*flags, "--data_path", str(rows), "--output", str(tmp_path / "a.jsonl"), "--max_new_tokens", "9"])
+    found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    alone = [answer([[Turn("user", f"{n}+1=")]], Sampling(max_new_tokens=9))[0] for n in range(5)]
+    assert [(one["answer"], one["finish_reason"]) for one in found] == [(one.text, one.stop) for one in alone]
+
+
 def test_what_a_server_cannot_do(cfg, url, monkeypatch):
     there = remote.load(cfg, prompt, url)
     with pytest.raises(UserError, match="num_beams"):
@@ -77,9 +87,9 @@ def test_what_a_server_cannot_do(cfg, url, monkeypatch):
     with pytest.raises(UserError, match="400.*context"):
         there(QUESTIONS, Sampling(max_new_tokens=5000))
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
-    with pytest.raises(UserError, match="401"):
+    with pytest.raises(remote.UnreachableError, match="401"):
         remote.load(cfg, prompt, url)
-    with pytest.raises(UserError, match="http://127.0.0.1:9/v1.*nobody answers"):
+    with pytest.raises(remote.UnreachableError, match="http://127.0.0.1:9/v1.*nobody answers"):
         remote.load(cfg, prompt, "http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="nobody answers"):
         remote.load(cfg, prompt, "nonsense")
@@ -123,7 +133,7 @@ def test_a_server_that_takes_text_alone(cfg, capsys):
         with pytest.raises(UserError, match="no model called base: theirs"):
             there([QUESTIONS[0]], Sampling(), base=True)
         server.shutdown()
-    assert found == [("好", "length", 0)] and "text" in capsys.readouterr().out
+    assert found == [("好", "length", 0, 0)] and "text" in capsys.readouterr().out
     ids, busy, taken, again = TextOnly.asked
     assert isinstance(ids["prompt"], list) and busy == taken
     assert taken["prompt"] == "<start_of_turn>user\n有<end_of_turn>\n<start_of_turn>model\n"  # the bos is the server's

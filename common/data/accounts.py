@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.data.cache import Tokenised
+    from common.data.turns import Repair
 
 PLACES = 3  # of a kind of repair are shown
 PERCENTS = (50, 90, 95, 99, 100)
@@ -31,21 +32,31 @@ def show_counts(data: TrainingData) -> None:
             f"使用 used {source['used']}, token {source['tokens']}, "
             f"计损失 supervised {source['supervised'] / max(source['tokens'], 1):.0%}"
         )
-        unused = "; ".join(f"{key}: not used in {rows} rows" for key, rows in source["unused"].items())
-        if unused:
-            print(f"  没有读的字段 keys that were not read: {unused}")
+        show_unused(source["unused"])
     reasons = Counter(re.sub(r"\d+", "N", row.reason) for row in data.rejected)
     for reason, count in reasons.most_common(5):
         print(f"  剔除 dropped {count}: {reason}")
+    show_repaired(data.repaired)
+    print(f"训练 train {len(data.train)}, 验证 validation {len(data.validation)}")
+
+
+def show_unused(unused: Mapping[str, int]) -> None:
+    """Print in how many rows which keys were not read."""
+    told = "; ".join(f"{key}: not used in {rows} rows" for key, rows in unused.items())
+    if told:
+        print(f"  没有读的字段 keys that were not read: {told}")
+
+
+def show_repaired(repaired: Iterable[Repair]) -> None:
+    """Print a line for each kind of repair, with the first places."""
     repairs: Counter[str] = Counter()
     places: dict[str, list[str]] = {}  # the first of each kind
-    for where, reason in data.repaired:
+    for where, reason in repaired:
         repairs[reason] += 1
         if repairs[reason] <= PLACES:
             places.setdefault(reason, []).append(where)
     for reason, count in repairs.items():
         print(f"  修整 repaired {count}: {reason}: {', '.join(places[reason])}")
-    print(f"训练 train {len(data.train)}, 验证 validation {len(data.validation)}")
 
 
 def show_first(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,7 +6,7 @@ import json
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from filelock import FileLock
 from common import distributed, workers
 from common.data import render
 from common.data.cache import Listed, Tokenised, cache_key, tokenizer_hash
-from common.data.formats import Notes, conversations_in, questions
+from common.data.formats import Notes, conversations_in
 from common.data.render import Sample
 from common.data.sources import Record, read_records, split_sample
 from common.data.turns import Conversation, Repair, Unusable, said
@@ -277,22 +277,6 @@ def _sample_of(
         reason = "没有可训练的 token no id of the row is supervised"
         return Unusable(row.where, reason, said(row.turns), kind="unsupervised")
     return sample
-
-
-def held_out(cfg: SFTConfig, specs: Sequence[str], limit: int) -> tuple[list[Conversation], list[Unusable]]:
-    """The conversations of held-out files, `limit` at most (0: all), and the rows left out."""
-    kept: list[Conversation] = []
-    left_out: list[Unusable] = []
-    for spec in specs:
-        path, wanted = split_sample(spec)
-        rows = []
-        for row in questions(path, cfg):
-            if isinstance(row, Conversation):
-                rows.append(row)
-            else:
-                left_out.append(row)
-        kept += [rows[number] for number in draw_rows(len(rows), wanted, random.Random(cfg.seed))]
-    return kept[: limit or None], left_out
 
 
 def draw_rows(available: int, wanted: int | None, rng: random.Random) -> numpy.ndarray:

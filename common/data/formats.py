@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
 from common.data.fields import MATTERS, SPEAKERS, Fields, as_text, mark_of
 from common.data.sources import Record, read_records
-from common.data.turns import Conversation, FormatError, Repair, Turn, Unusable, fill_identity, in_order, said
+from common.data.turns import Conversation, FormatError, Repair, Turn, Unusable, fill_identity, in_order
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
@@ -32,10 +32,10 @@ class Reading(NamedTuple):
     repaired: list[str]
 
 
-def conversations(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
+def conversations(path: str, cfg: SFTConfig, notes: Notes | None = None) -> Iterator[Conversation | Unusable]:
     """Yield what the rows of a file are, in order. Of `cfg`, model_name and model_author are used."""
     for record in read_records(path):
-        yield from conversations_in(record, path, cfg)
+        yield from conversations_in(record, path, cfg, notes)
 
 
 @dataclass
@@ -53,9 +53,13 @@ class Notes:
 
 
 def conversations_in(
-    record: Record, path: str, cfg: SFTConfig, notes: Notes | None = None
+    record: Record,
+    path: str,
+    cfg: SFTConfig,
+    notes: Notes | None = None,
+    read: Callable[[object], Reading] | None = None,
 ) -> Iterator[Conversation | Unusable]:
-    """Yield the conversations of one record, or the one Unusable that says why it has none.
+    """Yield the conversations of one record, as `read` reads it, or the one Unusable that says why it has none.
 
     What else there is to say of the record goes into `notes`.
     """
@@ -64,7 +68,7 @@ def conversations_in(
         yield Unusable(where, record.problem, record.value, record.kind)
         return
     try:
-        reading = read_row(record.value)
+        reading = (read or read_row)(record.value)
         found = [fill_identity(turns, cfg.model_name, cfg.model_author) for turns in reading.conversations]
     except FormatError as problem:
         yield Unusable(where, problem.reason, record.value, problem.kind)
@@ -75,18 +79,10 @@ def conversations_in(
         yield Conversation(where, turns)
 
 
-def questions(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
-    """Yield what `conversations` does; a text that asks nothing is unusable."""
-    for row in conversations(path, cfg):
-        if isinstance(row, Conversation) and row.turns[-1].role == "text":
-            yield Unusable(row.where, "没有提问 there is no question to ask", said(row.turns), kind="no-question")
-        else:
-            yield row
-
-
-def read_row(row: object) -> Reading:
+def read_row(row: object, asked: bool = False) -> Reading:
     """The Reading of one row.
 
+    asked: the row is one to be asked, so that it may end with a question, and marks of what to learn do not matter.
     Raises FormatError naming the keys found, or the field that is empty, of the wrong type, or would be lost.
     """
     if isinstance(row, list) and row and all(isinstance(message, dict) for message in row):
@@ -96,11 +92,19 @@ def read_row(row: object) -> Reading:
     shape, read = _shape_of(row)
     fields = Fields(row)
     conversations = read(fields)
-    mended = [in_order(_marked(fields, turns)) for turns in conversations]
+    if asked:
+        mended = [in_order(turns, answered=not _ends_asking(turns)) for turns in conversations]
+    else:
+        mended = [in_order(_marked(fields, turns)) for turns in conversations]
     repaired = [repair for _, repairs in mended for repair in repairs]
-    if not mark_of(fields.get("weight"), "weight") or not all(_teaches(turns) for turns, _ in mended):
+    if not asked and not (mark_of(fields.get("weight"), "weight") and all(_teaches(turns) for turns, _ in mended)):
         raise FormatError("nothing-to-learn", "没有要学的回答 every answer of the row is marked as not to be learnt")
     return Reading([turns for turns, _ in mended], fields.unread(shape), repaired)
+
+
+def _ends_asking(turns: Sequence[Turn]) -> bool:
+    """Whether the last turn that says something is no answer."""
+    return next((turn.role for turn in reversed(turns) if turn.text.strip()), "") != "assistant"
 
 
 def _teaches(turns: Sequence[Turn]) -> bool:

@@ -16,12 +16,21 @@ from typing import TYPE_CHECKING, Any, cast
 from common.data.turns import Turn, said
 from common.errors import UserError
 from common.evaluation import evaluate, intervals, tasks
-from common.evaluation.records import Progress, Record, key_of, predict, read_records, score_rows, shortest_first
+from common.evaluation.records import (
+    Progress,
+    Record,
+    key_of,
+    predict,
+    read_records,
+    score_rows,
+    shortest_first,
+    show_cut,
+)
 from common.evaluation.report import leave_report
 from common.evaluation.results import read_results, write_results
 from common.evaluation.tables import heads, task_rows
 from common.inference import likelihood
-from common.inference.answerer import Sampling
+from common.inference.answerer import Sampling, prompt_limit
 
 if TYPE_CHECKING:
     from common.config import EvaluationFlags, SFTConfig
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
     from common.inference.answerer import Answerer
     from common.inference.remote import Remote
 
-PROMPT_LIMIT = 2048  # ids of a prompt, more than tuning allows, unless --max_length_q says otherwise
+PROMPT_LIMIT = 2048  # ids of a prompt, or what the model's context leaves, unless --max_length_q says otherwise
 
 
 def report(
@@ -40,11 +49,11 @@ def report(
     Under torchrun each process asks its share, and the first one prints and writes.
     """
     if "max_length_q" not in cfg.given:
-        answer.max_length_q = PROMPT_LIMIT
+        answer.max_length_q = prompt_limit(PROMPT_LIMIT, answer.context, cfg.max_new_tokens)
     models = evaluate.models_of(flags)
     for model in models:
         for task, asked in questions.items():
-            run_task(answer, task, asked, cfg, model == "base")
+            show_cut(run_task(answer, task, asked, cfg, model == "base"))
     if evaluate.is_first():
         results = save_results(questions, models, cfg, flags)
         leave_report(cfg, results)
@@ -173,6 +182,7 @@ def _choose(answer: Answerer, asked: list[tuple[int, Question]], batch_size: int
             "reference": question.key,
             "answer": chosen,
             "stop": stop,
+            "cut_to": answer.cut_to(question.turns, answer.context) if losses else 0,
             "seconds": round(seconds, 3),
             "losses": losses,
             "scores": right | ({"loss": losses[question.key]} if losses else {}),

@@ -7,19 +7,23 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from common import distributed, launch
-from common.data import dataset, formats, sources
+from common.data import sources
+from common.data.accounts import show_repaired, show_unused
+from common.data.formats import Notes
 from common.data.turns import Conversation, Turn, said
 from common.errors import UserError
-from common.evaluation import intervals, metrics
+from common.evaluation import asking, intervals, metrics
 from common.evaluation.records import (
     Answers,
     Progress,
+    asked_as,
     key_of,
     predict,
     predictions,
     predictions_path,
     score_rows,
     shortest_first,
+    show_cut,
 )
 from common.evaluation.report import leave_report
 from common.evaluation.results import add_scores, sampling_of
@@ -38,10 +42,10 @@ def held_out_rows(cfg: SFTConfig, rows: TrainingData | None = None) -> HeldOut:
     if not cfg.eval_rows:
         return []
     if cfg.eval_data_path:
-        return dataset.held_out(cfg, cfg.eval_data_path, cfg.eval_rows)[0]
+        return _read(cfg, cfg.eval_data_path, cfg.eval_rows)
     wanted = set(rows.validation["where"]) if rows is not None else set()
     paths = [sources.split_sample(spec)[0] for spec in cfg.data_path] if wanted else []
-    found = (row for path in paths for row in formats.questions(path, cfg))
+    found = (row for path in paths for row in asking.questions(path, cfg))
     return list(islice((row for row in found if isinstance(row, Conversation) and row.where in wanted), cfg.eval_rows))
 
 
@@ -51,13 +55,24 @@ def rows_to_score(cfg: SFTConfig, limit: int) -> HeldOut:
     specs = cfg.data_path if "data_path" in cfg.given else cfg.eval_data_path
     if manifest and not cfg.given & {"data_path", "eval_data_path"}:
         specs = manifest["config"]["eval_data_path"]
-    rows, left_out = dataset.held_out(cfg, specs, limit)
-    for row in left_out:
-        print(f"不评估 not scored: {row.where}: {row.reason}")
+    rows = _read(cfg, specs, limit)
     if not rows:
         raise UserError(
             f"{' '.join(specs)}: 没有可评估的数据 there is no row to score; give a held-out file by --data_path"
         )
+    return rows
+
+
+def _read(cfg: SFTConfig, specs: Sequence[str], limit: int) -> HeldOut:
+    """The rows of held-out files, `limit` at most (0: all); prints what was not read of them, and what was left out."""
+    notes = Notes()
+    rows, left_out = asking.held_out(cfg, specs, limit, notes)
+    if notes.unused or notes.repaired:
+        print(f"留出数据 held-out {' '.join(specs)}:")
+    show_unused(notes.unused)
+    show_repaired(notes.repaired)
+    for row in left_out:
+        print(f"不评估 not scored: {row.where}: {row.reason}")
     return rows
 
 
@@ -113,12 +128,13 @@ def evaluate(answer: Answers, rows: HeldOut, cfg: SFTConfig, base: bool = False)
     hashed = [(where, said(turns)) for where, turns in rows]
     found = score_rows(
         predictions_path(cfg, base),
-        key_of(cfg, base, [hashed, vars(sampling), metrics.signature(), getattr(answer, "origin", "")]),
+        key_of(cfg, base, [hashed, vars(sampling), metrics.signature(), *asked_as(answer)]),
         shortest_first([turns for _, turns in rows]),
         lambda numbers: predict(answer, [(number, *rows[number]) for number in numbers], sampling, base),
         cfg,
         Progress("评估基座 base" if base else "评估微调 tuned", "bleu-4"),
     )
+    show_cut(found)
     return metrics.average([record["scores"] for record in found])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import metrics
 from common.inference.answerer import Answer, Sampling
+from common.inference.remote import UnreachableError
 from common.inference.tuned import trained_with
 from common.model.loading import base_hash
 from common.runs.adopted import find_manifest
 
-Record = dict[str, Any]  # row, where, prompt, question, reference, answer, stop, seconds, scores, …
+Record = dict[str, Any]  # row, where, prompt, question, reference, answer, stop, cut_to, seconds, scores, …
+FAILED = "error: "  # how the `stop` of a row that could not be asked begins; the reason follows
 
 
 class Answers(Protocol):
@@ -33,10 +36,10 @@ class Answers(Protocol):
 
 
 class Progress(NamedTuple):
-    """What a progress bar says: its title, and the score whose mean over the rows so far it shows."""
+    """What a progress bar says: its title, and the score whose mean over the rows so far it shows, "" for none."""
 
     title: str
-    metric: str
+    metric: str = ""
 
 
 def score_rows(
@@ -56,7 +59,7 @@ def score_rows(
     done = {record["row"]: record for record in files.read_jsonl(path)}
     distributed.wait()
     batches = [order[start : start + cfg.eval_batch_size] for start in range(0, len(order), cfg.eval_batch_size)]
-    so_far = [record["scores"][progress.metric] for record in done.values()]
+    so_far = [record["scores"][progress.metric] for record in done.values()] if progress.metric else []
     rank, count = (launch.rank(), launch.world_size()) if distributed.together() else (0, 1)
     own_path = path.with_suffix(f".{rank}.part") if rank else path
     with (
@@ -71,9 +74,10 @@ def score_rows(
             records = list(predict_rows(left))
             file.write("".join(files.line_of({"key": key, **record}) for record in records))
             file.flush()
-            so_far += [record["scores"][progress.metric] for record in records]
             bar.update(len(left))
-            bar.set_postfix_str(f"{progress.metric} {sum(so_far) / len(so_far):.3f}")
+            if progress.metric:
+                so_far += [record["scores"][progress.metric] for record in records]
+                bar.set_postfix_str(f"{progress.metric} {sum(so_far) / len(so_far):.3f}")
     distributed.wait()
     distributed.first(lambda: _gather(path, key))
     return read_records(path)
@@ -88,20 +92,24 @@ def predict(
 ) -> Iterator[Record]:
     """Records of a batch of (row number, where, turns); a row that cannot be asked scores 0 and says why.
 
+    UnreachableError where a server answers nothing at all.
+
     score(answer, reference, question) gives {name: value}; whether it "stopped" by itself is added.
     """
     started = time.monotonic()
     questions = [turns[:-1] for _, _, turns in batch]
     try:
         answers = answer(questions, sampling, base=base)
+    except UnreachableError:
+        raise
     except UserError as problem:
         if len(batch) > 1:
             for row in batch:
                 yield from predict(answer, [row], sampling, base, score)
             return
-        answers = [Answer("", f"error: {problem}", 0)]
+        answers = [Answer("", f"{FAILED}{problem}", 0)]
     seconds = (time.monotonic() - started) / len(batch)
-    for (number, where, turns), (text, stop, tokens) in zip(batch, answers, strict=True):
+    for (number, where, turns), (text, stop, tokens, cut_to) in zip(batch, answers, strict=True):
         question, reference = turns[-2].text, turns[-1].text
         ended = {"stopped": float(stop == "stop" and bool(text.strip()))}
         yield {
@@ -113,6 +121,7 @@ def predict(
             "answer": text,
             "stop": stop,
             "tokens": tokens,
+            "cut_to": cut_to,
             "seconds": round(seconds, 3),
             "scores": score(text, reference, question) | ended,
         }
@@ -129,9 +138,21 @@ def key_of(cfg: SFTConfig, base: bool, settings: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
+def asked_as(answer: Answers) -> list[Any]:
+    """What a prediction depends on besides: the server that makes it, and the context its prompt may fill."""
+    return [getattr(answer, "origin", ""), getattr(answer, "context", 0)]
+
+
 def shortest_first(conversations: Sequence[Sequence[Turn]]) -> list[int]:
     """Row numbers, shortest conversation first, so that those of a batch are about as long as each other."""
     return sorted(range(len(conversations)), key=lambda row: sum(len(turn.text) for turn in conversations[row]))
+
+
+def show_cut(records: Sequence[Record]) -> None:
+    """Print how many of the records' prompts had to be cut, and to which limit; nothing where none was."""
+    limits = [record["cut_to"] for record in records if record.get("cut_to")]
+    if limits:
+        print(f"截断的提示 prompts cut: {len(limits)} / {len(records)}, 上限 the limit is {max(limits)} tokens")
 
 
 def read_records(path: Path) -> list[Record]:
@@ -152,11 +173,10 @@ def predictions_path(cfg: SFTConfig, base: bool) -> Path:
 def _gather(path: Path, key: str) -> None:
     """Put the records made under `key` by all processes into `path`, without a line cut off by a kill; drop others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = sorted(path.parent.glob(f"{path.stem}.*.part"))
+    own = re.compile(rf"{re.escape(path.stem)}\.\d+\.part")
+    parts = sorted(file for file in path.parent.iterdir() if own.fullmatch(file.name))
     found = [record for file in [path, *parts] if file.exists() for record in files.read_jsonl(file)]
     records = {record["row"]: record for record in found if record.get("key") == key}
-    draft = path.with_suffix(".draft")
-    files.write_jsonl(draft, records.values())
-    draft.replace(path)
+    files.write_jsonl(path, records.values())
     for part in parts:
         part.unlink()

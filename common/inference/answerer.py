@@ -47,11 +47,15 @@ class Sampling:
 
 
 class Answer(NamedTuple):
-    """One generated answer. `stop` is "stop" (it ended itself) or "length" (it was cut off)."""
+    """One generated answer. `stop` is "stop" (it ended itself) or "length" (it was cut off).
+
+    cut_to: the limit in tokens to which its prompt had to be cut; 0 where nothing was.
+    """
 
     text: str
     stop: str
     tokens: int
+    cut_to: int = 0
 
 
 class Answerer:
@@ -65,13 +69,18 @@ class Answerer:
         style: str,
         max_length_q: int,
         load_base: Callable[[], PreTrainedModel] | None = None,
+        context: int = 0,
     ) -> None:
-        """load_base: gives the base of a `net` that has no adapter to switch off, when it is first asked for."""
+        """load_base: gives the base of a `net` that has no adapter to switch off, when it is first asked for.
+
+        max_length_q, context: as in `prompt_limit`.
+        """
         self.net = net
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.style = style
         self.max_length_q = max_length_q
+        self.context = context
         self.load_base = load_base
         self.base_net: PreTrainedModel | None = None
         self.stop_ids = prompt.stop_ids(tokenizer, style)
@@ -81,16 +90,21 @@ class Answerer:
 
     def fitted_ids(self, turns: Sequence[Turn]) -> list[int]:
         """The ids the model is asked with, cut to `max_length_q`; UserError where that is impossible."""
-        return fitted_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
+        return self._fitted(turns, self.max_length_q)[0]
+
+    def cut_to(self, turns: Sequence[Turn], new_tokens: int) -> int:
+        """The limit to which the prompt is cut where `new_tokens` may be generated; 0 where nothing of it is."""
+        return self._fitted(turns, prompt_limit(self.max_length_q, self.context, new_tokens))[1]
 
     def __call__(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling, base: bool = False) -> list[Answer]:
         """Answers (in order) to conversations, each a list of Turns that ends with a question, in one batch.
 
         base: without the adapter. Sampling draws from torch's global generator.
         """
-        prompts = [self.fitted_ids(turns) for turns in conversations]
-        rows = self.generate(prompts, sampling, base)
-        return [self._answer(row) for row in rows]
+        limit = prompt_limit(self.max_length_q, self.context, sampling.max_new_tokens)
+        prompts = [self._fitted(turns, limit) for turns in conversations]
+        rows = self.generate([ids for ids, _ in prompts], sampling, base)
+        return [self._answer(row, cut_to) for row, (_, cut_to) in zip(rows, prompts, strict=True)]
 
     def stream(self, turns: Sequence[Turn], sampling: Sampling, base: bool = False) -> Generator[str, None, None]:
         """Yield the pieces of text of one answer as they are generated. Closing the generator stops the generation."""
@@ -98,7 +112,8 @@ class Answerer:
             yield self([turns], sampling, base)[0].text
             return
         streamer = _Pieces(Wording(self.tokenizer, self.prompt.clean), self.stop_ids)
-        arguments = ([self.fitted_ids(turns)], sampling, base, streamer)
+        ids, _ = self._fitted(turns, prompt_limit(self.max_length_q, self.context, sampling.max_new_tokens))
+        arguments = ([ids], sampling, base, streamer)
         worker = threading.Thread(target=streamer.run, args=(self.generate, *arguments), daemon=True)
         worker.start()
         try:
@@ -153,22 +168,40 @@ class Answerer:
             **(drawn if sampling.do_sample else {}),
         )
 
-    def _answer(self, ids: list[int]) -> Answer:
+    def _fitted(self, turns: Sequence[Turn], limit: int) -> tuple[list[int], int]:
+        return fitted(self.tokenizer, self.prompt, turns, self.style, limit)
+
+    def _answer(self, ids: list[int], cut_to: int) -> Answer:
         """The Answer that generated ids are: up to the first stop id."""
         ends = [number for number, id_ in enumerate(ids) if id_ in self.stop_ids]
         kept = ids[: ends[0]] if ends else ids
         text = self.prompt.clean(decode(self.tokenizer, kept))
-        return Answer(text, "stop" if ends else "length", len(kept))
+        return Answer(text, "stop" if ends else "length", len(kept), cut_to)
 
 
-def fitted_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Family, turns: Sequence[Turn], style: str, max_length: int
-) -> list[int]:
-    """Ids that ask for the answer to `turns`, cut to `max_length`; UserError where that is impossible."""
+def prompt_limit(max_length_q: int, context: int, new_tokens: int) -> int:
+    """Most tokens of a prompt: what `context` leaves beside `new_tokens` for the answer, and at least `max_length_q`.
+
+    context: most tokens of a prompt and its answer together; 0: `max_length_q` alone is the limit.
+    """
+    return max(max_length_q, context - new_tokens)
+
+
+def fitted(
+    tokenizer: PreTrainedTokenizerBase, prompt: Family, turns: Sequence[Turn], style: str, limit: int
+) -> tuple[list[int], int]:
+    """(ids that ask for the answer to `turns`, at most `limit` of them; `limit` where they were cut to it, else 0).
+
+    UserError where that is impossible.
+    """
     try:
-        return render.prompt_ids(tokenizer, prompt, turns, style, max_length)[0]
-    except render.TooLongError as problem:
-        raise UserError(str(problem)) from None
+        ids, cut = render.prompt_ids(tokenizer, prompt, turns, style, limit)
+    except render.TooLongError:
+        raise UserError(
+            f"提问放不下 not even one character of the question fits in {limit} tokens: shorten the system text, or "
+            "give a smaller --max_new_tokens or a larger --max_length_q"
+        ) from None
+    return ids, limit if cut else 0
 
 
 def _forget_generation_config(net: PreTrainedModel | PeftModel) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from common.data import render
 from common.data.turns import Turn
-from common.inference.answerer import Sampling, fitted_ids
-from common.inference.tuned import trained_with
+from common.inference.answerer import Sampling, fitted, prompt_limit
+from common.inference.tuned import context_of, trained_with
 from common.model import loading
 from common.runs.adopted import find_manifest
 
@@ -45,7 +45,9 @@ def ask_once(answer: Answerer | Remote, sampling: Sampling, flags: PredictFlags)
     if flags.compare:
         print("基座 base: ", answer([turns], sampling, base=True)[0].text)
         print("微调 tuned:", end=" ")
-    print(answer([turns], sampling, base=flags.base and not flags.compare)[0].text)
+    (found,) = answer([turns], sampling, base=flags.base and not flags.compare)
+    print(found.text)
+    _show_cut(found.cut_to)
 
 
 def print_prompt(cfg: SFTConfig, prompt: Family, question: str, system: str = "") -> None:
@@ -53,7 +55,9 @@ def print_prompt(cfg: SFTConfig, prompt: Family, question: str, system: str = ""
     trained = trained_with(cfg, find_manifest(cfg.model_save_dir), base=True)
     tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
     turns = [*_system(system), Turn("user", question)]
-    ids = fitted_ids(tokenizer, prompt, turns, trained.prompt_style, trained.max_length_q)
+    limit = prompt_limit(trained.max_length_q, context_of(cfg, trained), cfg.max_new_tokens)
+    ids, cut_to = fitted(tokenizer, prompt, turns, trained.prompt_style, limit)
+    _show_cut(cut_to)
     text = render.shown(tokenizer, ids)
     print(json.dumps({"text": text, "input_ids": ids}, ensure_ascii=False))
 
@@ -79,6 +83,7 @@ def _question(ask: Callable[[str], str]) -> str | None:
 def _show(answer: Answerer | Remote, turns: Sequence[Turn], sampling: Sampling, base: bool) -> str:
     """Stream one answer to the screen and return it; Ctrl-C keeps what there is."""
     print("请稍等...")
+    _show_cut(answer.cut_to(turns, sampling.max_new_tokens))
     started = time.time()
     parts = []
     stream = answer.stream(turns, sampling, base=base)
@@ -91,3 +96,13 @@ def _show(answer: Answerer | Remote, turns: Sequence[Turn], sampling: Sampling, 
         print(" [已停止 stopped]", end="")
     print(f"\n{time.time() - started:.2f} 秒 seconds")
     return "".join(parts)
+
+
+def _show_cut(limit: int) -> None:
+    """Say on stderr that a prompt was cut to `limit` tokens; nothing for 0."""
+    if limit:
+        print(
+            f"提示已截断到 the prompt was cut to {limit} tokens: 先去掉最早的几轮，再截断问题中间 "
+            "the oldest turns go, then the middle of the question",
+            file=sys.stderr,
+        )

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from common.data import render
 from common.errors import UserError
-from common.inference.answerer import Answer, Sampling, fitted_ids
+from common.inference.answerer import Answer, Sampling, fitted, prompt_limit
 from common.inference.text import Cleaning
-from common.inference.tuned import trained_with
+from common.inference.tuned import context_of, trained_with
 from common.model import loading
 from common.runs import adopted
 
@@ -30,22 +30,31 @@ if TYPE_CHECKING:
 
 TOGETHER = 16  # requests at once
 BUSY = (429, 503)  # worth another try
+CLOSED = (401, 403, 404, *BUSY)  # whatever is asked
 
 
 class Remote:
     """Called like an Answerer. Prompts go as token ids; as text where a server takes no ids.
 
-    url: up to and with /v1. The key is taken from the environment's OPENAI_API_KEY. UserError where nobody answers.
+    url: up to and with /v1. The key is taken from the environment's OPENAI_API_KEY. max_length_q, context: as in
+    `prompt_limit`. UserError where nobody answers.
     """
 
     def __init__(
-        self, url: str, tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str, max_length_q: int
+        self,
+        url: str,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Family,
+        style: str,
+        max_length_q: int,
+        context: int = 0,
     ) -> None:
         self.url = url.rstrip("/")
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.style = style
         self.max_length_q = max_length_q
+        self.context = context
         self.as_text = False  # the server has refused ids
         self.names: list[str] = []  # of the models it serves
         try:
@@ -65,7 +74,8 @@ class Remote:
     def stream(self, turns: Sequence[Turn], sampling: Sampling, base: bool = False) -> Generator[str, None, None]:
         """Yield the pieces of text of one answer as they come. Closing the generator leaves the server."""
         cleaning = Cleaning(self.prompt.clean)
-        with self._complete(turns, sampling, base, stream=True) as response:
+        ids, _ = self._fitted(turns, sampling.max_new_tokens)
+        with self._complete(ids, sampling, base, stream=True) as response:
             for line in response:
                 data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b"[DONE]"
                 if data == b"[DONE]":
@@ -76,15 +86,23 @@ class Remote:
                 yield cleaning.more(event["choices"][0]["text"] if event["choices"] else "")
         yield cleaning.more("", ended=True)
 
+    def cut_to(self, turns: Sequence[Turn], new_tokens: int) -> int:
+        """The limit to which the prompt is cut where `new_tokens` may be generated; 0 where nothing of it is."""
+        return self._fitted(turns, new_tokens)[1]
+
+    def _fitted(self, turns: Sequence[Turn], new_tokens: int) -> tuple[list[int], int]:
+        limit = prompt_limit(self.max_length_q, self.context, new_tokens)
+        return fitted(self.tokenizer, self.prompt, turns, self.style, limit)
+
     def _answer(self, turns: Sequence[Turn], sampling: Sampling, base: bool) -> Answer:
-        with self._complete(turns, sampling, base) as response:
+        ids, cut_to = self._fitted(turns, sampling.max_new_tokens)
+        with self._complete(ids, sampling, base) as response:
             found = json.load(response)
         choice, tokens = found["choices"][0], (found.get("usage") or {}).get("completion_tokens", 0)
-        return Answer(self.prompt.clean(choice["text"]), choice["finish_reason"] or "stop", tokens)
+        return Answer(self.prompt.clean(choice["text"]), choice["finish_reason"] or "stop", tokens, cut_to)
 
-    def _complete(self, turns: Sequence[Turn], sampling: Sampling, base: bool, stream: bool = False) -> HTTPResponse:
-        """The open response to a completion of the conversation."""
-        ids = fitted_ids(self.tokenizer, self.prompt, turns, self.style, self.max_length_q)
+    def _complete(self, ids: list[int], sampling: Sampling, base: bool, stream: bool = False) -> HTTPResponse:
+        """The open response to a completion of a prompt."""
         body = self._body(sampling, base) | {"stream": stream}
         refused: _RefusedError | None = None
         if not self.as_text:
@@ -138,9 +156,14 @@ class Remote:
                 return self._open(path, body, refused, tries - 1)
             if problem.code in (400, 422) and body and not refused:
                 raise _RefusedError(said) from None
-            raise UserError(f"--base_url {self.url}{path}: {problem.code}: {refused or said}") from None
+            kind = UnreachableError if problem.code in CLOSED else UserError
+            raise kind(f"--base_url {self.url}{path}: {problem.code}: {refused or said}") from None
         except (OSError, ValueError) as problem:
-            raise UserError(f"--base_url {self.url}: 无法连接 nobody answers there: {problem}") from None
+            raise UnreachableError(f"--base_url {self.url}: 无法连接 nobody answers there: {problem}") from None
+
+
+class UnreachableError(UserError):
+    """The server answers nothing, whatever it is asked."""
 
 
 class _RefusedError(UserError):
@@ -148,7 +171,7 @@ class _RefusedError(UserError):
 
 
 def load(cfg: SFTConfig, prompt: Family, url: str) -> Remote:
-    """The Remote at `url` with tokenizer, prompt style and length of the run in `cfg.model_save_dir`, or the user's."""
+    """The Remote at `url`; tokenizer, prompt style and context are those of the run in `cfg.model_save_dir`."""
     trained = trained_with(cfg, adopted.find_manifest(cfg.model_save_dir), base=True)
     tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
-    return Remote(url, tokenizer, prompt, trained.prompt_style, trained.max_length_q)
+    return Remote(url, tokenizer, prompt, trained.prompt_style, trained.max_length_q, context_of(cfg, trained))

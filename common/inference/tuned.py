@@ -1,4 +1,4 @@
-"""A run's folder, opened to answer: base, prompt style and lengths are the run's own."""
+"""A run's folder, opened to answer: base and prompt style are the run's own, a prompt's limit is the base's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def load(cfg: SFTConfig, prompt: Family, base: bool = False) -> Answerer:
         return loading.load_base(trained.path_model_pretrain, cfg.dtype, trained.bits)
 
     net = load_base() if base else adapter.load_tuned(trained, cfg.model_save_dir, cfg.dtype)
-    return Answerer(net, tokenizer, prompt, trained.prompt_style, trained.max_length_q, load_base)
+    context = context_of(cfg, trained)
+    return Answerer(net, tokenizer, prompt, trained.prompt_style, trained.max_length_q, load_base, context)
 
 
 def open_run(
@@ -59,6 +60,11 @@ def open_run(
     if manifest is not None and not base:
         adopted.accept(cfg.model_save_dir, manifest)
     return manifest or {}, trained, tokenizer
+
+
+def context_of(cfg: SFTConfig, trained: TrainedWith) -> int:
+    """Most tokens of a prompt and its answer: the base's own; 0 where the user's --max_length_q is to limit prompts."""
+    return 0 if "max_length_q" in cfg.given else loading.context_of(trained.path_model_pretrain)
 
 
 def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) -> TrainedWith:

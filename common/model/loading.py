@@ -55,11 +55,21 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase, otherwise: int) -> int:
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """UserError where the model of which this is the tokenizer has not a row for each id; a folder may have none."""
-    if Path(path).expanduser().is_dir() and not (Path(path).expanduser() / "config.json").is_file():
-        return
-    rows = getattr(_loaded(AutoConfig, path, "模型 model").get_text_config(), "vocab_size", None)
+    rows = _said_by_config(path, "vocab_size")
     if rows is not None:
         folders.check_vocabulary(tokenizer, rows, path)
+
+
+def context_of(path: str | Path) -> int:
+    """Most tokens of a prompt and its answer, as the config of a folder or hub id says; 0 where it does not."""
+    return _said_by_config(path, "max_position_embeddings") or 0
+
+
+def _said_by_config(path: str | Path, name: str) -> int | None:
+    """A value of a model's config, of its part for text; None where it has no such value, or the folder no config."""
+    if Path(path).expanduser().is_dir() and not (Path(path).expanduser() / "config.json").is_file():
+        return None
+    return getattr(_loaded(AutoConfig, path, "模型 model").get_text_config(), name, None)
 
 
 def load_base(path: str | Path, dtype: str, bits: int = 0) -> PreTrainedModel:

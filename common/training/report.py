@@ -13,7 +13,7 @@ from common.inference.answerer import Answerer
 from common.knobs import BELONGS
 from common.launch import rank
 from common.model.adapter import TrainedWith, load_tuned, merge_reasons
-from common.model.loading import load_base
+from common.model.loading import context_of, load_base
 from common.runs import run
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def compare(
     def untuned() -> PreTrainedModel:
         return load_base(cfg.base, cfg.dtype)
 
-    answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned)
+    context = context_of(cfg.base)
+    answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned, context)
     write_card(work, evaluate.compare(answer, rows, cfg, apart=not cfg.eval_data_path))
 
 

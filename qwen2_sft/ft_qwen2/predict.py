@@ -1,6 +1,7 @@
-"""Talk to the tuned Qwen in the console; --query for one answer, --base for the model without its adapter.
+"""Talk to the tuned Qwen in the console; --query for one answer, --output for a file of them, --base: no adapter.
 
 python qwen2_sft/ft_qwen2/predict.py --model_save_dir out
+python qwen2_sft/ft_qwen2/predict.py --model_save_dir out --data_path questions.jsonl --output answers.jsonl
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     from common.inference import console
     from common.inference.answerer import Sampling
 
+    if flags.output:
+        from common.evaluation import answer_file
+
+        rows = answer_file.rows_to_ask(cfg, flags)
+        return answer_file.write(load_answer(cfg, flags.base, flags.base_url), rows, cfg, flags)
     if flags.print_prompt:
         return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
     answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)

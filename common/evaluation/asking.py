@@ -1,0 +1,86 @@
+"""Rows that are asked: of held-out files, which have the answers, and of files of questions, which may lack them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from common.data import formats
+from common.data.dataset import draw_rows
+from common.data.fields import holds_something
+from common.data.formats import Notes, conversations, conversations_in
+from common.data.sources import read_records, split_sample
+from common.data.turns import Conversation, Unusable, said
+
+if TYPE_CHECKING:
+    from common.config import SFTConfig
+
+NOTHING_ASKED = "没有提问 there is no question to ask"
+ANSWERS = set("output response summary answer std_answer target completion 答案 输出 textbox_answer".split())  # keys
+UNSAID = "\0"  # stands for an answer while a row without one is read
+
+
+def questions(path: str, cfg: SFTConfig, notes: Notes | None = None) -> Iterator[Conversation | Unusable]:
+    """Yield what `conversations` does; a text that asks nothing is unusable."""
+    for row in conversations(path, cfg, notes):
+        if isinstance(row, Conversation) and row.turns[-1].role == "text":
+            yield Unusable(row.where, NOTHING_ASKED, said(row.turns), kind="no-question")
+        else:
+            yield row
+
+
+def to_ask(path: str, cfg: SFTConfig, notes: Notes | None = None) -> Iterator[Conversation | Unusable]:
+    """Yield conversations that end with the question to be asked, or with the answer the row gives to it."""
+    for record in read_records(path):
+        for row in conversations_in(record, path, cfg, notes, _read_to_ask):
+            if isinstance(row, Conversation) and row.turns[-1].role == "text":
+                yield Unusable(row.where, NOTHING_ASKED, record.value, kind="no-question")
+            else:
+                yield row
+
+
+def _read_to_ask(row: object) -> formats.Reading:
+    """The Reading of a row with or without an answer; in the place of one that is missing there is none."""
+    if isinstance(row, dict):
+        row = _with_answer(row)
+    reading = formats.read_row(row, asked=True)
+    asked = [turns[:-1] if turns[-1].text == UNSAID else turns for turns in reading.conversations]
+    return reading._replace(conversations=asked)
+
+
+def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, with UNSAID under the key of an answer where that is all it lacks of a shape, or the answer is empty."""
+    row = {key: value for key, value in row.items() if key not in ANSWERS or holds_something(value)}
+    keys = {key for key, value in row.items() if value is not None}
+    if isinstance(row.get("prompt"), list) and not keys & ANSWERS:
+        return {"messages" if key == "prompt" else key: value for key, value in row.items()}
+    if any(shape <= keys for shape in formats.SHAPES):
+        return row
+    nearly = [shape for shape in formats.SHAPES if len(shape - keys) == 1 and shape - keys <= ANSWERS]
+    return row | dict.fromkeys(max(nearly, key=len) - keys, UNSAID) if nearly else row
+
+
+def held_out(
+    cfg: SFTConfig,
+    specs: Sequence[str],
+    limit: int,
+    notes: Notes | None = None,
+    read: Callable[[str, SFTConfig, Notes | None], Iterator[Conversation | Unusable]] = questions,
+) -> tuple[list[Conversation], list[Unusable]]:
+    """The conversations of held-out files, `limit` at most (0: all), and the rows left out.
+
+    What else there is to say of the rows goes into `notes`. read: `questions`, or `to_ask`.
+    """
+    kept: list[Conversation] = []
+    left_out: list[Unusable] = []
+    for spec in specs:
+        path, wanted = split_sample(spec)
+        rows = []
+        for row in read(path, cfg, notes):
+            if isinstance(row, Conversation):
+                rows.append(row)
+            else:
+                left_out.append(row)
+        kept += [rows[number] for number in draw_rows(len(rows), wanted, random.Random(cfg.seed))]
+    return kept[: limit or None], left_out
