@@ -141,6 +141,26 @@ BROKEN_FOLDERS = {  # kind: (what breaks a folder with a small Gemma, what is sa
         written("tokenizer.json", '{"model": 1}'),
         "{folder}: 无法加载分词器 tokenizer cannot be",
     ),
+    "a tokenizer of nothing": (
+        written("tokenizer.json", "{}"),
+        "tokenizer cannot be loaded: {folder}/tokenizer.json: 缺少或损坏 missing or damaged: model, added_tokens; download the file again",
+    ),
+    "a tokenizer without a model": (
+        written("tokenizer.json", '{"added_tokens": []}'),
+        "{folder}/tokenizer.json: 缺少或损坏 missing or damaged: model; download the file again",
+    ),
+    "a tokenizer that is a list": (
+        written("tokenizer.json", "[]"),
+        "{folder}/tokenizer.json: 不是 JSON 对象 is not a JSON object; download the file again",
+    ),
+    "a tokenizer that is empty": (
+        written("tokenizer.json", ""),
+        "{folder}/tokenizer.json: 文件是空的 the file is empty; download or copy it again",
+    ),
+    "a tokenizer that is cut off": (
+        lambda folder: (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:-9]),
+        "{folder}/tokenizer.json: 不是 JSON is not JSON: ",
+    ),
     "a longer tokenizer": (
         longer_tokenizer,
         "{folder}: 分词器的编号超出词嵌入 the tokenizer has ids that the embedding lacks: 2, e.g. '<tool>' is 3",

@@ -75,6 +75,24 @@ def read_object(file: Path) -> dict[str, Any]:
     return found
 
 
+def check_tokenizer(path: str | Path) -> None:
+    """UserError where tokenizer.json in the folder `path` is not JSON, or not that of a tokenizer.
+
+    For a tokenizer that could not be loaded: the file may be large, and another kind of tokenizer does not read it.
+    """
+    file = Path(path).expanduser() / "tokenizer.json"
+    if not file.is_file():
+        return
+    found = read_object(file)
+    parts = {"model": dict, "added_tokens": list}
+    lacking = [name for name, kind in parts.items() if not isinstance(found.get(name), kind)]
+    if lacking:
+        raise UserError(
+            f"{path}: 无法加载分词器 tokenizer cannot be loaded: {file}: 缺少或损坏 missing or damaged: {', '.join(lacking)}; "
+            "download the file again"
+        )
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, path: str | Path) -> None:
     """UserError where the tokenizer of `path` has ids beyond the `rows` of the model's embedding."""
     if max(len(tokenizer), *tokenizer.added_tokens_decoder, 0) < rows:

@@ -36,7 +36,11 @@ def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
     """
     folders.check_folder(path, ("config.json", *folders.TOKENIZER_FILES))
     weights.check_tokenizer(path)
-    tokenizer = _loaded(AutoTokenizer, path, "分词器 tokenizer")
+    try:
+        tokenizer = _loaded(AutoTokenizer, path, "分词器 tokenizer")
+    except UserError:
+        folders.check_tokenizer(path)  # transformers names a key that it missed, not the file
+        raise
     if tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.CHAT_TEMPLATE
     folders.check_template(tokenizer, path)
