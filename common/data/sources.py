@@ -3,85 +3,73 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import json
-import lzma
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-import fsspec
-
+from common.data.lines import COMMENT, COMMENT_LINE, Lines, Record, encoding_of, records_in
 from common.errors import UserError
+from common.inputs import office_file, opened
 
 BLANKS = re.compile(r"[ \t\n\r]+")
 DECODER = json.JSONDecoder()
 BLOCK = 1 << 18  # bytes of a JSON array read at a time
 LONGEST_TOKEN = 16  # characters; a JSON error farther from the end of what was read does not go away by reading on
-
-
-class Record(NamedTuple):
-    """One row as the file has it.
-
-    `problem` says why it could not be read, and `kind` (a key of DEFECTS) of which kind it is; then `value` is the raw
-    text or the raw cells.
-    """
-
-    line: int
-    value: Any
-    problem: str = ""
-    kind: str = ""
+HEAD = 512  # bytes that tell a file of another kind
+OTHERS = [  # how a file begins that has no rows to read, and what is said of it
+    (rb"ARRO|\xff{4}", "Arrow 文件 an Arrow file is not read; save it as Parquet or as JSON lines"),
+    (rb"\x80[\2-\5]", "pickle 文件 a pickle file is not read, it may run code; pandas: to_json(orient='records')"),
+    (rb"%PDF", "PDF 文件 a PDF file is not read; write what it says as rows of JSON lines"),
+    (rb"\xd0\xcf\x11\xe0", "旧版 Excel 或 Word an old Excel or Word file is not read; save it as CSV in UTF-8"),
+    (rb".{5}\0\0\0\{", "safetensors 权重 a file of weights, not of rows; a base is given by --path_model_pretrain"),
+    (rb"version https://git-lfs", "Git LFS 指针 a Git LFS pointer, not the data itself; fetch it: git lfs pull"),
+    (
+        rb"\s*<(?i:!doctype|html|head|\?xml)",
+        "网页 an HTML or XML page, not data; was a page for logging in saved? Download the file again",
+    ),
+    (rb"\x1f\x8b", "gzip 压缩 compressed; let its name end with .gz, or .tar.gz where several files are in it"),
+    (rb"BZh|\xfd7zXZ", "压缩文件 compressed; let its name end with .bz2 or .xz"),
+    (rb"7z\xbc\xaf|Rar!", "压缩包 a 7z or RAR archive is not read; unpack it"),
+    (rb".{257}ustar", "tar 包 a tar archive; let its name end with .tar or .tar.gz; of one on the web give a copy"),
+]
 
 
 def read_records(path: str) -> Iterator[Record]:
-    """Yield the Records of a local file or any fsspec URL, compressed or not, with a BOM or not.
+    """Yield the Records of a file that `common.inputs.listing` names, compressed or not, with a BOM or not.
 
     One unreadable line becomes a Record with a problem; a file that cannot be trusted beyond a point (not UTF-8, a
     broken JSON array, no such file) raises UserError with `file:line`.
     """
-    try:
-        if path.lower().endswith(".zip"):
-            _refuse_many_members(path)
-        with fsspec.open(path, "rb", compression="infer") as file:
-            yield from _records(file, path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: 文件不存在 no such file; check --data_path") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, ImportError, ValueError) as problem:
-        raise UserError(f"{path}: 无法打开 cannot be opened: {problem}") from None
-
-
-def _refuse_many_members(path: str) -> None:
-    """UserError where a zip holds more than one file: fsspec would read the first and say nothing of the others."""
-    with fsspec.open(path, "rb") as file, zipfile.ZipFile(file) as packed:
-        names = [name for name in packed.namelist() if not name.endswith("/")]
-    if len(names) > 1:
-        raise UserError(f"{path}: 有 {len(names)} 个文件 holds {len(names)} files: {', '.join(names[:5])}; unpack it")
+    with opened(path, unpack=True) as file:
+        yield from _records(file, path)
 
 
 def _records(file: BinaryIO, path: str) -> Iterator[Record]:
     """The Records of an open file, by a reader of its format."""
-    head = file.read(4)
+    head = file.read(HEAD).removeprefix(codecs.BOM_UTF8)
     file.seek(0)
-    if head == b"PAR1":
+    if head.startswith(b"PAR1"):
         return _parquet(file)
-    if head in (b"ARRO", b"\xff\xff\xff\xff"):
-        raise UserError(f"{path}: Arrow 文件 an Arrow file is not read; save it as Parquet or as JSON lines")
-    if head == b"PK\x03\x04":
-        raise UserError(f"{path}: xlsx 或 zip, an Excel file or a zip inside is not read; save it as CSV in UTF-8")
+    said = _said_of_zip(file) if head.startswith(b"PK\3\4") else ""
+    said = said or next((said for start, said in OTHERS if re.match(start, head, re.DOTALL)), "")
+    if said:
+        raise UserError(f"{path}: {said}")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}:1: 编码是 UTF-16 the file is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
     if _first_byte(file) == b"[":
         return _json_array(_Blocks(file, path))
-    lines = _Lines(file, path)
-    first = next((line for line in lines if line.strip()), "")
-    if first.lstrip().startswith("//"):
-        raise UserError(f"{path}:{lines.number}: 注释行 a comment line; delete the lines that begin with //")
-    lines.push_back(first)
-    if first.lstrip().startswith("{"):
-        return _json_lines(lines)
-    return _table(lines, path)
+    return records_in(Lines(file, path))
+
+
+def _said_of_zip(file: BinaryIO) -> str:
+    """What is said of a zip that is read as a file: a file of an office program, or a zip inside a zip."""
+    try:
+        said = office_file(zipfile.ZipFile(file).namelist())
+    except zipfile.BadZipFile:
+        said = ""
+    return said or "xlsx 或 zip an Excel file or a zip; save it as CSV in UTF-8, or let its name end with .zip"
 
 
 def _first_byte(file: BinaryIO) -> bytes:
@@ -91,35 +79,6 @@ def _first_byte(file: BinaryIO) -> bytes:
         found = block.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     file.seek(0)
     return found
-
-
-class _Lines:
-    """Text lines of a binary file, decoded one by one; `number` counts the lines handed out."""
-
-    def __init__(self, file: BinaryIO, path: str) -> None:
-        self.file = iter(file)
-        self.path = path
-        self.number = 0
-        self.pushed: list[str] = []
-
-    def push_back(self, line: str) -> None:
-        """Hand out the last line once more."""
-        if line:
-            self.pushed.append(line)
-            self.number -= 1
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        self.number += 1
-        if self.pushed:
-            return self.pushed.pop()
-        raw = next(self.file)
-        try:
-            return raw.decode("utf-8-sig")  # a BOM may also stand inside: files are joined by cat
-        except UnicodeDecodeError:
-            raise UserError(f"{self.path}:{self.number}: {_encoding_of(raw)}") from None
 
 
 class _Blocks:
@@ -145,43 +104,7 @@ class _Blocks:
     def _not_utf8(self, problem: UnicodeDecodeError) -> UserError:
         line = self.line + problem.object.count(b"\n", 0, problem.start)
         raw = problem.object[problem.object.rfind(b"\n", 0, problem.start) + 1 :].split(b"\n")[0]
-        return UserError(f"{self.path}:{line}: {_encoding_of(raw)}")
-
-
-def _encoding_of(raw: bytes) -> str:
-    """What is said of bytes that are not UTF-8: which encoding they may be in."""
-    for name in ("gb18030", "big5"):
-        try:
-            codecs.getincrementaldecoder(name)().decode(raw)  # the last character may be cut off
-            return f"不是 UTF-8，像是 {name} not UTF-8, looks like {name}; convert it: iconv -f {name} -t UTF-8"
-        except UnicodeDecodeError:
-            continue
-    return f"不是 UTF-8 not UTF-8: {raw[:40]!r}"
-
-
-def _json_lines(lines: _Lines) -> Iterator[Record]:
-    """The objects of JSON lines; one may be indented over several lines, and a comma may stand behind it."""
-    for text in lines:
-        number = lines.number
-        if not text.strip():
-            continue
-        if text.strip() == "{":
-            text += _rest_of_object(lines)
-        try:
-            yield Record(number, json.loads(text.rstrip().removesuffix(",")))
-        except ValueError as problem:
-            reason = f"JSON 行有误 broken JSON line: {problem}; one object a line"
-            yield Record(number, text.rstrip("\n"), reason, kind="broken-json")
-
-
-def _rest_of_object(lines: _Lines) -> str:
-    """The lines up to the one that closes an object which a line with { alone has opened."""
-    text = ""
-    for line in lines:
-        text += line
-        if line.rstrip().rstrip(",") == "}":
-            break
-    return text
+        return UserError(f"{self.path}:{line}: {encoding_of(raw)}")
 
 
 def _json_array(blocks: _Blocks) -> Iterator[Record]:
@@ -239,52 +162,23 @@ def _element(text: str, start: int, blocks: _Blocks, line: int) -> tuple[Any, st
             added = "" if _is_broken(problem, text) else blocks.read(size)
             if not added:
                 where = line + text.count("\n", start, getattr(problem, "pos", start))
-                why, found = getattr(problem, "msg", problem), text[start : start + 40]
+                found = text[start : start + 40]
+                why = _hint(found) or getattr(problem, "msg", problem)
                 raise UserError(f"{blocks.path}:{where}: JSON 有误 broken JSON: {why} in {found!r}") from None
         text, start, size = text[start:] + added, 0, size * 2
+
+
+def _hint(found: str) -> str:
+    """What is said of what stands in a JSON array, if it is something people write there; else ""."""
+    if found.startswith(COMMENT):
+        return COMMENT_LINE
+    return "单引号 single quotes: Python's, not JSON; write it by json.dump" if found.startswith("{'") else ""
 
 
 def _is_broken(problem: ValueError, text: str) -> bool:
     """Whether a JSON error stays an error whatever follows `text`."""
     at = getattr(problem, "pos", len(text))
     return at < len(text) - LONGEST_TOKEN and "Unterminated string" not in str(problem)
-
-
-def _table(lines: _Lines, path: str) -> Iterator[Record]:
-    """Rows of a CSV or TSV file as dicts of text, by its header."""
-    csv.field_size_limit(2**31 - 1)
-    header_line = next(lines, "")
-    if not header_line.strip():
-        raise UserError(f"{path}: 文件是空的 the file is empty")
-    delimiter = _delimiter(header_line)
-    if header_line.startswith("sep="):
-        header_line = next(lines, "")
-    lines.push_back(header_line)
-    above = line = lines.number  # lines before the header
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        header = next(reader)
-        if len(set(header)) < len(header):
-            raise UserError(f"{path}:{line + 1}: 列名重复 a column name occurs twice in the header: {header}")
-        line = above + reader.line_num
-        for cells in reader:
-            where, line = line + 1, above + reader.line_num
-            if len(cells) == len(header):
-                yield Record(where, dict(zip(header, cells, strict=True)))
-            elif cells:
-                reason = f"{len(header)} 列 columns expected, {len(cells)} found"
-                yield Record(where, cells, reason, kind="columns")
-    except csv.Error as problem:
-        raise UserError(f"{path}:{line + 1}: CSV 有误 broken CSV: {problem}") from None
-
-
-def _delimiter(line: str) -> str:
-    """What sets the cells of a file with this first line apart; Excel may say it there as sep=; ."""
-    if line.startswith("sep=") and line.strip("\r\n")[4:5]:
-        return line[4]
-    if "\t" in line:
-        return "\t"
-    return ";" if ";" in line and "," not in line else ","
 
 
 def _parquet(file: BinaryIO) -> Iterator[Record]:

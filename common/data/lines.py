@@ -1,0 +1,216 @@
+"""Records of files that are read line by line: JSON lines, CSV and TSV."""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import csv
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from common.data import formats
+from common.data.fields import MATTERS
+from common.errors import UserError
+
+DECODER = json.JSONDecoder()
+LINE_ENDS = ("\n", "\r\n", "")
+COMMENT = ("//", "#")
+BETWEEN = re.compile(r"\s*,?\s*")  # two objects
+QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""")
+KNOWN = frozenset().union(*formats.READERS) | MATTERS.keys()  # keys that a header line has
+
+
+class Record(NamedTuple):
+    """One row as the file has it.
+
+    `problem` says why it could not be read, and `kind` (a key of DEFECTS) of which kind it is; then `value` is the raw
+    text or the raw cells.
+    """
+
+    line: int
+    value: Any
+    problem: str = ""
+    kind: str = ""
+
+
+class Lines:
+    """Text lines of a binary file, decoded one by one; `number` counts the lines handed out."""
+
+    def __init__(self, file: Iterable[bytes], path: str) -> None:
+        self.file = iter(file)
+        self.path = path
+        self.number = 0
+        self.pushed: list[str] = []
+
+    def push_back(self, lines: Iterable[str]) -> None:
+        """Hand out the last lines once more."""
+        again = [line for line in lines if line]
+        self.pushed += reversed(again)
+        self.number -= len(again)
+
+    def __iter__(self) -> Lines:
+        return self
+
+    def __next__(self) -> str:
+        text = self.pushed.pop() if self.pushed else None
+        if text is None:
+            raw = next(self.file)
+            try:
+                text = raw.decode().removeprefix("\ufeff")  # a BOM may also stand inside: files are joined by cat
+            except UnicodeDecodeError:
+                raise UserError(f"{self.path}:{self.number + 1}: {encoding_of(raw)}") from None
+        self.number += 1
+        return text
+
+
+def encoding_of(raw: bytes) -> str:
+    """What is said of bytes that are not UTF-8: which encoding they may be in."""
+    for name in ("gb18030", "big5"):
+        try:
+            codecs.getincrementaldecoder(name)().decode(raw)  # the last character may be cut off
+            return f"不是 UTF-8，像是 {name} not UTF-8, looks like {name}; convert it: iconv -f {name} -t UTF-8"
+        except UnicodeDecodeError:
+            continue
+    return f"不是 UTF-8 not UTF-8: {raw[:40]!r}"
+
+
+def records_in(lines: Lines) -> Iterator[Record]:
+    """The Records of a file of lines: JSON lines where the first that is no comment begins with {, else a table."""
+    first = next((line for line in lines if line.strip()), "")
+    seen = [first]
+    while seen[-1].lstrip().startswith(COMMENT) and (line := next(lines, "")):
+        seen.append(line)
+    row = seen[-1].lstrip()
+    lines.push_back(seen)
+    if row.startswith("{"):
+        return _json_lines(lines)
+    if first.lstrip().startswith("//") or row.startswith("[") and len(seen) > 1:
+        raise UserError(f"{lines.path}:{lines.number + 1}: {COMMENT_LINE}")
+    return _table(lines)
+
+
+COMMENT_LINE = "注释行 a comment line; delete the lines that begin with // or #"
+
+
+def _json_lines(lines: Lines) -> Iterator[Record]:
+    """The objects of JSON lines, and what else people write so: see `_other_line`."""
+    for text in lines:
+        try:
+            value, end = DECODER.raw_decode(text)
+            is_plain = text[end:] in LINE_ENDS
+        except ValueError:
+            is_plain = False
+        if is_plain:
+            yield Record(lines.number, value)
+        else:
+            yield from _other_line(text, lines)
+
+
+def _other_line(text: str, lines: Lines) -> list[Record]:
+    """The Records of a line that is not one JSON value.
+
+    Read are objects over several lines, objects in one line, with commas between or behind, and Python's dicts.
+    """
+    number = lines.number
+    if text.lstrip().startswith(COMMENT):
+        return [Record(number, text.rstrip("\n"), COMMENT_LINE, kind="broken-json")]
+    text += _rest_of_object(text, lines)
+    try:
+        return [Record(number + text.count("\n", 0, start), value) for start, value in _objects(text)]
+    except ValueError as problem:
+        reason = f"JSON 行有误 broken JSON line: {problem}; one object a line"
+        return [Record(number, text.rstrip("\n"), reason, kind="broken-json")]
+
+
+def _rest_of_object(text: str, lines: Lines) -> str:
+    """The lines up to the one that closes the object which `text` opens; a { at the margin begins another one."""
+    rest, depth = "", _depth(text)
+    while depth > 0 and (line := next(lines, "")):
+        if line.startswith("{"):
+            lines.push_back([line])
+            break
+        rest, depth = rest + line, depth + _depth(line)
+    return rest
+
+
+def _depth(line: str) -> int:
+    """How many brackets a line opens and does not close."""
+    bare = QUOTED.sub("", line)
+    return sum(map(bare.count, "{[")) - sum(map(bare.count, "]}"))
+
+
+def _objects(text: str) -> list[tuple[int, Any]]:
+    """[(where it begins, value)] of the one JSON value or the several objects in a text; ValueError for others."""
+    start = len(text) - len(text.lstrip())
+    if text.startswith("{'", start):
+        return [(start, _python_dict(text.strip().removesuffix(",")))]
+    found: list[tuple[int, Any]] = []
+    while start < len(text):
+        value, end = DECODER.raw_decode(text, start)
+        found.append((start, value))
+        between = BETWEEN.match(text, end)
+        start = between.end() if between else end
+    if len(found) > 1 and not all(isinstance(value, dict) for _, value in found):
+        raise ValueError("Extra data behind a value")
+    return found
+
+
+def _python_dict(text: str) -> Any:
+    """The value of a dict as Python prints it, in single quotes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unknown escape, such as \\d, which Python keeps
+            return ast.literal_eval(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError("单引号 a Python dict, not JSON; write it by json.dumps(row, ensure_ascii=False)") from None
+
+
+def _table(lines: Lines) -> Iterator[Record]:
+    """Rows of a CSV or TSV file as dicts of text, by its header."""
+    csv.field_size_limit(2**31 - 1)
+    header_line = next(lines, "")
+    if not header_line.strip():
+        raise UserError(f"{lines.path}: 文件是空的 the file is empty")
+    delimiter = _delimiter(header_line)
+    if header_line.startswith("sep="):
+        header_line = next(lines, "")
+    lines.push_back([header_line])
+    above = line = lines.number  # lines before the header
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        _check_header(header, f"{lines.path}:{line + 1}")
+        line = above + reader.line_num
+        for cells in reader:
+            where, line = line + 1, above + reader.line_num
+            if len(cells) == len(header):
+                yield Record(where, dict(zip(header, cells, strict=True)))
+            elif cells:
+                reason = f"{len(header)} 列 columns expected, {len(cells)} found"
+                yield Record(where, cells, reason, kind="columns")
+    except csv.Error as problem:
+        raise UserError(f"{lines.path}:{line + 1}: CSV 有误 broken CSV: {problem}") from None
+
+
+def _delimiter(line: str) -> str:
+    """What sets the cells of a file with this first line apart; Excel may say it there as sep=; ."""
+    if line.startswith("sep=") and line.strip("\r\n")[4:5]:
+        return line[4]
+    if "\t" in line:
+        return "\t"
+    return ";" if ";" in line and "," not in line else ","
+
+
+def _check_header(header: list[str], where: str) -> None:
+    """UserError where a name occurs twice, or none is a key that any reader knows: the first line may be a row."""
+    if len(set(header)) < len(header):
+        raise UserError(f"{where}: 列名重复 a column name occurs twice in the header: {header}")
+    if KNOWN.isdisjoint(name.strip().lower() for name in header):
+        found = ", ".join(header)[:80]
+        raise UserError(
+            f"{where}: 表头里没有认识的字段 only unknown keys in the header line: {found}; put one such as "
+            "instruction,output or question,answer above the rows"
+        )
