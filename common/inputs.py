@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 import fsspec
 from fsspec.compression import compr
@@ -61,7 +61,7 @@ def files_of(specs: Iterable[str], knob: str = "data_path") -> list[tuple[str, i
     return [(file, wanted) for path, wanted in split for file in listing(path, knob).files]
 
 
-def show_files(specs: Iterable[str], knob: str = "data_path", out: Any = None) -> None:
+def show_files(specs: Iterable[str], knob: str = "data_path", out: TextIO | None = None) -> None:
     """Print a line for each of `specs` that is not one file: its files, and what beside them is left out."""
     for spec in specs:
         path, wanted = split_sample(spec)

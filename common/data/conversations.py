@@ -13,20 +13,10 @@ import numpy
 from common.data import formats
 from common.data.sources import Record, read_records
 from common.data.turns import Conversation, FormatError, Repair, Unusable, fill_identity, said
-from common.errors import UserError
+from common.inputs import files_of
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
-
-
-def split_sample(spec: str) -> tuple[str, int | None]:
-    """`path#N` as (path, N); N is None where it is not given."""
-    path, mark, count = spec.rpartition("#")
-    if mark and count.isdigit():
-        if int(count) == 0:
-            raise UserError(f"{spec}: 抽样行数应大于 0 the number of rows after # must be above 0")
-        return path, int(count)
-    return spec, None
 
 
 def conversations(path: str, cfg: SFTConfig) -> Iterator[Conversation | Unusable]:
@@ -85,8 +75,7 @@ def held_out(cfg: SFTConfig, specs: Sequence[str], limit: int) -> tuple[list[Con
     """The conversations of held-out files, `limit` at most (0: all), and the rows left out."""
     kept: list[Conversation] = []
     left_out: list[Unusable] = []
-    for spec in specs:
-        path, wanted = split_sample(spec)
+    for path, wanted in files_of(specs):
         rows = []
         for row in questions(path, cfg):
             if isinstance(row, Conversation):

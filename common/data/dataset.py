@@ -11,10 +11,11 @@ import numpy
 
 from common import distributed
 from common.data import render
-from common.data.conversations import draw_rows, split_sample
+from common.data.conversations import draw_rows
 from common.data.tokenised import Listed, tokenised, tokenizer_hash
 from common.data.turns import Repair, Unusable
 from common.errors import UserError
+from common.inputs import files_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,11 +53,10 @@ def _prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family)
     rejected, repaired = Listed(Unusable), Listed(Repair)
     datasets: list[Dataset] = []
     offsets: dict[str, int] = {}  # of each file: where its rows begin among all rows
-    drawn: list[numpy.ndarray] = []  # of each spec: row numbers among all rows
+    drawn: list[numpy.ndarray] = []  # of each file named: row numbers among all rows
     rng = random.Random(cfg.seed)
     tokenizer_id = tokenizer_hash(tokenizer)
-    for spec in cfg.data_path:
-        path, wanted = split_sample(spec)
+    for path, wanted in files_of(cfg.data_path):
         file = tokenised(path, cfg, tokenizer, tokenizer_id, prompt)
         picked = draw_rows(len(file.rows), wanted, rng)
         sources.append(file.source | {"used": len(picked)})
