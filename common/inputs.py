@@ -8,6 +8,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -26,6 +27,7 @@ DATA = re.compile(r"\.(?:jsonl?|ndjson|csv|tsv|parquet)(?:\.(?:gz|bz2|xz|lzma|zs
 NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # about rows of other files
 PACKED = r"\.(?:zip|tar|tgz|tar\.(?:gz|bz2|xz))"
 ARCHIVE = re.compile(rf"{PACKED}$", re.IGNORECASE)
+PATTERN = re.compile(r"[*?\[]")
 MEMBER = re.compile(rf"(.+?{PACKED})/(.+)", re.IGNORECASE)
 WEB = ("http://", "https://")
 SECONDS = 60  # a server may take to answer
@@ -68,10 +70,10 @@ def show_files(specs: Iterable[str], knob: str = "data_path", out: TextIO | None
         files, left_out = listing(path, knob)
         if files == [path]:
             continue
-        start = path.rstrip("/") + "/"
+        folder = PATTERN.split(f"{path.rstrip('/')}/", maxsplit=1)[0].rpartition("/")[0]
+        said = _names([file.removeprefix(f"{folder}/") for file in files])
         each = f", 各抽 {wanted} 行 {wanted} rows of each" if wanted else ""
         others = f"; 不读 left out: {_names(left_out)}" if left_out else ""
-        said = _names([file.removeprefix(start) for file in files])
         print(f"数据 {spec}: {len(files)} 个文件 files{each}: {said}{others}", file=out)
 
 
@@ -93,10 +95,10 @@ def listing(path: str, knob: str = "data_path") -> Listing:
         files, name = url_to_fs(path)
         if files.isdir(name):
             found, told = files.ls(name, detail=True), False
-        elif any(mark in name for mark in "*?[") and not files.exists(name):
+        elif PATTERN.search(name) and not files.exists(name):
             found, told = list(files.glob(name, detail=True).values()), not name.endswith("*")
         else:
-            return _members(path) if ARCHIVE.search(path) else Listing([path], [])
+            return _members(path) if _is_archive(path) else Listing([path], [])
     except UserError:
         raise
     except Exception as problem:  # the stores' own errors share no base class
@@ -124,7 +126,7 @@ def _list_entry(listed: Listing, path: str, is_folder: bool, told: bool) -> None
     name = path.partition("::")[0].rstrip("/").rpartition("/")[2]
     if is_folder:
         listed.left_out.append(f"{name}/")
-    elif ARCHIVE.search(path):
+    elif _is_archive(path):
         inside = _members(path)
         listed.files.extend(inside.files)
         listed.left_out.extend(f"{name}/{left}" for left in inside.left_out)
@@ -132,6 +134,10 @@ def _list_entry(listed: Listing, path: str, is_folder: bool, told: bool) -> None
         listed.files.append(path)
     else:
         listed.left_out.append(name)
+
+
+def _is_archive(path: str) -> bool:
+    return "::" not in path and bool(ARCHIVE.search(path))
 
 
 def _is_data(name: str) -> bool:
@@ -180,8 +186,8 @@ def office_file(names: Iterable[str]) -> str:
 
 def split_member(path: str) -> tuple[str, str]:
     """`my.zip/a.jsonl` as (archive, member); member is "" for any other file."""
-    found = MEMBER.fullmatch(path)
-    if found and _is_data(found[2]) and not path.startswith(WEB) and not os.path.isdir(found[1]):
+    found = None if "::" in path or path.startswith(WEB) else MEMBER.fullmatch(path)
+    if found and _is_data(found[2]) and not os.path.isdir(found[1]):
         return found[1], found[2]
     return path, ""
 
@@ -220,7 +226,8 @@ def _open(path: str, unpack: bool, stack: ExitStack) -> BinaryIO:
         file = _download(path, stack)
     else:
         file = stack.enter_context(fsspec.open(path, "rb"))
-    packed = infer_compression(path.partition("?")[0] if path.startswith(WEB) else path) if unpack else None
+    name = path.partition("?" if path.startswith(WEB) else "::")[0]
+    packed = infer_compression(name) if unpack else None
     if packed is None:
         return file
     if packed == "zip":
@@ -242,9 +249,13 @@ def _open_member(archive: str, member: str, stack: ExitStack) -> BinaryIO:
 def _download(url: str, stack: ExitStack) -> BinaryIO:
     """A file of the web, fetched into one that is gone when it is closed: what reads it goes back to its start."""
     file = cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))
-    with urllib.request.urlopen(url, timeout=SECONDS) as answer:
-        shutil.copyfileobj(answer, file)
-        if answer.length:  # http.client ends where the server does
-            raise OSError(f"下载中断 the download was cut off {answer.length} bytes before its end")
+    try:
+        with urllib.request.urlopen(url, timeout=SECONDS) as answer:
+            shutil.copyfileobj(answer, file)
+            if answer.length:  # http.client ends where the server does
+                raise OSError(f"下载中断 the download was cut off {answer.length} bytes before its end")
+    except urllib.error.HTTPError as refused:  # an open answer as well
+        with refused:
+            raise OSError(str(refused)) from None
     file.seek(0)
     return file

@@ -4,6 +4,7 @@ In: `--data_path`, files of any common shape. Out: rows of input_ids and labels,
 Torch is not imported here. In reading order:
 
 sources        a file's records, each with its line: JSON, JSON lines, CSV, TSV, Parquet, told by content
+lines          of these the ones that are read line by line: JSON lines, CSV, TSV
 fields         the values of a row as text, lists and utterances, and which keys were read
 formats        a record of any known shape as turns
 turns          what a conversation is, and what is done to one before it is rendered

@@ -18,7 +18,7 @@ from common.errors import UserError
 DECODER = json.JSONDecoder()
 LINE_ENDS = ("\n", "\r\n", "")
 COMMENT = ("//", "#")
-BETWEEN = re.compile(r"\s*,?\s*")  # two objects
+BETWEEN = re.compile(r"(?:\s*,)?\s*")  # two objects
 QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""")
 KNOWN = frozenset().union(*formats.READERS) | MATTERS.keys()  # keys that a header line has
 
@@ -144,18 +144,23 @@ def _depth(line: str) -> int:
 
 def _objects(text: str) -> list[tuple[int, Any]]:
     """[(where it begins, value)] of the one JSON value or the several objects in a text; ValueError for others."""
-    start = len(text) - len(text.lstrip())
+    start = _next_object(text, 0)
     if text.startswith("{'", start):
-        return [(start, _python_dict(text.strip().removesuffix(",")))]
+        return [(start, _python_dict(text[start:].strip().removesuffix(",")))]
     found: list[tuple[int, Any]] = []
     while start < len(text):
         value, end = DECODER.raw_decode(text, start)
         found.append((start, value))
-        between = BETWEEN.match(text, end)
-        start = between.end() if between else end
+        start = _next_object(text, end)
     if len(found) > 1 and not all(isinstance(value, dict) for _, value in found):
         raise ValueError("Extra data behind a value")
     return found
+
+
+def _next_object(text: str, at: int) -> int:
+    """The place behind the blanks and the comma, if any, at `at`."""
+    between = BETWEEN.match(text, at)
+    return between.end() if between else at
 
 
 def _python_dict(text: str) -> Any:
@@ -165,7 +170,9 @@ def _python_dict(text: str) -> Any:
             warnings.simplefilter("ignore")  # of an unknown escape, such as \\d, which Python keeps
             return ast.literal_eval(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise ValueError("单引号 a Python dict, not JSON; write it by json.dumps(row, ensure_ascii=False)") from None
+        raise ValueError(
+            "Python 的字典 a Python dict that is no literal; write by json.dumps(row, ensure_ascii=False)"
+        ) from None
 
 
 def _table(lines: Lines) -> Iterator[Record]:

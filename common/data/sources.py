@@ -20,7 +20,11 @@ LONGEST_TOKEN = 16  # characters; a JSON error farther from the end of what was 
 HEAD = 512  # bytes that tell a file of another kind
 OTHERS = [  # how a file begins that has no rows to read, and what is said of it
     (rb"ARRO|\xff{4}", "Arrow 文件 an Arrow file is not read; save it as Parquet or as JSON lines"),
-    (rb"\x80[\2-\5]", "pickle 文件 a pickle file is not read, it may run code; pandas: to_json(orient='records')"),
+    (
+        rb"\x80[\2-\5]",
+        "pickle 文件 a pickle file is not read, as it could run code; "
+        "in pandas: read_pickle(…).to_json('my.json', orient='records')",
+    ),
     (rb"%PDF", "PDF 文件 a PDF file is not read; write what it says as rows of JSON lines"),
     (rb"\xd0\xcf\x11\xe0", "旧版 Excel 或 Word an old Excel or Word file is not read; save it as CSV in UTF-8"),
     (rb".{5}\0\0\0\{", "safetensors 权重 a file of weights, not of rows; a base is given by --path_model_pretrain"),
@@ -32,7 +36,7 @@ OTHERS = [  # how a file begins that has no rows to read, and what is said of it
     (rb"\x1f\x8b", "gzip 压缩 compressed; let its name end with .gz, or .tar.gz where several files are in it"),
     (rb"BZh|\xfd7zXZ", "压缩文件 compressed; let its name end with .bz2 or .xz"),
     (rb"7z\xbc\xaf|Rar!", "压缩包 a 7z or RAR archive is not read; unpack it"),
-    (rb".{257}ustar", "tar 包 a tar archive; let its name end with .tar or .tar.gz; of one on the web give a copy"),
+    (rb".{257}ustar", "tar 包 a tar archive; give it as a file whose name ends with .tar or .tar.gz"),
 ]
 
 
