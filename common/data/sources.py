@@ -167,7 +167,7 @@ def _element(text: str, start: int, blocks: _Blocks, line: int) -> tuple[Any, st
             if not added:
                 where = line + text.count("\n", start, getattr(problem, "pos", start))
                 found = text[start : start + 40]
-                why = _hint(found) or getattr(problem, "msg", problem)
+                why = _hint(found) or str(getattr(problem, "msg", problem))
                 raise UserError(f"{blocks.path}:{where}: JSON 有误 broken JSON: {why} in {found!r}") from None
         text, start, size = text[start:] + added, 0, size * 2
 
