@@ -3,7 +3,8 @@
 Each room's docstring says what comes in, what goes out, and in what order to read its files. A room imports only lower
 ones (tests/test_rooms.py holds this):
 
-launch, device  <  errors  <  config, files, workers  <  knobs  <  distributed  <  data  <  model, templates  <  runs
+launch, device  <  errors  <  opened  <  inputs  <  config, files, workers  <  knobs  <  distributed  <  data
+    <  model, templates  <  runs
     <  inference  <  evaluation, engine  <  training, serving, export
 
 cli stands beside them: only recipes import it.

@@ -34,7 +34,7 @@ class SFTConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the GPU has it, or float32
     prompt_style: str = "chat"  # how turns become ids: chat is the model's official template
     # data
-    data_path: tuple[str, ...] = (str(DATA / "product_train.jsonl"),)  # files or URLs to train on; path#N samples N
+    data_path: tuple[str, ...] = (str(DATA / "product_train.jsonl"),)  # files, folders or URLs; path#N samples N rows
     eval_data_path: tuple[str, ...] = (str(DATA / "product_heldout.jsonl"),)  # held-out rows scored after training
     eval_rows: int = 50  # held-out rows on which base and tuned are compared after training; 0: none
     val_set_size: float = 0.02  # kept out of training for the validation loss: rows (1 or more) or a share (below 1)

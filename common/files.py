@@ -12,9 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from common.errors import UserError
+from common.inputs import opened
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -53,13 +51,8 @@ def line_of(record: dict[str, Any]) -> str:
 
 def file_hash(path: str) -> str:
     """sha256 of a file's bytes, hex; UserError where it cannot be opened."""
-    try:
-        with fsspec.open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
-    except FileNotFoundError:
-        raise UserError(f"{path}: 文件不存在 no such file; check --data_path") from None
-    except (OSError, ImportError, ValueError) as problem:
-        raise UserError(f"{path}: 无法打开 cannot be opened: {problem}") from None
+    digest = hashlib.sha256()
+    with opened(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

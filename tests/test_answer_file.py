@@ -7,7 +7,6 @@ import pytest
 
 from common.cli import parse
 from common.config import PredictFlags
-from common.data import formats
 from common.data.turns import Conversation, Turn
 from common.errors import UserError
 from common.evaluation import answer_file, asking
@@ -131,7 +130,7 @@ def test_rows_that_are_trained_on_stay_the_same_rows(tmp_path):
     """What may be asked is no more to be trained on than before."""
     rows = [row for row, asked, reference in ASKED if asked and not reference]
     path = str(written(tmp_path / "q.jsonl", rows))
-    found = list(formats.conversations(path, Config()))
+    found = list(dataset.conversations(path, Config()))
     trained = [row for row in found if isinstance(row, Conversation)]
     assert len(trained) == 2  # of those, the two with a whole round before the last question
 

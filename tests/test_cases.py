@@ -7,6 +7,7 @@ from common.data.formats import Notes, conversations_in
 from common.data.sources import read_records
 from common.data.turns import Turn, Unusable
 from common.errors import UserError
+from common.inputs import files_of
 from gemma_sft.ft_gemma.config import Config
 
 
@@ -56,8 +57,10 @@ READ = {
     "e08b_typed_s.jsonl": (talk("一周有几天？", "七天。</s>"), None),
     "e12_conversation_role_content.jsonl": (CLOSING, None),
     "e14_content_text_key.jsonl": (CLOSING, None),
+    "p04_two_files.zip": (talk("a", "b"), None),
     "v03_number_refs.jsonl": (talk("一加一", "2"), None),
 }
+COMMENTED = "d31_commented.jsonl"
 # file: words of the reason every row, or the file, is refused for
 REFUSED = {
     "d04_openai_tool_calls.jsonl": ["messages.tool_calls", "would be lost"],
@@ -68,7 +71,6 @@ REFUSED = {
     "d26_nan.jsonl": ["input", "must be text", "nan"],
     "d29_pandas_columns.json": ["columns", "to_json(orient='records')"],
     "d30_no_header.csv": ["unknown keys", "一年有几个月？"],
-    "d31_commented.jsonl": [":1: ", "comment line"],
     "e05_capital_Input.jsonl": ["Input", "is input meant"],
     "e06_choices.jsonl": ["choices", "multiple-choice"],
     "e15_mask_human.jsonl": ["every answer", "not to be learnt"],
@@ -76,7 +78,6 @@ REFUSED = {
     "e18_lists_flat.jsonl": ["conversations", "role, content", "几点关门"],
     "e20_output_dict.jsonl": ["output", "must be text", "dict"],
     "p03.arrow": ["Arrow", "Parquet"],
-    "p04_two_files.zip": ["2 files", "a.jsonl, b.jsonl", "unpack"],
     "p05.xlsx": ["Excel", "CSV"],
     "v01_questions_only.jsonl": ["unknown keys", "input+instruction", "output"],
     "v01b_empty_output.jsonl": ["output", "is empty"],
@@ -89,7 +90,13 @@ REFUSED = {
 def read(path):
     """(what each row of a file is, what was repaired)."""
     notes = Notes()
-    rows = [row for record in read_records(str(path)) for row in conversations_in(record, str(path), Config(), notes)]
+    files = [file for file, _ in files_of([str(path)])]
+    rows = [
+        row
+        for file in files
+        for record in read_records(file)
+        for row in conversations_in(record, file, Config(), notes)
+    ]
     assert not notes.unused
     return rows, [repair.reason for repair in notes.repaired]
 
@@ -115,6 +122,19 @@ def test_a_file_that_cannot_be_used_says_why(fixtures, name):
         assert [word for word in REFUSED[name] if word not in reason] == [] and "\n" not in reason
 
 
+def test_a_comment_is_told_and_the_rows_beside_it_are_read(fixtures):
+    rows, _ = read(fixtures / "cases" / COMMENTED)
+    assert "comment line" in rows[0].reason and rows[0].where.endswith(":1") and rows[0].row == "// 第一批"
+    assert [row.turns for row in rows[1:]] == [MONTHS]
+
+
+def test_the_files_of_a_zip_have_places_of_their_own(fixtures):
+    path = fixtures / "cases" / "p04_two_files.zip"
+    rows, _ = read(path)
+    assert [row.where for row in rows] == [f"{path}/a.jsonl:1", f"{path}/b.jsonl:1"]
+    assert [row.turns for row in rows] == [talk("a", "b"), talk("c", "d")]
+
+
 def test_every_file_is_in_a_table(fixtures):
     names = {path.name for path in (fixtures / "cases").iterdir() if path.is_file() and path.name[0] in "depv"}
-    assert names == READ.keys() | REFUSED.keys()
+    assert names == READ.keys() | REFUSED.keys() | {COMMENTED}

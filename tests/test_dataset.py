@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 
 from common import workers
-from common.data import accounts, cache, dataset, sources
+from common.data import accounts, cache, dataset
 from common.data.render import TooLongError, encode_text, frame_ids, prompt_ids, special_id, training_sample
 from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import asking
 from common.files import read_jsonl
+from common.inputs import split_sample
 from common.knobs import IDS
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
@@ -109,7 +110,7 @@ def test_the_seed_decides_the_sample(tmp_path, prepare):
     + [("c#/a.jsonl#12", ("c#/a.jsonl", 12)), ("a#b", ("a#b", None)), ("https://h/a#7", ("https://h/a", 7))],
 )
 def test_split_sample(spec, expected):
-    assert sources.split_sample(spec) == expected
+    assert split_sample(spec) == expected
 
 
 def test_a_sample_of_nothing_is_refused(tmp_path, prepare):

@@ -361,7 +361,7 @@ def test_pain_17_saving_says_whether_the_adapter_serves_as_it_is(flags, tmp_path
 def test_pain_18_what_is_wrong_is_named_with_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "1", "response": "2"}\n{"query": "1", "response": \n{"query": "1", "respnse": "2"}\n')
-    found = list(formats.conversations(str(path), Config()))
+    found = list(dataset.conversations(str(path), Config()))
     assert [row.where for row in found] == [f"{path}:{line}" for line in (1, 2, 3)]
     assert "broken JSON line" in found[1].reason and '"response": ' in found[1].row
     assert "unknown keys: query+respnse; nearest known shape: query+response" in found[2].reason

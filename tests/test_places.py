@@ -3,12 +3,13 @@
 import importlib
 import json
 import socket
+import zipfile
 
 import pytest
 
 from common.cli import parse
 from common.config import TrainFlags
-from common.errors import run_main
+from common.errors import UserError, run_main
 from common.runs import places
 from gemma_sft.ft_gemma import export
 from gemma_sft.ft_gemma.config import Config
@@ -58,12 +59,14 @@ def test_what_is_in_order_is_not_told(train_line, tmp_path):
 @pytest.mark.parametrize("knob", ["data_path", "eval_data_path"])
 def test_a_file_that_cannot_be_read_is_told_first(train_line, tmp_path, rows_file, knob, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     with socket.socket(socket.AF_UNIX) as unreadable:  # also for root
         unreadable.bind("socket")
     for path, told in (
         (tmp_path / "none.jsonl", "文件不存在 no such file"),
         (tmp_path / "none.jsonl#3", "文件不存在 no such file"),
-        (tmp_path, "无法打开 cannot be opened: Is a directory"),
+        (tmp_path / "empty", "没有文件 there is no file"),
+        (tmp_path / "*.csv", "没有文件 there is no file"),
         (rows_file / "below.jsonl", "无法打开 cannot be opened: Not a directory"),
         (tmp_path / "socket", "无法打开 cannot be opened: No such device or address"),
     ):
@@ -107,7 +110,9 @@ def test_evaluation_asks_first(family, line_of, rows_file, tmp_path):
     assert "no such folder" in line_of(main, *flags, "--data_path", rows_file)
     missing = tmp_path / "none.jsonl"
     assert line_of(main, *flags, "--data_path", missing) == f"{missing}: 文件不存在 no such file; check --data_path"
-    assert line_of(main, *flags, "--data_path", tmp_path).startswith(f"{tmp_path}: 无法打开 cannot be opened")
+    (tmp_path / "empty").mkdir()
+    line = line_of(main, *flags, "--data_path", tmp_path / "empty")
+    assert line == f"{tmp_path}/empty: 没有文件 there is no file; check --data_path"
     line = line_of(main, *flags, "--data_path", rows_file, "--model_save_dir", "/proc/none")
     assert line == "/proc/none: 无法写入 cannot be written: No such file or directory; give another --model_save_dir"
 
@@ -145,6 +150,24 @@ def test_a_name_is_asked_for_where_a_row_has_a_place_for_it(train_line, rows_fil
 def test_data_whose_text_is_packed_may_hold_a_name(train_line, tmp_path):
     for name in ("rows.parquet", "none.jsonl"):
         assert "placeholder" not in train_line("--model_name", "a", "--data_path", tmp_path / name)
+
+
+def test_the_files_of_a_folder_are_told_behind_the_base(capsys, rows_file, tmp_path):
+    (tmp_path / "README.md").touch()
+    cfg, flags = parse(Config, TrainFlags, ["--data_path", str(rows_file), str(tmp_path)])
+    places.show_base(cfg, flags)
+    base, files = capsys.readouterr().out.splitlines()
+    assert base.startswith("基座 base: ")
+    assert files == f"数据 {tmp_path}: 1 个文件 files: rows.jsonl; 不读 left out: README.md"
+
+
+def test_a_file_of_an_archive_is_opened_by_its_archive(line_of, tmp_path):
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as packed:
+        for name in ("a.jsonl", "b.jsonl"):
+            packed.writestr(name, json.dumps({"query": "1+1", "response": "2"}))
+    places.check_readable([str(tmp_path / "two.zip")], "data_path")
+    with pytest.raises(UserError, match="none.zip/a.jsonl|none.zip: .*no such file"):
+        places.check_readable([str(tmp_path / "none.zip/a.jsonl")], "data_path")
 
 
 @pytest.mark.parametrize(("given", "told"), [([], "shipped here"), (["--model", "a/b"], "基座 base: a/b\n")])

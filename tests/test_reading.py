@@ -3,15 +3,18 @@
 import ast
 import bz2
 import gzip
+import io
 import json
 import lzma
+import pickle
+import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from common.data import fields, formats, sources
+from common.data import arrays, fields, formats, sources
 from common.data.defects import DEFECTS, RowError
 from common.data.render import TooLongError
 from common.data.sources import read_records
@@ -27,6 +30,26 @@ def write(folder, name, content):
     file = folder / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(file)
+
+
+def zipped(files):
+    """The bytes of a zip of {name: text}."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as packed:
+        for name, text in files.items():
+            packed.writestr(name, text)
+    return content.getvalue()
+
+
+def tarred(files, mode="w"):
+    """The bytes of a tar of {name: text}."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode=mode) as packed:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            packed.addfile(member, io.BytesIO(text.encode()))
+    return content.getvalue()
 
 
 def read(path):
@@ -317,7 +340,14 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         # JSON and types
         ('{"question": "问", "answer": ', ["broken JSON line"]),
         ('{"question": "问", "answer": "答"} 多余', ["broken JSON line"]),
-        (QA + QA, ["broken JSON line"]),
+        (QA + '{"question": ', ["broken JSON line"]),
+        (QA + "5", ["broken JSON line", "Extra data"]),
+        (f"// {QA}", ["comment line", "// or #"]),
+        (f"# {QA}", ["comment line", "// or #"]),
+        ("{'question': nan, 'answer': '答'}", ["broken JSON line", "a Python dict", "json.dumps"]),
+        ("{'question': '问', 'answer': ", ["broken JSON line"]),
+        ('{"question": NaN, "answer": "答"}', ["question", "must be text", "nan", "write null"]),
+        ('{"question": "问", "answer": -Infinity}', ["answer", "must be text", "-inf"]),
         ("[1]", ["object expected", "list"]),
         ('"问答"', ["object expected", "str"]),
         ("null", ["object expected", "NoneType"]),
@@ -426,6 +456,26 @@ def test_every_kind_is_in_the_table_and_all_of_the_table_occurs():
     assert all(part for defect in DEFECTS.values() for part in defect)
 
 
+def test_an_object_without_its_end_takes_no_row_with_it(tmp_path):
+    found, problems = read(write(tmp_path, "a.jsonl", f'{QA}\n{{\n "question": "问",\n{QA}\n{{"question": "问",\n'))
+    assert [line for line, _ in found] == [1, 4] and [line for line, _ in problems] == [2, 5]
+
+
+def test_rows_in_a_list_inside_an_object_are_not_lost(tmp_path):
+    found, problems = read(write(tmp_path, "a.json", f'{{"data": [\n{QA},\n{QA}\n]}}\n'))
+    assert [line for line, _ in found] == [2, 3] and [line for line, _ in problems] == [1, 4]
+    pretty = json.dumps({"data": [json.loads(QA)] * 3}, ensure_ascii=False, indent=2)
+    ((line, reason),) = read(write(tmp_path, "b.json", pretty))[1]
+    assert line == 1 and "the rows are in data: write that list alone" in reason
+
+
+def test_comments_in_an_array_and_python_lists_are_named(tmp_path):
+    with pytest.raises(UserError, match="a.json:3: .*comment line"):
+        read(write(tmp_path, "a.json", f"[\n{QA},\n// 第二批\n{QA}]"))
+    with pytest.raises(UserError, match="a.json:1: .*single quotes"):
+        read(write(tmp_path, "a.json", "[{'question': '问', 'answer': '答'}]"))
+
+
 def test_a_broken_line_is_kept_as_text(tmp_path):
     records = list(read_records(write(tmp_path, "a.jsonl", f'{QA}\n{{"question": 坏\n')))
     assert [(record.line, record.value, record.kind) for record in records] == [
@@ -489,7 +539,27 @@ def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, 
         ("a.arrow", b"ARROW1\0\0" + bytes(50), ["Arrow", "Parquet"]),
         ("a.arrow", b"\xff\xff\xff\xff" + bytes(50), ["Arrow", "Parquet"]),
         ("a.xlsx", b"PK\x03\x04" + bytes(50), ["Excel", "CSV"]),
-        ("a.jsonl", f"// 第一批\n{QA}\n".encode(), ["comment line", "//"]),
+        ("a.csv", "// 第一批\nquestion,answer\n".encode(), ["comment line", "//"]),
+        ("a.json", f"# 第一批\n[{QA}]".encode(), ["comment line", "#"]),
+        ("a.csv", "问,答\n再问,再答\n".encode(), [":1: ", "only unknown keys", "问, 答", "instruction,output"]),
+        ("a.csv", "# 第一批\nquestion,answer\n".encode(), [":1: ", "only unknown keys", "# 第一批"]),
+        ("a.csv", "question，answer\n问，答\n".encode(), [":1: ", "only unknown keys"]),
+        ("a.zip", zipped({"a.jsonl": QA, "b.jsonl": QA}), ["2 files", "a.jsonl, b.jsonl", "unpack"]),
+        ("a.zip", zipped({"xl/workbook.xml": "", "docProps/app.xml": ""}), ["2 files"]),
+        ("a.xlsx", zipped({"[Content_Types].xml": "", "xl/workbook.xml": ""}), ["Excel", "CSV"]),
+        ("a.docx", zipped({"[Content_Types].xml": "", "word/document.xml": ""}), ["Word", "JSON lines"]),
+        ("a.jsonl", zipped({"a.jsonl": QA}), ["zip", "end with .zip"]),
+        ("a.pkl", pickle.dumps([{"question": "问"}]), ["pickle", "to_json"]),
+        ("a.pdf", b"%PDF-1.7\n", ["PDF"]),
+        ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", ["Excel", "CSV"]),
+        ("a.safetensors", b"\x40\0\0\0\0\0\0\0" + b'{"__metadata__":{}}', ["safetensors", "--path_model_pretrain"]),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", ["Git LFS", "git lfs pull"]),
+        ("a.jsonl", b"\n<!DOCTYPE html>\n<html></html>", ["HTML", "logging in"]),
+        ("a.json", b"\xef\xbb\xbf<?xml version='1.0'?>", ["HTML", "XML"]),
+        ("a.jsonl", gzip.compress(QA.encode()), ["gzip", ".gz"]),
+        ("a.jsonl", bz2.compress(QA.encode()), [".bz2"]),
+        ("a.jsonl", b"7z\xbc\xaf\x27\x1c", ["7z", "unpack"]),
+        ("a.jsonl", tarred({"a.jsonl": QA}), ["tar", ".tar.gz"]),
         ("a.zip", b"not a zip", ["cannot be opened"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -549,6 +619,14 @@ PRETTY = json.dumps([{"question": "问", "answer": "答"}] * 3, ensure_ascii=Fal
         ("a.jsonl", f"{QA},\n{QA},\n{QA}\n", [1, 2, 3]),
         ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n}\n' * 3, [1, 5, 9]),
         ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n},\n' * 3, [1, 5, 9]),
+        ("a.jsonl", '{"question": "问",\n "answer": "答"}\n' * 3, [1, 3, 5]),
+        ("a.jsonl", '{"question":\n  "问",\n "answer": "答", "tags":\n [{"x": "}{"}]\n}\n' * 3, [1, 6, 11]),
+        ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n}{\n "question": "问", "answer": "答"}\n' + QA, [1, 4, 6]),
+        ("a.jsonl", f"{QA}{QA}\n{QA}\n", [1, 1, 2]),
+        ("a.jsonl", f"{QA}, {QA},\n\n  {QA}\n", [1, 1, 3]),
+        ("a.jsonl", f"{QA}\n,\n{QA}\n,{QA}\n", [1, 3, 4]),
+        ("a.jsonl", "{'question': '问', \"answer\": '答'}\n" * 3, [1, 2, 3]),
+        ("a.jsonl", "{'question': '问',\n 'answer': '答', 'x': None},\n" * 3, [1, 3, 5]),
     ],
 )
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -687,7 +765,7 @@ def test_a_broken_array_is_not_read_to_its_end(tmp_path):
         list(read_records(str(file)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * sources.BLOCK < file.stat().st_size
+    assert peak < 4 * arrays.BLOCK < file.stat().st_size
 
 
 def test_one_line_is_not_held_as_a_whole(tmp_path):
@@ -697,7 +775,7 @@ def test_one_line_is_not_held_as_a_whole(tmp_path):
     assert sum(1 for _ in read_records(str(file))) == 200_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8 * sources.BLOCK < file.stat().st_size
+    assert peak < 8 * arrays.BLOCK < file.stat().st_size
 
 
 def test_long_elements_over_many_lines(tmp_path):

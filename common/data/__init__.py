@@ -4,6 +4,7 @@ In: `--data_path`, files of any common shape. Out: rows of input_ids and labels,
 Torch is not imported here. In reading order:
 
 sources   a file's records, each with its line: JSON, JSON lines, CSV, TSV, Parquet, told by content
+arrays    the elements of a JSON array, one after the other
 formats   a record of any known shape as a conversation, or unusable for a reason
 corpora   readers of published corpora that have a shape of their own
 fields    the values of a row as text, lists and utterances, and which keys were read

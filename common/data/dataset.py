@@ -19,10 +19,11 @@ from common.data import render
 from common.data.cache import Listed, Tokenised, cache_key, tokenizer_hash
 from common.data.formats import Notes, conversations_in
 from common.data.render import Sample
-from common.data.sources import Record, read_records, split_sample
+from common.data.sources import Record, read_records
 from common.data.turns import Conversation, Repair, Unusable, said
 from common.errors import UserError
 from common.files import file_hash, line_of
+from common.inputs import files_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -61,11 +62,10 @@ def _prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family)
     rejected, repaired = Listed(Unusable), Listed(Repair)
     datasets: list[Dataset] = []
     offsets: dict[str, int] = {}  # of each file: where its rows begin among all rows
-    drawn: list[numpy.ndarray] = []  # of each spec: row numbers among all rows
+    drawn: list[numpy.ndarray] = []  # of each file named: row numbers among all rows
     rng = random.Random(cfg.seed)
     tokenizer_id = tokenizer_hash(tokenizer)
-    for spec in cfg.data_path:
-        path, wanted = split_sample(spec)
+    for path, wanted in files_of(cfg.data_path):
         file = tokenised(path, cfg, tokenizer, tokenizer_id, prompt)
         picked = draw_rows(len(file.rows), wanted, rng)
         sources.append(file.source | {"used": len(picked)})
@@ -118,6 +118,12 @@ def _check_counts(cfg: SFTConfig, sources: list[dict[str, Any]], rejected: Liste
             f"{len(rejected)} / {rows} 行无法使用 rows cannot be used, more than --max_dropped {cfg.max_dropped}; "
             f"first: {rejected[0].where}: {rejected[0].reason}"
         )
+
+
+def conversations(path: str, cfg: SFTConfig, notes: Notes | None = None) -> Iterator[Conversation | Unusable]:
+    """Yield what the rows of a file are, in order. Of `cfg`, model_name and model_author are used."""
+    for record in read_records(path):
+        yield from conversations_in(record, path, cfg, notes)
 
 
 def tokenised(

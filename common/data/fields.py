@@ -61,7 +61,9 @@ MATTERS = (
 
 def role_of(said: object) -> str | None:
     """A role by any of its names; None where it is unknown."""
-    return ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+    if not isinstance(said, str):
+        return None
+    return ROLES.get(said) or ROLES.get(said.strip().lower())
 
 
 def as_text(value: object, name: str, required: bool = True) -> str:
@@ -76,7 +78,8 @@ def as_text(value: object, name: str, required: bool = True) -> str:
     if type(value) is not str:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             found = f"{type(value).__name__} {str(value)[:40]!r}"
-            raise FormatError("not-text", f"{name} 应为文字 must be text, found {found}")
+            remedy = "; 没有值时写 where there is no value write null" if isinstance(value, float) else ""
+            raise FormatError("not-text", f"{name} 应为文字 must be text, found {found}{remedy}")
         value = str(value)
     if required and not value.strip():
         raise FormatError("only-blanks", f"{name} 只有空白 is only blanks")
@@ -169,6 +172,8 @@ class Fields:
         known: keys of the row's shape besides those of OPTIONAL. FormatError where a key changes what the row means,
         or holds text and is near a known one.
         """
+        if self.read >= self.row.keys():
+            return self.inner  # most rows
         left = [key for key in self.row if key not in self.read and holds_something(self.row[key])]
         if not left:
             return self.inner
@@ -184,6 +189,9 @@ class Fields:
 
     def utterances(self, key: str) -> list[Turn]:
         """The turns in a list of {role: …, content: …} or {from: …, value: …}."""
+        turns = [_plain_turn(message) for message in self.items(key)]
+        if all(turns):
+            return [turn for turn in turns if turn]
         return [self._utterance(message) for message in self.objects(key, "role, content 或 from, value")]
 
     def _utterance(self, message: Fields) -> Turn:
@@ -209,6 +217,8 @@ class Fields:
 
     def is_learnt(self) -> bool:
         """Whether no mark of an utterance says that its text is context only."""
+        if MARKS.keys().isdisjoint(self.row):
+            return True  # most utterances
         marks = [mark_of(self.get(key), f"{self.name}.{key}", yes) for key, yes in MARKS.items() if key in self.row]
         return all(marks)
 
@@ -223,6 +233,17 @@ class Fields:
             texts.append(part.text("text", required=False))
             self.inner += part.unread()
         return "\n".join(texts)
+
+
+def _plain_turn(message: object) -> Turn | None:
+    """The turn of a message of a known role and a text alone, as most are; None for others, and `_utterance` reads."""
+    if not isinstance(message, dict) or len(message) != 2:
+        return None
+    for speaker, said in (("role", "content"), ("from", "value")):
+        role = role_of(message.get(speaker))
+        if role and type(message.get(said)) is str:
+            return Turn(role, as_text(message[said], said, required=False))
+    return None
 
 
 def _parsed(text: str) -> Any:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
 from common.data.fields import MATTERS, SPEAKERS, Fields, as_text, mark_of
-from common.data.sources import Record, read_records
 from common.data.turns import Conversation, FormatError, Repair, Turn, Unusable, fill_identity, in_order
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
+    from common.data.sources import Record
 
 Row = dict[str, Any]
 Reader = Callable[[Fields], list[list[Turn]]]  # a row's conversations
@@ -30,12 +30,6 @@ class Reading(NamedTuple):
     conversations: list[Sequence[Turn]]
     unused: list[str]
     repaired: list[str]
-
-
-def conversations(path: str, cfg: SFTConfig, notes: Notes | None = None) -> Iterator[Conversation | Unusable]:
-    """Yield what the rows of a file are, in order. Of `cfg`, model_name and model_author are used."""
-    for record in read_records(path):
-        yield from conversations_in(record, path, cfg, notes)
 
 
 @dataclass

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
 import csv
 import json
-import lzma
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-import fsspec
-
+from common.data import formats
+from common.data.arrays import json_array
+from common.data.fields import MATTERS
 from common.errors import UserError
+from common.opened import COMMENT, COMMENT_LINE, HEAD, encoding_of, opened, said_of
 
-BLANKS = re.compile(r"[ \t\n\r]+")
 DECODER = json.JSONDecoder()
-BLOCK = 1 << 18  # bytes of a JSON array read at a time
-LONGEST_TOKEN = 16  # characters; a JSON error farther from the end of what was read does not go away by reading on
+LINE_ENDS = ("\n", "\r\n", "")
+BETWEEN = re.compile(r"(?:\s*,)?\s*")  # two objects
+QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""")
+KNOWN = frozenset().union(*formats.READERS) | MATTERS.keys()  # keys that a header line has
 
 
 class Record(NamedTuple):
@@ -35,63 +37,30 @@ class Record(NamedTuple):
     kind: str = ""
 
 
-def split_sample(spec: str) -> tuple[str, int | None]:
-    """`path#N` as (path, N); N is None where it is not given."""
-    path, mark, count = spec.rpartition("#")
-    if mark and count.isdigit():
-        if int(count) == 0:
-            raise UserError(f"{spec}: 抽样行数应大于 0 the number of rows after # must be above 0")
-        return path, int(count)
-    return spec, None
-
-
 def read_records(path: str) -> Iterator[Record]:
-    """Yield the Records of a local file or any fsspec URL, compressed or not, with a BOM or not.
+    """Yield the Records of a file that `common.inputs.listing` names, compressed or not, with a BOM or not.
 
     One unreadable line becomes a Record with a problem; a file that cannot be trusted beyond a point (not UTF-8, a
     broken JSON array, no such file) raises UserError with `file:line`.
     """
-    try:
-        if path.lower().endswith(".zip"):
-            _refuse_many_members(path)
-        with fsspec.open(path, "rb", compression="infer") as file:
-            yield from _records(file, path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: 文件不存在 no such file; check --data_path") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, ImportError, ValueError) as problem:
-        raise UserError(f"{path}: 无法打开 cannot be opened: {problem}") from None
-
-
-def _refuse_many_members(path: str) -> None:
-    """UserError where a zip holds more than one file: fsspec would read the first and say nothing of the others."""
-    with fsspec.open(path, "rb") as file, zipfile.ZipFile(file) as packed:
-        names = [name for name in packed.namelist() if not name.endswith("/")]
-    if len(names) > 1:
-        raise UserError(f"{path}: 有 {len(names)} 个文件 holds {len(names)} files: {', '.join(names[:5])}; unpack it")
+    with opened(path, unpack=True) as file:
+        yield from _records(file, path)
 
 
 def _records(file: BinaryIO, path: str) -> Iterator[Record]:
     """The Records of an open file, by a reader of its format."""
-    head = file.read(4)
+    head = file.read(HEAD).removeprefix(codecs.BOM_UTF8)
     file.seek(0)
-    if head == b"PAR1":
+    if head.startswith(b"PAR1"):
         return _parquet(file)
-    if head in (b"ARRO", b"\xff\xff\xff\xff"):
-        raise UserError(f"{path}: Arrow 文件 an Arrow file is not read; save it as Parquet or as JSON lines")
-    if head == b"PK\x03\x04":
-        raise UserError(f"{path}: xlsx 或 zip, an Excel file or a zip inside is not read; save it as CSV in UTF-8")
+    said = said_of(file, head)
+    if said:
+        raise UserError(f"{path}: {said}")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}:1: 编码是 UTF-16 the file is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
     if _first_byte(file) == b"[":
-        return _json_array(_Blocks(file, path))
-    lines = _Lines(file, path)
-    first = next((line for line in lines if line.strip()), "")
-    if first.lstrip().startswith("//"):
-        raise UserError(f"{path}:{lines.number}: 注释行 a comment line; delete the lines that begin with //")
-    lines.push_back(first)
-    if first.lstrip().startswith("{"):
-        return _json_lines(lines)
-    return _table(lines, path)
+        return (Record(line, value) for line, value in json_array(file, path))
+    return _of_lines(_Lines(file, path))
 
 
 def _first_byte(file: BinaryIO) -> bytes:
@@ -106,176 +75,143 @@ def _first_byte(file: BinaryIO) -> bytes:
 class _Lines:
     """Text lines of a binary file, decoded one by one; `number` counts the lines handed out."""
 
-    def __init__(self, file: BinaryIO, path: str) -> None:
+    def __init__(self, file: Iterable[bytes], path: str) -> None:
         self.file = iter(file)
         self.path = path
         self.number = 0
         self.pushed: list[str] = []
 
-    def push_back(self, line: str) -> None:
-        """Hand out the last line once more."""
-        if line:
-            self.pushed.append(line)
-            self.number -= 1
+    def push_back(self, lines: Iterable[str]) -> None:
+        """Hand out the last lines once more."""
+        again = [line for line in lines if line]
+        self.pushed += reversed(again)
+        self.number -= len(again)
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        self.number += 1
-        if self.pushed:
-            return self.pushed.pop()
-        raw = next(self.file)
-        try:
-            return raw.decode("utf-8-sig")  # a BOM may also stand inside: files are joined by cat
-        except UnicodeDecodeError:
-            raise UserError(f"{self.path}:{self.number}: {_encoding_of(raw)}") from None
-
-
-class _Blocks:
-    """Text of a binary file, decoded a block at a time: one line may be the whole file."""
-
-    def __init__(self, file: BinaryIO, path: str) -> None:
-        self.file = file
-        self.path = path
-        self.line = 1  # of the end of what was read
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-
-    def read(self, size: int) -> str:
-        """The text of up to `size` further bytes; "" at the end."""
-        text = ""
-        while not text and (raw := self.file.read(size)):
+        text = self.pushed.pop() if self.pushed else None
+        if text is None:
+            raw = next(self.file)
             try:
-                text = self.decoder.decode(raw)
-            except UnicodeDecodeError as problem:
-                raise self._not_utf8(problem) from None
-            self.line += raw.count(b"\n")
+                text = raw.decode().removeprefix("\ufeff")  # a BOM may also stand inside: files are joined by cat
+            except UnicodeDecodeError:
+                raise UserError(f"{self.path}:{self.number + 1}: {encoding_of(raw)}") from None
+        self.number += 1
         return text
 
-    def _not_utf8(self, problem: UnicodeDecodeError) -> UserError:
-        line = self.line + problem.object.count(b"\n", 0, problem.start)
-        raw = problem.object[problem.object.rfind(b"\n", 0, problem.start) + 1 :].split(b"\n")[0]
-        return UserError(f"{self.path}:{line}: {_encoding_of(raw)}")
 
-
-def _encoding_of(raw: bytes) -> str:
-    """What is said of bytes that are not UTF-8: which encoding they may be in."""
-    for name in ("gb18030", "big5"):
-        try:
-            codecs.getincrementaldecoder(name)().decode(raw)  # the last character may be cut off
-            return f"不是 UTF-8，像是 {name} not UTF-8, looks like {name}; convert it: iconv -f {name} -t UTF-8"
-        except UnicodeDecodeError:
-            continue
-    return f"不是 UTF-8 not UTF-8: {raw[:40]!r}"
+def _of_lines(lines: _Lines) -> Iterator[Record]:
+    """The Records of a file of lines: JSON lines where the first that is no comment begins with {, else a table."""
+    first = next((line for line in lines if line.strip()), "")
+    seen = [first]
+    while seen[-1].lstrip().startswith(COMMENT) and (line := next(lines, "")):
+        seen.append(line)
+    row = seen[-1].lstrip()
+    lines.push_back(seen)
+    if row.startswith("{"):
+        return _json_lines(lines)
+    if first.lstrip().startswith("//") or row.startswith("[") and len(seen) > 1:
+        raise UserError(f"{lines.path}:{lines.number + 1}: {COMMENT_LINE}")
+    return _table(lines)
 
 
 def _json_lines(lines: _Lines) -> Iterator[Record]:
-    """The objects of JSON lines; one may be indented over several lines, and a comma may stand behind it."""
+    """The objects of JSON lines, and what else people write so: see `_other_line`."""
     for text in lines:
-        number = lines.number
-        if not text.strip():
-            continue
-        if text.strip() == "{":
-            text += _rest_of_object(lines)
         try:
-            yield Record(number, json.loads(text.rstrip().removesuffix(",")))
-        except ValueError as problem:
-            reason = f"JSON 行有误 broken JSON line: {problem}; one object a line"
-            yield Record(number, text.rstrip("\n"), reason, kind="broken-json")
-
-
-def _rest_of_object(lines: _Lines) -> str:
-    """The lines up to the one that closes an object which a line with { alone has opened."""
-    text = ""
-    for line in lines:
-        text += line
-        if line.rstrip().rstrip(",") == "}":
-            break
-    return text
-
-
-def _json_array(blocks: _Blocks) -> Iterator[Record]:
-    """The elements of one JSON array, decoded one at a time, so that the file is never a tree in memory.
-
-    ijson 3.6 would be as fast. It does not tell an element's line, its fast reader fails at integers over 64 bits and
-    reads half a character (a lone surrogate) as "?", and its own words about an error name no line.
-    """
-    text, start, line = "", 0, 1
-    place = "before"  # the array; then at an "element", "after" one, and "behind" the array
-    while True:
-        blanks = BLANKS.match(text, start)
-        skipped = blanks.end() if blanks else start
-        line += text.count("\n", start, skipped)
-        start = skipped
-        if start == len(text):
-            text, start = blocks.read(BLOCK), 0
-            if not text and place == "behind":
-                return
-            if not text:
-                raise UserError(
-                    f"{blocks.path}:{line}: JSON 数组没有结束 the JSON array does not end; is the file cut off?"
-                )
-        elif place == "before":
-            start, place = start + 1, "element"
-        elif place == "behind":
-            found = text[start : start + 40]
-            raise UserError(f"{blocks.path}:{line}: 数组之后还有内容 something follows the JSON array: {found!r}")
-        elif text[start] == "]":
-            start, place = start + 1, "behind"
-        elif place == "after":
-            if text[start] != ",":
-                raise UserError(
-                    f"{blocks.path}:{line}: 缺少逗号 a comma is missing before {text[start : start + 40]!r}"
-                )
-            start, place = start + 1, "element"
+            value, end = DECODER.raw_decode(text)
+            is_plain = text[end:] in LINE_ENDS
+        except ValueError:
+            is_plain = False
+        if is_plain:
+            yield Record(lines.number, value)
         else:
-            value, text, start, end = _element(text, start, blocks, line)
-            yield Record(line, value)
-            line, start, place = line + text.count("\n", start, end), end, "after"
+            yield from _other_line(text, lines)
 
 
-def _element(text: str, start: int, blocks: _Blocks, line: int) -> tuple[Any, str, int, int]:
-    """(value, text, start, end) of the element at text[start:end]; more is read where it is not whole."""
-    size = BLOCK
-    while True:
-        try:
-            value, end = DECODER.raw_decode(text, start)
-            if end < len(text) or text[end - 1] in '}]"':
-                return value, text, start, end
-            added = blocks.read(size)  # a number may have further digits
-            if not added:
-                return value, text, start, end
-        except ValueError as problem:
-            added = "" if _is_broken(problem, text) else blocks.read(size)
-            if not added:
-                where = line + text.count("\n", start, getattr(problem, "pos", start))
-                why, found = getattr(problem, "msg", problem), text[start : start + 40]
-                raise UserError(f"{blocks.path}:{where}: JSON 有误 broken JSON: {why} in {found!r}") from None
-        text, start, size = text[start:] + added, 0, size * 2
+def _other_line(text: str, lines: _Lines) -> list[Record]:
+    """The Records of a line that is not one JSON value.
+
+    Read are objects over several lines, objects in one line, with commas between or behind, and Python's dicts.
+    """
+    number = lines.number
+    if text.lstrip().startswith(COMMENT):
+        return [Record(number, text.rstrip("\n"), COMMENT_LINE, kind="broken-json")]
+    text += _rest_of_object(text, lines)
+    try:
+        return [Record(number + text.count("\n", 0, start), value) for start, value in _objects(text)]
+    except ValueError as problem:
+        reason = f"JSON 行有误 broken JSON line: {problem}; one object a line"
+        return [Record(number, text.rstrip("\n"), reason, kind="broken-json")]
 
 
-def _is_broken(problem: ValueError, text: str) -> bool:
-    """Whether a JSON error stays an error whatever follows `text`."""
-    at = getattr(problem, "pos", len(text))
-    return at < len(text) - LONGEST_TOKEN and "Unterminated string" not in str(problem)
+def _rest_of_object(text: str, lines: _Lines) -> str:
+    """The lines up to the one that closes the object which `text` opens; a { at the margin begins another one."""
+    rest, depth = "", _depth(text)
+    while depth > 0 and (line := next(lines, "")):
+        if line.startswith("{"):
+            lines.push_back([line])
+            break
+        rest, depth = rest + line, depth + _depth(line)
+    return rest
 
 
-def _table(lines: _Lines, path: str) -> Iterator[Record]:
+def _depth(line: str) -> int:
+    """How many brackets a line opens and does not close."""
+    bare = QUOTED.sub("", line)
+    return sum(map(bare.count, "{[")) - sum(map(bare.count, "]}"))
+
+
+def _objects(text: str) -> list[tuple[int, Any]]:
+    """[(where it begins, value)] of the one JSON value or the several objects in a text; ValueError for others."""
+    start = _next_object(text, 0)
+    if text.startswith("{'", start):
+        return [(start, _python_dict(text[start:].strip().removesuffix(",")))]
+    found: list[tuple[int, Any]] = []
+    while start < len(text):
+        value, end = DECODER.raw_decode(text, start)
+        found.append((start, value))
+        start = _next_object(text, end)
+    if len(found) > 1 and not all(isinstance(value, dict) for _, value in found):
+        raise ValueError("Extra data behind a value")
+    return found
+
+
+def _next_object(text: str, at: int) -> int:
+    """The place behind the blanks and the comma, if any, at `at`."""
+    between = BETWEEN.match(text, at)
+    return between.end() if between else at
+
+
+def _python_dict(text: str) -> Any:
+    """The value of a dict as Python prints it, in single quotes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unknown escape, such as \\d, which Python keeps
+            return ast.literal_eval(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError(
+            "Python 的字典 a Python dict that is no literal; write by json.dumps(row, ensure_ascii=False)"
+        ) from None
+
+
+def _table(lines: _Lines) -> Iterator[Record]:
     """Rows of a CSV or TSV file as dicts of text, by its header."""
     csv.field_size_limit(2**31 - 1)
     header_line = next(lines, "")
     if not header_line.strip():
-        raise UserError(f"{path}: 文件是空的 the file is empty")
+        raise UserError(f"{lines.path}: 文件是空的 the file is empty")
     delimiter = _delimiter(header_line)
     if header_line.startswith("sep="):
         header_line = next(lines, "")
-    lines.push_back(header_line)
+    lines.push_back([header_line])
     above = line = lines.number  # lines before the header
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        header = next(reader)
-        if len(set(header)) < len(header):
-            raise UserError(f"{path}:{line + 1}: 列名重复 a column name occurs twice in the header: {header}")
+        header = next(reader, [])
+        _check_header(header, f"{lines.path}:{line + 1}")
         line = above + reader.line_num
         for cells in reader:
             where, line = line + 1, above + reader.line_num
@@ -285,7 +221,7 @@ def _table(lines: _Lines, path: str) -> Iterator[Record]:
                 reason = f"{len(header)} 列 columns expected, {len(cells)} found"
                 yield Record(where, cells, reason, kind="columns")
     except csv.Error as problem:
-        raise UserError(f"{path}:{line + 1}: CSV 有误 broken CSV: {problem}") from None
+        raise UserError(f"{lines.path}:{line + 1}: CSV 有误 broken CSV: {problem}") from None
 
 
 def _delimiter(line: str) -> str:
@@ -295,6 +231,18 @@ def _delimiter(line: str) -> str:
     if "\t" in line:
         return "\t"
     return ";" if ";" in line and "," not in line else ","
+
+
+def _check_header(header: list[str], where: str) -> None:
+    """UserError where a name occurs twice, or none is a key that any reader knows: the first line may be a row."""
+    if len(set(header)) < len(header):
+        raise UserError(f"{where}: 列名重复 a column name occurs twice in the header: {header}")
+    if KNOWN.isdisjoint(name.strip().lower() for name in header):
+        found = ", ".join(header)[:80]
+        raise UserError(
+            f"{where}: 表头里没有认识的字段 only unknown keys in the header line: {found}; put one such as "
+            "instruction,output or question,answer above the rows"
+        )
 
 
 def _parquet(file: BinaryIO) -> Iterator[Record]:

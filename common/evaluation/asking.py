@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.data import formats
-from common.data.dataset import draw_rows
+from common.data.dataset import conversations, draw_rows
 from common.data.fields import holds_something
-from common.data.formats import Notes, conversations, conversations_in
-from common.data.sources import read_records, split_sample
+from common.data.formats import Notes, conversations_in
+from common.data.sources import read_records
 from common.data.turns import Conversation, Unusable, said
+from common.inputs import files_of
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
@@ -74,8 +75,7 @@ def held_out(
     """
     kept: list[Conversation] = []
     left_out: list[Unusable] = []
-    for spec in specs:
-        path, wanted = split_sample(spec)
+    for path, wanted in files_of(specs):
         rows = []
         for row in read(path, cfg, notes):
             if isinstance(row, Conversation):

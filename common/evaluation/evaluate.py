@@ -7,7 +7,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from common import distributed, launch
-from common.data import sources
 from common.data.accounts import show_repaired, show_unused
 from common.data.formats import Notes
 from common.data.turns import Conversation, Turn, said
@@ -28,6 +27,7 @@ from common.evaluation.records import (
 from common.evaluation.report import leave_report
 from common.evaluation.results import add_scores, sampling_of
 from common.evaluation.tables import ROW_METRIC, WORST, changes, heads, metric_rows, overlap_text
+from common.inputs import files_of, show_files
 from common.runs.adopted import find_manifest
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def held_out_rows(cfg: SFTConfig, rows: TrainingData | None = None) -> HeldOut:
     if cfg.eval_data_path:
         return _read(cfg, cfg.eval_data_path, cfg.eval_rows)
     wanted = set(rows.validation["where"]) if rows is not None else set()
-    paths = [sources.split_sample(spec)[0] for spec in cfg.data_path] if wanted else []
+    paths = [path for path, _ in files_of(cfg.data_path)] if wanted else []
     found = (row for path in paths for row in asking.questions(path, cfg))
     return list(islice((row for row in found if isinstance(row, Conversation) and row.where in wanted), cfg.eval_rows))
 
@@ -55,6 +55,8 @@ def rows_to_score(cfg: SFTConfig, limit: int) -> HeldOut:
     specs = cfg.data_path if "data_path" in cfg.given else cfg.eval_data_path
     if manifest and not cfg.given & {"data_path", "eval_data_path"}:
         specs = manifest["config"]["eval_data_path"]
+    if is_first():
+        show_files(specs)
     rows = _read(cfg, specs, limit)
     if not rows:
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from common import files
 from common.config import SFTConfig
-from common.data import formats
+from common.data import dataset
 from common.data.turns import Conversation, Turn
 from common.errors import UserError
 
@@ -38,7 +38,7 @@ def count(manifest: dict[str, Any], rows: Sequence[tuple[str, Sequence[Turn]]], 
         if not same:
             unread.append(source["path"])
             continue
-        for row in formats.conversations(source["path"], knobs):
+        for row in dataset.conversations(source["path"], knobs):
             if isinstance(row, Conversation) and row.where not in own:
                 trained |= _keys_of(row.turns) & wanted.keys()
     questions, whole = ({number for key in trained if key[0] == kind for number in wanted[key]} for kind in "qa")

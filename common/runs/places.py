@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import distributed
-from common.data.sources import split_sample
 from common.errors import UserError
+from common.inputs import files_of, show_files, split_member
 
 if TYPE_CHECKING:
     from common.config import SFTConfig, TrainFlags
@@ -42,18 +43,26 @@ def _check_training(cfg: SFTConfig, rehearsal: bool) -> None:
 
 
 def show_base(cfg: SFTConfig, flags: TrainFlags) -> None:
-    """Print which base train.py starts from, as its first line; on stderr where stdout is for JSON alone."""
+    """Print which base train.py starts from, as its first line, then the files that folders and patterns name.
+
+    They go to stderr where stdout is for JSON alone.
+    """
+    out = sys.stderr if flags.json else sys.stdout
     toy = cfg.path_model_pretrain == "embedded"
     note = (
         " (随附的小模型，只供试用 the small one shipped here, for a try; yours: --path_model_pretrain)" if toy else ""
     )
-    print(f"基座 base: {cfg.base}{note}", file=sys.stderr if flags.json else sys.stdout)
+    print(f"基座 base: {cfg.base}{note}", file=out)
+    knobs = () if flags.print_targets else ("data_path", "eval_data_path") if cfg.eval_rows else ("data_path",)
+    for knob in knobs:
+        with contextlib.suppress(UserError):  # told by check_training, or in the report of --check
+            show_files(getattr(cfg, knob), knob, out)
 
 
 def _check_placeholders(cfg: SFTConfig) -> None:
     """UserError where a name or author is given, and no row of the data has a place for one."""
     given = sorted(cfg.given & {"model_name", "model_author"})
-    if not given or any(_may_hold(split_sample(spec)[0], PLACEHOLDER) for spec in cfg.data_path):
+    if not given or any(_may_hold(path, PLACEHOLDER) for path, _ in files_of(cfg.data_path)):
         return
     raise UserError(
         f"--{given[0]} {getattr(cfg, given[0])[0]}: 数据里没有占位符 no row of --data_path holds a placeholder, "
@@ -79,7 +88,7 @@ def check_scoring(cfg: SFTConfig) -> None:
 
 def check_readable(specs: Sequence[str], knob: str) -> None:
     """UserError where a file among `specs` (path or path#N), values of `knob`, is missing or cannot be opened."""
-    for path in (split_sample(spec)[0] for spec in specs):
+    for path in (split_member(path)[0] for path, _ in files_of(specs, knob)):
         if "://" in path:
             continue
         try:

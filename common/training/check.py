@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.data import accounts, cache, dataset, formats, sources
+from common.data import accounts, cache, dataset
 from common.data.defects import DEFECTS
 from common.data.render import IGNORED
 from common.data.turns import Conversation, Repair, Turn, Unusable
 from common.errors import UserError, is_out_of_memory
+from common.inputs import files_of
 from common.launch import world_size
 from common.training import rehearsal, tuning
 from common.training.check_report import show_rows, show_step, show_verdict
@@ -125,7 +126,7 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
     files: list[Tokenised] = []
     findings: list[Finding] = []
     tokenizer_id = cache.tokenizer_hash(tokenizer)
-    for path in dict.fromkeys(sources.split_sample(spec)[0] for spec in cfg.data_path):
+    for path in _paths(cfg.data_path, findings):
         try:
             files.append(dataset.tokenised(path, cfg, tokenizer, tokenizer_id, prompt))
         except UserError as problem:
@@ -137,6 +138,17 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
         findings += [_unused(path, key, count) for key, count in files[-1].source["unused"].items()]
         findings += [_cut(cfg, where) for where, cut in zip(rows["where"], rows["cut"], strict=True) if cut]
     return files, findings
+
+
+def _paths(specs: Sequence[str], findings: list[Finding]) -> list[str]:
+    """The files that `specs` name, each once; a Finding is added for each spec that names none."""
+    paths: dict[str, None] = {}
+    for spec in specs:
+        try:
+            paths.update(dict.fromkeys(path for path, _ in files_of([spec])))
+        except UserError as problem:
+            findings.append(_unreadable(problem))
+    return list(paths)
 
 
 def _left_out(row: Unusable) -> Finding:
@@ -208,10 +220,9 @@ def _held_out_overlap(cfg: SFTConfig, texts: Texts) -> tuple[dict[str, int], lis
     """{held_out: equal rows, held_out_questions: equal questions}; Findings of equal and unusable held-out rows."""
     findings: list[Finding] = []
     same_rows = same_questions = 0
-    for spec in cfg.eval_data_path:
-        path = sources.split_sample(spec)[0]
+    for path in _paths(cfg.eval_data_path, findings):
         try:
-            for row in formats.conversations(path, cfg):
+            for row in dataset.conversations(path, cfg):
                 if isinstance(row, Unusable):
                     findings.append(_left_out(row))
                     continue
@@ -228,9 +239,9 @@ def _held_out_overlap(cfg: SFTConfig, texts: Texts) -> tuple[dict[str, int], lis
 
 def _conversations(cfg: SFTConfig) -> Iterator[Conversation]:
     """The usable rows of data_path; a file that breaks off has been reported already."""
-    for path in dict.fromkeys(sources.split_sample(spec)[0] for spec in cfg.data_path):
+    for path in _paths(cfg.data_path, []):
         with contextlib.suppress(UserError):
-            for row in formats.conversations(path, cfg):
+            for row in dataset.conversations(path, cfg):
                 if isinstance(row, Conversation):
                     yield row
 
