@@ -143,7 +143,8 @@ BROKEN_FOLDERS = {  # kind: (what breaks a folder with a small Gemma, what is sa
     ),
     "a tokenizer of nothing": (
         written("tokenizer.json", "{}"),
-        "tokenizer cannot be loaded: {folder}/tokenizer.json: 缺少或损坏 missing or damaged: model, added_tokens; download the file again",
+        "tokenizer cannot be loaded: {folder}/tokenizer.json: 缺少或损坏 missing or damaged: model, added_tokens; "
+        "download the file again",
     ),
     "a tokenizer without a model": (
         written("tokenizer.json", '{"added_tokens": []}'),

@@ -55,6 +55,7 @@ ANSWERED = {
     "null unknown here": {"messages": [U("你好")], "prediction": None, "audio": None},
     "thinking off": {"messages": [U("你好")], "chat_template_kwargs": {"enable_thinking": False}},
     "thinking off, as a field": {"messages": [U("你好")], "enable_thinking": False},
+    **{name: {"messages": messages} for name, messages in CONVERSATIONS.items()},
     "tools not to be used": {"messages": [U("你好")], "tools": [{"type": "function"}], "tool_choice": "none"},
 }
 REFUSED = {

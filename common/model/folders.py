@@ -88,8 +88,8 @@ def check_tokenizer(path: str | Path) -> None:
     lacking = [name for name, kind in parts.items() if not isinstance(found.get(name), kind)]
     if lacking:
         raise UserError(
-            f"{path}: 无法加载分词器 tokenizer cannot be loaded: {file}: 缺少或损坏 missing or damaged: {', '.join(lacking)}; "
-            "download the file again"
+            f"{path}: 无法加载分词器 tokenizer cannot be loaded: {file}: 缺少或损坏 missing or damaged: "
+            f"{', '.join(lacking)}; download the file again"
         )
 
 
