@@ -7,6 +7,7 @@ import pytest
 
 from common.cli import parse
 from common.config import PredictFlags
+from common.data import dataset
 from common.data.turns import Conversation, Turn
 from common.errors import UserError
 from common.evaluation import answer_file, asking

@@ -12,11 +12,13 @@ import zipfile
 import fsspec
 import pytest
 
-from common.data import conversations, dataset
+from common.data import dataset
 from common.data.sources import read_records
 from common.errors import UserError
+from common.evaluation import asking
 from common.files import file_hash
-from common.inputs import files_of, listing, show_files, split_member
+from common.inputs import files_of, listing, show_files
+from common.opened import split_member
 from common.training import check
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
@@ -306,7 +308,7 @@ def test_a_folder_is_trained_on_file_by_file(folder, tmp_path, tokenizer):
 
 
 def test_held_out_rows_may_be_in_a_folder(folder, tmp_path):
-    kept, left_out = conversations.held_out(settings(tmp_path), [str(folder)], 0)
+    kept, left_out = asking.held_out(settings(tmp_path), [str(folder)], 0)
     assert [row.where.removeprefix(f"{folder}/") for row in kept] == [
         "a.jsonl:1",
         "a.jsonl:2",

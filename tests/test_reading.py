@@ -20,6 +20,7 @@ from common.data.render import TooLongError
 from common.data.sources import read_records
 from common.data.turns import FormatError, Turn, fill_identity
 from common.errors import UserError
+from common.evaluation import asking
 
 QA = '{"question": "问", "answer": "答"}'
 ASKED = [Turn("user", "问"), Turn("assistant", "答")]
@@ -436,8 +437,8 @@ def test_a_bad_row_is_named_and_its_neighbours_are_kept(tmp_path, row, words):
 
 
 def kinds_given():
-    """Every kind that a file of common/data gives to an error, a Record or an Unusable."""
-    for file in Path(sources.__file__).parent.glob("*.py"):
+    """Every kind that a file which reads rows gives to an error, a Record or an Unusable."""
+    for file in [*Path(sources.__file__).parent.glob("*.py"), Path(asking.__file__)]:
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call):
                 continue
@@ -467,6 +468,15 @@ def test_rows_in_a_list_inside_an_object_are_not_lost(tmp_path):
     pretty = json.dumps({"data": [json.loads(QA)] * 3}, ensure_ascii=False, indent=2)
     ((line, reason),) = read(write(tmp_path, "b.json", pretty))[1]
     assert line == 1 and "the rows are in data: write that list alone" in reason
+
+
+def test_what_is_nested_too_deeply_is_named(tmp_path):
+    deep = "[" * 99_999
+    with pytest.raises(UserError, match="a.json:1: .*nested too deeply"):
+        read(write(tmp_path, "a.json", f"[{deep}"))
+    for text in (f'{{"query": {deep}', f'{{"query": "问", "response": {deep}{"]" * 99_999}}}'):
+        found, problems = read(write(tmp_path, "b.jsonl", f"{QA}\n{text}\n{QA}\n"))
+        assert [line for line, _ in found] == [1, 3] and "nested too deeply" in problems[0][1]
 
 
 def test_comments_in_an_array_and_python_lists_are_named(tmp_path):
@@ -749,7 +759,7 @@ def test_one_long_line(tmp_path):
 
 @pytest.mark.parametrize("joint, lines", [(",", [1] * 12), (",\n", range(1, 13)), ("\n , ", range(1, 13))], ids=repr)
 def test_arrays_longer_than_a_block(tmp_path, monkeypatch, joint, lines):
-    monkeypatch.setattr(sources, "BLOCK", 7)  # bytes: characters and numbers are cut somewhere
+    monkeypatch.setattr(arrays, "BLOCK", 7)  # bytes: characters and numbers are cut somewhere
     rows = [{"text": f"第{number}行，\n😀", "n": number * 10**number} for number in range(11)] + [123456789]
     texts = joint.join(json.dumps(row, ensure_ascii=False) for row in rows)
     records = list(read_records(write(tmp_path, "a.json", f"\ufeff[{texts}]")))

@@ -93,7 +93,7 @@ def _element(text: str, start: int, blocks: _Blocks, line: int) -> tuple[Any, st
     size = BLOCK
     while True:
         try:
-            value, end = DECODER.raw_decode(text, start)
+            value, end = decoded(text, start)
             if end < len(text) or text[end - 1] in '}]"':
                 return value, text, start, end
             added = blocks.read(size)  # a number may have further digits
@@ -107,6 +107,14 @@ def _element(text: str, start: int, blocks: _Blocks, line: int) -> tuple[Any, st
                 why = _hint(found) or str(getattr(problem, "msg", problem))
                 raise UserError(f"{blocks.path}:{where}: JSON 有误 broken JSON: {why} in {found!r}") from None
         text, start, size = text[start:] + added, 0, size * 2
+
+
+def decoded(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at `start`, and its end; JSONDecodeError where there is none."""
+    try:
+        return DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise json.JSONDecodeError("嵌套太深 nested too deeply", text, start) from None
 
 
 def _hint(found: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from common.data import formats
-from common.data.arrays import json_array
+from common.data.arrays import decoded, json_array
 from common.data.fields import MATTERS
 from common.errors import UserError
 from common.opened import COMMENT, COMMENT_LINE, HEAD, encoding_of, opened, said_of
@@ -123,7 +123,7 @@ def _json_lines(lines: _Lines) -> Iterator[Record]:
         try:
             value, end = DECODER.raw_decode(text)
             is_plain = text[end:] in LINE_ENDS
-        except ValueError:
+        except (ValueError, RecursionError):
             is_plain = False
         if is_plain:
             yield Record(lines.number, value)
@@ -171,7 +171,7 @@ def _objects(text: str) -> list[tuple[int, Any]]:
         return [(start, _python_dict(text[start:].strip().removesuffix(",")))]
     found: list[tuple[int, Any]] = []
     while start < len(text):
-        value, end = DECODER.raw_decode(text, start)
+        value, end = decoded(text, start)
         found.append((start, value))
         start = _next_object(text, end)
     if len(found) > 1 and not all(isinstance(value, dict) for _, value in found):

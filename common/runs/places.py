@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from common import distributed
 from common.errors import UserError
-from common.inputs import files_of, show_files, split_member
+from common.inputs import files_of, show_files
+from common.opened import split_member
 
 if TYPE_CHECKING:
     from common.config import SFTConfig, TrainFlags
