@@ -73,8 +73,9 @@ HABITS = {  # other tools' flags that are more or less than a knob here: what to
     "load_in_4bit": "--tuning qlora --quantization_bit 4",
     "load_in_8bit": "--tuning qlora --quantization_bit 8",
     "warmup_steps": "--warmup_ratio, 占总步数的比例 a share of the steps",
-    "checkpoint_dir": "--model_save_dir; 训练 train.py: --resume",
-    "ckpt_dir": "--model_save_dir; 训练 train.py: --resume",
+    "checkpoint": "--resume RUN/checkpoint-N, or --adapter_name_or_path RUN/checkpoint-N on new data",
+    "checkpoint_dir": "--model_save_dir, --checkpoint; 训练 train.py: --resume",
+    "ckpt_dir": "--model_save_dir, --checkpoint; 训练 train.py: --resume",
     "resume_from_checkpoint": "--resume",
 }
 
@@ -119,6 +120,7 @@ RANGES = {  # any value of its type where a knob is not named
     **dict.fromkeys("model_name model_author".split(), _NAMES),
     "max_steps": Range(lambda v: v == -1 or v >= 1, "-1 or at least 1"),
     "save_total_limit": Range(lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),
+    "checkpoint": Range(lambda v: v in ("best", "last") or v.isdecimal(), "best, last or a step"),
     "top_p": Range(lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "max_dropped": Range(lambda v: 0 <= v <= 1, "between 0 and 1"),
     "deepspeed": Range(lambda v: not v or os.path.isfile(os.path.expanduser(v)), "a JSON file that is there"),

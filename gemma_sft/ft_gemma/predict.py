@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, PredictFlags, argv)
     from common.inference import console
     from common.inference.answerer import Sampling
+    from common.runs import chosen
 
+    cfg = chosen.choose(cfg, flags)
     if flags.print_prompt:
         return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
     answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
