@@ -123,6 +123,7 @@ class TrainFlags:
 
     resume: str = "auto"  # auto: go on from the last whole checkpoint; never: start anew; or a checkpoint's folder
     resume_anyway: bool = False  # resume although data or options changed since; what changed is kept in the manifest
+    adapter_name_or_path: str = ""  # start from this LoRA adapter: a run, its checkpoint, or another tool's
     print_targets: bool = False  # list the linear layers LoRA can attach to, with shapes, and exit
     check: bool = False  # judge every row, try the heaviest step, print time, memory and a verdict; no training
     json: bool = False  # with --check: one JSON object on stdout and nothing else

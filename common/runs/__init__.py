@@ -8,5 +8,6 @@ manifest       what a run was trained on and with
 checkpoints    those that are whole
 chosen         which of them is asked for, or what the run ended with
 adopted        checkpoints and adapters of other tools, which answer as a run does
+lineage        what a run takes over from the adapter it starts from
 run            start, resume, save, finish
 """

@@ -64,11 +64,11 @@ def accept(folder: str | Path, manifest: dict[str, Any]) -> None:
         line = f"其他工具训练的适配器 an adapter of another tool, base {base}, prompt_style {style}"
     else:
         return
-    _refuse_split(folder)
+    refuse_split(folder)
     print(f"{folder}: {line}", file=sys.stderr)
 
 
-def _refuse_split(folder: Path) -> None:
+def refuse_split(folder: Path) -> None:
     """UserError where the adapter in `folder` is none over the base as its files hold it."""
     file = folder / "adapter_config.json"
     if not file.is_file():
