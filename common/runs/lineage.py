@@ -130,4 +130,5 @@ def _taken(cfg: SFTConfig, folder: Path, manifest: dict[str, Any] | None) -> dic
     for knob in (knob for knob in MODULES if knob not in cfg.given):
         taken[knob] = modules_of(config, knob)
     theirs = manifest["config"] if manifest else {}
-    return taken | {knob: theirs[knob] for knob in HABITS if knob in theirs and knob not in cfg.given}
+    habits = [knob for knob in HABITS if knob in theirs and knob not in cfg.given]
+    return taken | {knob: theirs[knob] for knob in habits if knob != "quantization_bit" or theirs["tuning"] == "qlora"}

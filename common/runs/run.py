@@ -186,7 +186,7 @@ def _check_same(earlier: dict[str, Any], manifest: dict[str, Any], checkpoint: P
         name: f"{old.get(name)} → {new.get(name)}" for name in sorted(old | new) if old.get(name) != new.get(name)
     }
     told = "; ".join(f"{name}: {values}" for name, values in changed.items())
-    unloadable = changed.keys() & (SHAPING | {"base"})
+    unloadable = changed.keys() & (SHAPING | {"base", "adapter_name_or_path"})
     if anyway and changed and not unloadable:
         print(f"照样继续 resuming although data or options differ: {told}")
         manifest["resumed_anyway"] = changed
