@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 from common.config import LORA, ROOT, Names, SFTConfig
-from common.knobs import ALIASES, BELONGS, HABITS, NOT_TRAINED, PATH_LISTS, PATHS, RANGES, STEPS
+from common.knobs import ALIASES, BELONGS, HABITS, PATH_LISTS, PATHS, RANGES, STEPS
 from common.launch import let_first_speak, world_size
 
 CLOSE = 0.8  # how alike a flag and the one suggested are, of 1: no suggestion is better than a wrong one
@@ -165,8 +165,8 @@ def _parser(classes: list[type], knobs: Knobs) -> _Parser:
 
 
 def _is_alias(name: str, knobs: Knobs) -> bool:
-    """Whether `name` is another spelling of a knob in the recipe that has these; `resume` is train.py's own."""
-    return name in ALIASES and name not in knobs and not (name in NOT_TRAINED and "resume" in knobs)
+    """Whether `name` is another spelling of a knob in the recipe that has these, and not a knob itself."""
+    return name in ALIASES and name not in knobs
 
 
 def _argument(kind: Any) -> dict[str, Any]:

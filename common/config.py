@@ -124,6 +124,7 @@ class TrainFlags:
 
     resume: str = "auto"  # auto: go on from the last whole checkpoint; never: start anew; or a checkpoint's folder
     resume_anyway: bool = False  # resume although data or options changed since; what changed is kept in the manifest
+    adapter_name_or_path: str = ""  # start from this LoRA adapter: a run, its checkpoint, or another tool's
     print_targets: bool = False  # list the linear layers LoRA can attach to, with shapes, and exit
     check: bool = False  # judge every row, try the heaviest step, print time, memory and a verdict; no training
     json: bool = False  # with --check: one JSON object on stdout and nothing else
@@ -135,6 +136,7 @@ class PredictFlags:
 
     query: str = ""  # answer this one question on stdout and exit
     output: str = ""  # answer all questions of --data_path into this file, as JSON lines, and exit
+    checkpoint: str = ""  # answer as this checkpoint of the run: best (by validation loss), last, or a step
     base: bool = False  # talk to the base model without the adapter
     compare: bool = False  # show the base's and the tuned model's answers side by side
     print_prompt: str = ""  # print the prompt's text and ids for this question as JSON; loads no weights
@@ -147,6 +149,7 @@ class EvaluationFlags:
     """What evaluation.py takes beside the knobs; --data_path is the held-out file here."""
 
     limit: int = 0  # score only the first rows (of each subject); 0: all
+    checkpoint: str = ""  # answer as this checkpoint of the run: best (by validation loss), last, or a step
     base: bool = False  # score the base model without the adapter
     compare: bool = False  # score both, side by side
     tasks: tuple[str, ...] = ()  # benchmarks instead of held-out rows: ceval cmmlu mmlu arc gsm8k probe
@@ -159,6 +162,7 @@ class EvaluationFlags:
 class ServeFlags:
     """What post_api.py takes beside the knobs."""
 
+    checkpoint: str = ""  # answer as this checkpoint of the run: best (by validation loss), last, or a step
     base: bool = False  # serve the base model without the adapter
     adapters: tuple[str, ...] = ()  # more runs on the same base, name=folder each; requests choose by `model`
     api_key: str = ""  # clients must send it as a Bearer token; a --config file keeps it off the process list
@@ -176,7 +180,8 @@ class ServeFlags:
 class ExportFlags:
     """What export.py takes beside the knobs."""
 
-    output_dir: str = ""  # new folder for the whole model; default: model_save_dir + _merged
+    checkpoint: str = ""  # answer as this checkpoint of the run: best (by validation loss), last, or a step
+    output_dir: str = ""  # new folder for the whole model; default: the one exported + _merged
 
 
 TASKS = ("ceval", "cmmlu", "mmlu", "arc", "gsm8k", "probe")

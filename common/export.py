@@ -24,6 +24,7 @@ from common.inference.tuned import open_run
 from common.model.adapter import load_tuned, merge_reasons
 from common.model.layers import causal_of
 from common.model.loading import load_whole, pad_id_of
+from common.runs.checkpoints import step_of
 from common.runs.places import check_writable
 
 if TYPE_CHECKING:
@@ -161,7 +162,10 @@ def same_answer(found: Sequence[int], new: Sequence[int], logits: torch.Tensor, 
 
 def new_folder(cfg: SFTConfig, flags: ExportFlags) -> Path:
     """Where the model goes; UserError where something is there already, or nothing can be written there."""
-    folder = Path(flags.output_dir or f"{cfg.model_save_dir}_merged")
+    exported = Path(cfg.model_save_dir)
+    if step_of(exported) is not None:  # not among the checkpoints, but beside the run
+        exported = exported.parent.with_name(f"{exported.parent.name}_{exported.name}")
+    folder = Path(flags.output_dir or f"{exported}_merged")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: 已经存在 already exists and is not overwritten; give another --output_dir")
     check_writable(folder.parent, "output_dir")

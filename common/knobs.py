@@ -35,7 +35,7 @@ ALIASES = {  # names people type by habit
     "model_name_or_path": "path_model_pretrain",
     "model": "path_model_pretrain",
     "model_path": "path_model_pretrain",
-    "adapter_name_or_path": "model_save_dir",  # not in train.py, see NOT_TRAINED
+    "adapter_name_or_path": "model_save_dir",  # where it answers; train.py has a flag of this name
     "output_dir": "model_save_dir",
     "dataset": "data_path",
     "num_train_epochs": "epochs",
@@ -53,14 +53,11 @@ ALIASES = {  # names people type by habit
     "activation_checkpointing": "gradient_checkpointing",
 }
 
-NOT_TRAINED = {"adapter_name_or_path"}  # aliases that would mislead in train.py, which writes to that folder
 STEPS = "gradient_accumulation_steps"  # no knob of its own: batch_size is micro_batch_size × it × processes
 
 LENGTHS = "--max_length_q (提问 prompt), --max_length_a (回答 answer)"
 TEMPLATE = "不需要 needs no flag: each family's recipe has its models' own template"
 HABITS = {  # other tools' flags that are more or less than a knob here: what to do instead
-    "adapter_name_or_path": "train.py 从基座训练 trains from the base, --path_model_pretrain, into --model_save_dir; "
-    "--resume goes on from a checkpoint; export.py merges an adapter into its base, to be trained on",
     "template": TEMPLATE,
     "chat_template": TEMPLATE,
     "cutoff_len": LENGTHS,
@@ -73,13 +70,14 @@ HABITS = {  # other tools' flags that are more or less than a knob here: what to
     "load_in_4bit": "--tuning qlora --quantization_bit 4",
     "load_in_8bit": "--tuning qlora --quantization_bit 8",
     "warmup_steps": "--warmup_ratio, 占总步数的比例 a share of the steps",
-    "checkpoint_dir": "--model_save_dir; 训练 train.py: --resume",
-    "ckpt_dir": "--model_save_dir; 训练 train.py: --resume",
+    "checkpoint": "--resume RUN/checkpoint-N, or --adapter_name_or_path RUN/checkpoint-N on new data",
+    "checkpoint_dir": "--model_save_dir, --checkpoint; 训练 train.py: --resume",
+    "ckpt_dir": "--model_save_dir, --checkpoint; 训练 train.py: --resume",
     "resume_from_checkpoint": "--resume",
 }
 
 # a path typed by a user is relative to where the command is called
-PATHS = frozenset("model_save_dir output_dir output deepspeed".split())
+PATHS = frozenset("model_save_dir adapter_name_or_path output_dir output deepspeed".split())
 PATH_LISTS = frozenset("data_path eval_data_path".split())  # URLs are left as they are
 
 BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belong to
@@ -119,6 +117,7 @@ RANGES = {  # any value of its type where a knob is not named
     **dict.fromkeys("model_name model_author".split(), _NAMES),
     "max_steps": Range(lambda v: v == -1 or v >= 1, "-1 or at least 1"),
     "save_total_limit": Range(lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),
+    "checkpoint": Range(lambda v: v in ("best", "last") or v.isdecimal(), "best, last or a step"),
     "top_p": Range(lambda v: 0 < v <= 1, "above 0 and at most 1"),
     **dict.fromkeys("max_dropped min_p".split(), Range(lambda v: 0 <= v <= 1, "between 0 and 1")),
     "deepspeed": Range(lambda v: not v or os.path.isfile(os.path.expanduser(v)), "a JSON file that is there"),

@@ -383,7 +383,7 @@ HABITUAL = {  # flags of LLaMA-Factory, TRL and ms-swift: what train.py says of 
     "warmup_steps": "--warmup_ratio",
     "val_size": "--val_set_size",
     "preprocessing_num_workers": "",
-    "adapter_name_or_path": "--resume goes on from a checkpoint",
+    "checkpoint": "--resume RUN/checkpoint-N",
     "checkpoint_dir": "--model_save_dir",
     "resume_from_checkpoint": "--resume",
     "max_samples": "",
@@ -412,6 +412,12 @@ def test_an_adapter_is_named_by_habit_where_it_answers(tmp_path):
     for flags_class in (PredictFlags, EvaluationFlags, ServeFlags, ExportFlags):
         cfg, _ = parse(Config, flags_class, ["--adapter_name_or_path", str(tmp_path)])
         assert cfg.model_save_dir == str(tmp_path)
+
+
+def test_in_train_it_is_where_the_run_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg, flags = parse(Config, TrainFlags, ["--adapter_name_or_path", "out"])
+    assert flags.adapter_name_or_path == str(tmp_path / "out") != cfg.model_save_dir
 
 
 # ---------------------------------------------------------------- what is refused

@@ -126,6 +126,7 @@ def check_methods(folder, outputs):
         assert (folder / f"out_{name}/adapter_model.safetensors").is_file(), name
     assert all((folder / f"out_{name}/model.safetensors").is_file() for name in ("full", "freeze"))
     assert set(manifest(folder / "out_steps")["resumed_anyway"]) == {"learning_rate"}
+    assert [one["folder"] for one in manifest(folder / "out_on")["lineage"]] == [str(folder / "out_linear")]
 
 
 def check_prompts(folder, outputs):

@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ExportFlags, argv)
     import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
     from common import export
+    from common.runs import chosen
 
+    cfg = chosen.choose(cfg, flags)
     folder = export.new_folder(cfg, flags)
     tuned = export.load(cfg, prompt)
     expected = export.measure(tuned)

@@ -17,9 +17,10 @@ from common.errors import run_main
 
 def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ServeFlags, argv)
+    from common.runs import chosen
     from common.serving import app
 
-    app.run(load_answer, cfg, flags)
+    app.run(load_answer, chosen.choose(cfg, flags), flags)
 
 
 if __name__ == "__main__":

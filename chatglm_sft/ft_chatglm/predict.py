@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
     from common.inference import console
     from common.inference.answerer import Sampling
+    from common.runs import chosen
 
+    cfg = chosen.choose(cfg, flags)
     if flags.output:
         from common.evaluation import answer_file
 

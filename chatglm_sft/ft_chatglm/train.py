@@ -22,26 +22,27 @@ def main(argv: list[str] | None = None) -> None:
     from common.data import accounts, dataset
     from common.evaluation import evaluate
     from common.model import layers, loading
-    from common.runs import places, run
+    from common.runs import lineage, places, run
 
     # torch is imported only now, so that --help answers at once
     from common.training import check, report, trainer, tuning
 
     distributed.join(cfg)
     places.check_training(cfg, flags)
+    cfg, parent = lineage.inherit(cfg, flags)
     places.show_base(cfg, flags)
     tokenizer = loading.load_tokenizer(cfg.base, prompt)
     base = loading.load_base(cfg.base, cfg.dtype, cfg.bits)
     if flags.print_targets:
         return layers.show_targets(base)
     if flags.check:
-        return check.run(cfg, flags, base, tokenizer, prompt)
+        return check.run(cfg, flags, base, tokenizer, prompt, parent)
     rows = dataset.prepare(cfg, tokenizer, prompt)
     accounts.show_counts(rows)
     accounts.show_first(rows, tokenizer)
     held_out = evaluate.held_out_rows(cfg, rows)
-    work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway)
-    net = tuning.make_trainable(base, cfg)
+    work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway, parent)
+    net = tuning.make_trainable(base, cfg, parent)
     layers.show_parameters(net)
     results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
     report.leave(work, net, tokenizer, results)

@@ -16,7 +16,8 @@ Key = tuple[str, tuple[str, ...]]  # "q" or "a", and the texts of a conversation
 
 def count(manifest: dict[str, Any], rows: Sequence[tuple[str, Sequence[Turn]]], apart: bool = False) -> dict[str, Any]:
     """{questions, rows, unread}: how many of `rows` [(where, turns)] have their question, or question and answer, in
-    the files the run in `manifest` was trained on; `unread` names files that are gone or no longer the same.
+    the files that the run in `manifest`, and those whose adapter it started from, were trained on; `unread` names files
+    that are gone or no longer the same.
 
     Blanks and system texts do not count. apart: the rows are the run's validation rows, which were kept out of
     training: what stands in their own line of the file is no overlap.
@@ -30,7 +31,7 @@ def count(manifest: dict[str, Any], rows: Sequence[tuple[str, Sequence[Turn]]], 
     unread = []
     trained_with = manifest["config"]
     knobs = SFTConfig(model_name=tuple(trained_with["model_name"]), model_author=tuple(trained_with["model_author"]))
-    for source in manifest["data"]:
+    for source in _sources(manifest):
         try:
             same = files.file_hash(source["path"]) == source["sha256"]
         except UserError:
@@ -43,6 +44,12 @@ def count(manifest: dict[str, Any], rows: Sequence[tuple[str, Sequence[Turn]]], 
                 trained |= _keys_of(row.turns) & wanted.keys()
     questions, whole = ({number for key in trained if key[0] == kind for number in wanted[key]} for kind in "qa")
     return {"questions": len(questions), "rows": len(whole), "unread": unread}
+
+
+def _sources(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each file that the run, or one of those whose adapter it started from, was trained on; once."""
+    earlier = [source for one in manifest.get("lineage", []) for source in one["data"]]
+    return list({(source["path"], source["sha256"]): source for source in [*earlier, *manifest["data"]]}.values())
 
 
 def _keys_of(turns: Sequence[Turn]) -> set[Key]:

@@ -49,7 +49,8 @@ def open_run(
         raise UserError(f"{cfg.model_save_dir}: 还没有训练结果 no trained run here; run train.py first, or give --base")
     if manifest is not None and manifest["state"] != "finished" and not base:
         raise UserError(
-            f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; the same train.py command resumes it"
+            f"{cfg.model_save_dir}: 训练没有完成 the run is not finished; "
+            "the same train.py command resumes it, --checkpoint last answers as it is so far"
         )
     trained = trained_with(cfg, manifest, base)
     tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
@@ -51,19 +51,23 @@ def load_tuned(trained: TrainedWith, folder: str | Path, dtype: str) -> PreTrain
     if trained.tuning not in LORA:
         return load_base(folder, dtype)
     check_adapter(folder)  # before a large base is loaded for nothing
-    _check_kind(folder)
+    config_of(folder)
     return attach(load_base(trained.path_model_pretrain, dtype, trained.bits), folder)
 
 
-def attach(base: PreTrainedModel | PeftModel, folder: str | Path, name: str = "default") -> PeftModel:
+def attach(
+    base: PreTrainedModel | PeftModel, folder: str | Path, name: str = "default", dropout: float | None = None
+) -> PeftModel:
     """`base` with the adapter saved in `folder` under peft's `name`.
 
     UserError where its file is damaged, or a key is missing or left over.
 
-    base: a model, or a PeftModel that gets one more adapter.
+    base: a model, or a PeftModel that gets one more adapter. dropout: that of an adapter that will be trained on; None:
+    it only answers.
     """
-    file = check_adapter(folder)
-    _check_kind(folder)
+    file, config = check_adapter(folder), config_of(folder)
+    if dropout is not None:
+        config.lora_dropout, config.base_model_name_or_path = dropout, base.name_or_path
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of missing keys; the comparison below refuses them
         try:
@@ -71,19 +75,39 @@ def attach(base: PreTrainedModel | PeftModel, folder: str | Path, name: str = "d
                 base.load_adapter(folder, adapter_name=name)
                 model = base
             else:
-                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+                model = PeftModel.from_pretrained(
+                    base, folder, adapter_name=name, config=config, is_trainable=dropout is not None
+                )
         except (RuntimeError, ValueError, TypeError) as problem:
-            reason = " ".join(str(problem).split())[:200]
-            raise UserError(f"{folder}: 适配器与模型不符 the adapter does not fit: {reason}") from None
+            raise _misfit(folder, problem) from None
     compare_adapter(adapter_state(model, name=name), load_file(file), folder)
     return model.eval()
 
 
-def _check_kind(folder: str | Path) -> None:
-    """UserError where the adapter in `folder` is no LoRA."""
+def config_of(folder: str | Path) -> LoraConfig:
+    """peft's config of the adapter in `folder`; UserError where it is no LoRA."""
     kind = read_object(Path(folder) / "adapter_config.json").get("peft_type", "of no peft_type")
     if kind != "LORA":
         raise UserError(f"{folder}: 只支持 LoRA only LoRA adapters are used, this is {kind}")
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of keys that a newer peft wrote: the weights are compared when they are loaded
+        try:
+            return LoraConfig.from_pretrained(folder)
+        except (ValueError, TypeError) as problem:
+            raise _misfit(folder, problem) from None
+
+
+def modules_of(config: LoraConfig, name: str) -> tuple[str, ...]:
+    """An adapter's `target_modules` or `modules_to_save` in order of their names; a pattern stands alone."""
+    names = getattr(config, name) or ()
+    return (names,) if isinstance(names, str) else tuple(sorted(names))
+
+
+def _misfit(folder: str | Path, problem: Exception) -> UserError:
+    reason = " ".join(str(problem).split())[:200]
+    return UserError(f"{folder}: 适配器与模型不符 the adapter does not fit: {reason}")
 
 
 @contextlib.contextmanager

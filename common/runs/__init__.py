@@ -6,6 +6,8 @@ predict, evaluation, service and export compare base, tokenizer and template. In
 places         whether its files can be read and written, asked before anything is loaded
 manifest       what a run was trained on and with
 checkpoints    those that are whole
+chosen         which of them is asked for, or what the run ended with
 adopted        checkpoints and adapters of other tools, which answer as a run does
+lineage        what a run takes over from the adapter it starts from
 run            start, resume, save, finish
 """

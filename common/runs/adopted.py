@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.model.folders import read_object
-from common.runs.checkpoints import is_whole
+from common.runs.checkpoints import is_whole, step_of
 from common.runs.manifest import matching, read_manifest
 
 if TYPE_CHECKING:
@@ -19,14 +18,12 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.data.family import Family
 
-CHECKPOINT = re.compile(r"checkpoint-\d+")
-
 
 def find_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of the run in `folder`, or of the run whose checkpoint it is, or None; UserError where damaged."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    if manifest is not None or not CHECKPOINT.fullmatch(folder.name):
+    if manifest is not None or step_of(folder) is None:
         return manifest
     manifest = read_manifest(folder.parent)
     if manifest is None:
@@ -67,11 +64,11 @@ def accept(folder: str | Path, manifest: dict[str, Any]) -> None:
         line = f"其他工具训练的适配器 an adapter of another tool, base {base}, prompt_style {style}"
     else:
         return
-    _refuse_split(folder)
+    refuse_split(folder)
     print(f"{folder}: {line}", file=sys.stderr)
 
 
-def _refuse_split(folder: Path) -> None:
+def refuse_split(folder: Path) -> None:
     """UserError where the adapter in `folder` is none over the base as its files hold it."""
     file = folder / "adapter_config.json"
     if not file.is_file():

@@ -1,12 +1,14 @@
 """Checkpoints that are whole: their files are what was written."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 from common.files import file_hash, write_json
 
 WHOLE = "whole.json"
+NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def mark_whole(checkpoint: str | Path) -> None:
@@ -14,10 +16,21 @@ def mark_whole(checkpoint: str | Path) -> None:
     write_json(Path(checkpoint) / WHOLE, _hashes(checkpoint))
 
 
+def step_of(folder: str | Path) -> int | None:
+    """The step of a checkpoint's folder, None where its name is not checkpoint-N."""
+    name = NAME.fullmatch(Path(folder).name)
+    return int(name[1]) if name else None
+
+
+def by_step(folder: str | Path) -> dict[int, Path]:
+    """{step: checkpoint} of a run's folder, whole or not, the oldest first."""
+    found = [(step_of(path), path) for path in Path(folder).glob("checkpoint-*") if path.is_dir()]
+    return dict(sorted((step, path) for step, path in found if step is not None))
+
+
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint whose files are what was written, or None; those cut off or damaged are removed."""
-    found = Path(folder).glob("checkpoint-*")
-    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    for checkpoint in reversed(by_step(folder).values()):
         if is_whole(checkpoint):
             return checkpoint
         print(f"删除不完整的检查点 removing a checkpoint that was cut off or damaged: {checkpoint}")

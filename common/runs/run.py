@@ -21,6 +21,7 @@ from common.launch import rank
 from common.model import verify
 from common.model.adapter import saved_alone
 from common.runs.checkpoints import is_whole, last_whole_checkpoint
+from common.runs.lineage import generations
 from common.runs.manifest import MANIFEST, describe, read_manifest
 
 if TYPE_CHECKING:
@@ -56,15 +57,18 @@ def start(
     prompt: Family,
     rows: TrainingData,
     resume_anyway: bool = False,
+    parent: Path | None = None,
 ) -> Run:
     """Open the run's folder for this run alone and write its manifest and rejected.jsonl: the Run.
 
     resume: "auto" goes on from the last whole checkpoint of an unfinished run; "never" starts anew; or a checkpoint's
     folder. An earlier run's files are moved aside, never overwritten. UserError where the data or options differ from
     the run to be resumed (except with resume_anyway, where they fit its weights), or another process trains into the
-    folder.
+    folder. parent: folder of the adapter that the run starts from.
     """
     folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
+    if parent:
+        manifest["lineage"] = generations(parent, cfg.base, tokenizer, prompt)
     opened = distributed.first(lambda: _open(folder, manifest, resume, rows, resume_anyway))
     lock, checkpoint = opened or (None, None)
     return Run(folder, _seen_by_all(folder, manifest), lock, distributed.share(checkpoint))
@@ -182,7 +186,7 @@ def _check_same(earlier: dict[str, Any], manifest: dict[str, Any], checkpoint: P
         name: f"{old.get(name)} → {new.get(name)}" for name in sorted(old | new) if old.get(name) != new.get(name)
     }
     told = "; ".join(f"{name}: {values}" for name, values in changed.items())
-    unloadable = changed.keys() & (SHAPING | {"base"})
+    unloadable = changed.keys() & (SHAPING | {"base", "adapter_name_or_path"})
     if anyway and changed and not unloadable:
         print(f"照样继续 resuming although data or options differ: {told}")
         manifest["resumed_anyway"] = changed
@@ -200,6 +204,8 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
     base, tokenizer, template = manifest["base"], manifest["tokenizer_sha256"], manifest["template"]["sha256"]
     shared = {"processes": manifest.get("processes", "1")}
+    if "lineage" in manifest:
+        shared["adapter_name_or_path"] = manifest["lineage"][-1]["sha256"]
     return knobs | data | shared | {"base": base, "tokenizer": tokenizer, "template": template}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from common.errors import UserError
 from common.model import adapter, loading
 from common.model.layers import causal_of
-from common.runs.manifest import read_manifest
+from common.runs import adopted
 
 if TYPE_CHECKING:
     from common.inference.answerer import Answerer
@@ -39,10 +39,11 @@ def load(answer: Answerer, specs: Sequence[str], alone: str = "tuned") -> dict[s
 
 
 def _check(answer: Answerer, folder: str) -> None:
-    """UserError where the run in `folder` was trained on another base or prompt; a bare adapter says nothing of it."""
-    manifest = read_manifest(folder)
+    """UserError where the run in `folder`, or of the checkpoint there, has another base or prompt."""
+    manifest = adopted.find_manifest(folder)
     if manifest is None:
         return
+    adopted.accept(folder, manifest)
     net = causal_of(answer.net)
     served = loading.base_hash(net.name_or_path), answer.style
     trained = manifest["base"]["sha256"], manifest["template"]["style"]

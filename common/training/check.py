@@ -24,6 +24,8 @@ from common.training import rehearsal, tuning
 from common.training.check_report import show_rows, show_step, show_verdict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.config import SFTConfig, TrainFlags
@@ -53,7 +55,12 @@ class Finding(NamedTuple):
 
 
 def run(
-    cfg: SFTConfig, flags: TrainFlags, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Family
+    cfg: SFTConfig,
+    flags: TrainFlags,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Family,
+    parent: Path | None = None,
 ) -> None:
     """Print what --check found, with `flags.json` as one JSON object; SystemExit(1) where the verdict is bad."""
     if world_size() > 1:
@@ -63,7 +70,7 @@ def run(
     with contextlib.redirect_stdout(sys.stderr) if flags.json else contextlib.nullcontext():
         rows, report = examine(cfg, tokenizer, prompt)
         show_rows(report)
-        measured, failures = rehearse(cfg, base, tokenizer, rows) if rows else ({}, [])
+        measured, failures = rehearse(cfg, base, tokenizer, rows, parent) if rows else ({}, [])
         show_step(measured)
         report |= measured | _judged(cfg, report, failures)
         show_verdict(report)
@@ -283,11 +290,15 @@ def masked_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> li
 
 
 def rehearse(
-    cfg: SFTConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TrainingData
+    cfg: SFTConfig,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: TrainingData,
+    parent: Path | None = None,
 ) -> tuple[Report, list[str]]:
     """({step, memory} of training on the heaviest micro batch of the run, what went wrong as a list of texts)."""
     try:
-        return rehearsal.rehearse(tuning.make_trainable(base, cfg), rows, cfg, tokenizer), []
+        return rehearsal.rehearse(tuning.make_trainable(base, cfg, parent), rows, cfg, tokenizer), []
     except UserError as problem:
         return {}, [str(problem)]
     except (MemoryError, RuntimeError) as problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from common import distributed, files
@@ -123,9 +124,6 @@ def write_card(work: run.Run, results: dict[str, Any]) -> None:
     """README.md: what was trained, how to load it, on what, and how it scores."""
     manifest, base = work.manifest, work.manifest["base"]["path"]
     knobs = manifest["config"]
-    data = "\n".join(
-        f"- `{Path(s['path']).name}`: {s['used']} rows, sha256 `{s['sha256'][:12]}`" for s in manifest["data"]
-    )
     text = f"""---
 base_model: {base}
 library_name: {"peft" if knobs["tuning"] in LORA else "transformers"}
@@ -148,7 +146,7 @@ Prompt (`{manifest["template"]["style"]}`), exactly:
 
 ## Data
 
-{data}
+{_sources(manifest["data"])}{_lineage(manifest)}
 
 ## Training
 
@@ -158,6 +156,20 @@ Prompt (`{manifest["template"]["style"]}`), exactly:
 ![training loss](training_loss.png)
 {_score_table(results)}"""
     (work.folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _sources(data: list[dict[str, Any]]) -> str:
+    return "\n".join(f"- `{Path(s['path']).name}`: {s['used']} rows, sha256 `{s['sha256'][:12]}`" for s in data)
+
+
+def _lineage(manifest: dict[str, Any]) -> str:
+    """The adapters the run goes back to, the first one first, and on what each was trained; "" where it has none."""
+    parts = [
+        f"- `{one['folder']}`, adapter's sha256 `{one['sha256'][:12]}`, trained on\n"
+        + (indent(_sources(one["data"]), "  ") or "  - what its folder does not say")
+        for one in manifest.get("lineage", [])
+    ]
+    return "\n".join(["", "", "## Started from", "", *parts]) if parts else ""
 
 
 def _title(knobs: dict[str, Any]) -> str:

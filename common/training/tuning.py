@@ -16,6 +16,7 @@ from common import distributed
 from common.device import resolve_dtype
 from common.errors import UserError
 from common.launch import rank
+from common.model import adapter
 from common.model.layers import linear_layers
 from common.model.weights import readable
 
@@ -36,14 +37,15 @@ class Start(NamedTuple):
     pissa: dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (A [r, in], B [out, r])} of PiSSA, else {}
 
 
-def make_trainable(base: PreTrainedModel, cfg: SFTConfig) -> PreTrainedModel | PeftModel:
+def make_trainable(base: PreTrainedModel, cfg: SFTConfig, parent: Path | None = None) -> PreTrainedModel | PeftModel:
     """`base` with what `cfg.tuning` trains ready for it, everything else frozen.
 
+    parent: folder of the adapter whose weights are trained on, of the shape that `cfg` says (lineage.inherit).
     What is trained is fp32, also over a bf16 base: steps smaller than bf16 can tell apart would be lost.
     """
     torch.manual_seed(cfg.seed)
     prepare = {"full": _train_all, "freeze": _train_last_layers}.get(cfg.tuning, _add_lora)
-    net = prepare(base, cfg)
+    net = _go_on(base, cfg, parent) if parent else prepare(base, cfg)
     for parameter in _trained(net).values():
         if not hasattr(parameter, "ds_id"):  # DeepSpeed keeps fp32 by itself
             parameter.data = parameter.data.float()
@@ -129,11 +131,7 @@ def _add_lora(base: PreTrainedModel, cfg: SFTConfig) -> PeftModel:
         target_modules=named(base, cfg.target_modules),
         modules_to_save=named(base, cfg.modules_to_save) or None,
     )
-    if cfg.modules_to_save and base.config.tie_word_embeddings and distributed.strategy(cfg) == "FSDP2":
-        raise UserError(
-            f"--modules_to_save {' '.join(cfg.modules_to_save)}: FSDP2 不能拆分共享的权重 cannot split weights that "
-            "embedding and head share; use DDP or configs/deepspeed/zero3.json"
-        )
+    _check_shared(base, cfg)
     if cfg.use_pissa:
         _check_pissa(base, config)
     try:
@@ -145,6 +143,29 @@ def _add_lora(base: PreTrainedModel, cfg: SFTConfig) -> PeftModel:
         raise UserError(
             f"--target_modules {' '.join(cfg.target_modules)}: {reason}; --print_targets 列出 lists them"
         ) from None
+
+
+def _go_on(base: PreTrainedModel, cfg: SFTConfig, parent: Path) -> PeftModel:
+    """`base` with the LoRA layers saved in `parent`, as they are; UserError where the user asks for other modules."""
+    _check_shared(base, cfg)
+    config = adapter.config_of(parent)
+    for name in sorted(cfg.given & {"target_modules", "modules_to_save"}):
+        theirs = adapter.modules_of(config, name)
+        if set(named(base, getattr(cfg, name))) != set(theirs):
+            raise UserError(
+                f"--{name} {' '.join(getattr(cfg, name))}: 适配器的是 the adapter in {parent} has "
+                f"{' '.join(theirs) or 'none'}; leave the flag out, or train without --adapter_name_or_path"
+            )
+    return adapter.attach(base, parent, dropout=cfg.lora_dropout)
+
+
+def _check_shared(base: PreTrainedModel, cfg: SFTConfig) -> None:
+    """UserError where FSDP2 would have to split weights that two modules share."""
+    if cfg.modules_to_save and base.config.tie_word_embeddings and distributed.strategy(cfg) == "FSDP2":
+        raise UserError(
+            f"--modules_to_save {' '.join(cfg.modules_to_save)}: FSDP2 不能拆分共享的权重 cannot split weights that "
+            "embedding and head share; use DDP or configs/deepspeed/zero3.json"
+        )
 
 
 def _check_pissa(base: PreTrainedModel, config: LoraConfig) -> None:

@@ -18,7 +18,9 @@ from gemma_sft.ft_gemma.config import Config
 def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ExportFlags, argv)
     from common import export
+    from common.runs import chosen
 
+    cfg = chosen.choose(cfg, flags)
     folder = export.new_folder(cfg, flags)
     tuned = export.load(cfg, prompt)
     expected = export.measure(tuned)

@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, PredictFlags, argv)
     from common.inference import console
     from common.inference.answerer import Sampling
+    from common.runs import chosen
 
+    cfg = chosen.choose(cfg, flags)
     if flags.output:
         from common.evaluation import answer_file
 

@@ -20,9 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, EvaluationFlags, argv)
     from common import distributed
     from common.evaluation import benchmark, evaluate, tasks
-    from common.runs import places
+    from common.runs import chosen, places
 
     distributed.join(cfg)
+    cfg = chosen.choose(cfg, flags)
     places.check_scoring(cfg)
     base = flags.base and not flags.compare
     if flags.tasks:
