@@ -15,7 +15,7 @@ import pytest
 from common.data import dataset
 from common.data.sources import read_records
 from common.errors import UserError
-from common.evaluation import asking
+from common.evaluation import asking, evaluate
 from common.files import file_hash
 from common.inputs import files_of, listing, show_files
 from common.opened import split_member
@@ -328,3 +328,9 @@ def test_a_check_reports_a_folder_without_data_beside_the_others(folder, tmp_pat
     assert [(finding["where"], "no file" in finding["found"]) for finding in unreadable] == [
         (f"{tmp_path}/empty", True)
     ]
+
+
+def test_evaluation_tells_the_files_of_a_folder(folder, tmp_path, capsys):
+    cfg = settings(tmp_path, str(folder), model_save_dir=str(tmp_path / "none"), given=frozenset({"data_path"}))
+    assert len(evaluate.rows_to_score(cfg, 3)) == 3
+    assert capsys.readouterr().out.startswith(f"数据 {folder}: 4 个文件 files: {', '.join(DATA)}; 不读 left out: ")
