@@ -136,6 +136,16 @@ def environment(tmp_path_factory):
     return os.environ | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.fixture(scope="session")
+def warm(environment):
+    """A commands.Warm, which starts Python scripts that need the large libraries soon."""
+    from commands import Warm
+
+    warm = Warm(environment)
+    yield warm
+    warm.close()
+
+
 @pytest.fixture
 def recipe(environment, tmp_path):
     """recipe("train.py", *flags) runs gemma_sft/ft_gemma/train.py in an empty folder: the finished process."""

@@ -185,7 +185,7 @@ def test_pain_21_ddp_over_uneven_rows_trains_what_one_process_does(home, flags, 
         ("fsdp2", [*ACCELERATE, FSDP2_FILE], []),
     ],
 )
-def test_parts_in_each_process_train_what_one_does(home, flags, finish, alone, name, launcher, more):
+def test_parts_in_each_process_train_what_one_does(home, flags, finish, warm, alone, name, launcher, more):
     """Then from the checkpoint in the middle, in another folder."""
     code, output, errors = finish(launcher, TRAIN + flags(name, *more, "--eval_rows", 2, "--max_new_tokens", 4))
     assert code == 0, errors
@@ -195,7 +195,7 @@ def test_parts_in_each_process_train_what_one_does(home, flags, finish, alone, n
     assert kind == {"zero2": "2 ZeRO-2", "zero3": "2 ZeRO-3", "fsdp2": "2 FSDP2"}[name]
 
     again = ["--resume", home / name / "checkpoint-4"]
-    code, output, errors = finish(launcher, TRAIN + flags(f"{name}_resumed", *more, *again))
+    code, output, errors = warm.run(["-m", *launcher, *TRAIN, *flags(f"{name}_resumed", *more, *again)], home)
     assert code == 0, errors
     resumed, whole = log(home / f"{name}_resumed"), log(home / name)[4:]
     assert [record["step"] for record in resumed] == [5, 6, 7, 8, 9]

@@ -12,15 +12,15 @@ DEFAULT_RUN, TESTS = commands("README.md")[0], "pip install -r requirements-dev.
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, small_models, environment):
-    project = Project(tmp_path_factory.mktemp("readme") / "clone", small_models, environment)
+def project(tmp_path_factory, small_models, environment, warm):
+    project = Project(tmp_path_factory.mktemp("readme") / "clone", small_models, environment, warm)
     yield project
-    project.close()
+    project.end()
 
 
 @pytest.fixture(scope="module")
 def default_run(project):
-    return project.run(DEFAULT_RUN)
+    return project.run(DEFAULT_RUN, fork=False)  # as a user starts it
 
 
 @pytest.fixture(scope="module")
