@@ -201,10 +201,10 @@ def test_gradient_checkpointing_changes_nothing(family, trained, tmp_path):
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
-def test_scoring_and_serving_run_as_processes(family, trained, recipe, environment):
-    """Nothing this process has imported helps them."""
+def test_scoring_and_serving_run_as_processes(family, trained, forked, environment):
+    """Nothing of the project that this process has imported helps them."""
     place, flags = family.package.replace(".", "/"), trained[1]
-    done = recipe("evaluation.py", *flags, "--limit", "2", "--max_new_tokens", "4", family=place)
+    done = forked("evaluation.py", *flags, "--limit", "2", "--max_new_tokens", "4", family=place)
     assert done.returncode == 0, done.stderr
     command = [sys.executable, ROOT / place / "post_api.py", *flags, "--port", "0"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

@@ -313,10 +313,10 @@ def test_one_folder_one_run(flags, tmp_path):
         train.main(flags("out", "--max_steps", 1))
 
 
-def test_relative_data_paths_are_relative_to_the_caller(recipe, small_gemma, tmp_path):
+def test_relative_data_paths_are_relative_to_the_caller(forked, small_gemma, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"query": "1", "response": "2"}\n{"query": "1", "answer_": "2"}\n' * 4)
     more = ["--max_steps", 1, "--eval_rows", 0, "--path_model_pretrain", small_gemma]
-    done = recipe("train.py", "--data_path", "mine.jsonl#4", "--model_save_dir", "out", *more)
+    done = forked("train.py", "--data_path", "mine.jsonl#4", "--model_save_dir", "out", *more)
     assert done.returncode == 0, done.stderr
     rejected = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert [row["where"] for row in rejected] == [f"{tmp_path}/mine.jsonl:{line}" for line in (2, 4, 6, 8)]
