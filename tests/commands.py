@@ -167,7 +167,7 @@ class Project:
             file.write_text("")  # there and empty, whoever writes into it
         if words[0] in STARTERS:
             words[:1] = [sys.executable, *STARTERS[words[0]]]
-            if fork and words[1] != "-c":
+            if fork and words[1] != "-c":  # what a page shows in Python is told of its first import too
                 return self.warm.start(words[1:], environment, self.folder, output, errors)
         with output.open("w") as stdout, errors.open("w") as stderr:
             return subprocess.Popen(

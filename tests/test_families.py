@@ -95,14 +95,13 @@ torch.save(logits, adapter + "/logits.pt")
 """
 
 
-def test_plain_peft_gives_our_logits_in_another_process(family, trained, answer, request, environment):
+def test_plain_peft_gives_our_logits_in_another_process(family, trained, answer, request, warm):
     folder, _ = trained
     base = request.getfixturevalue(family.fixture)
     ids = answer.fitted_ids([Turn("user", "1+2 是")])
     script = PLAIN_PEFT.replace("{imports}", family.imports)
-    command = [sys.executable, "-c", script, base, folder, ",".join(map(str, ids))]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, _, errors = warm.run(["-c", script, base, folder, ",".join(map(str, ids))], ROOT)
+    assert status == 0, errors
     with torch.no_grad():
         ours = answer.net(input_ids=torch.tensor([ids])).logits
         untuned = load_base(base, "float32")(input_ids=torch.tensor([ids])).logits

@@ -39,7 +39,10 @@ signal.alarm(1200)  # where it hangs it ends
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 for number, path in enumerate(files, 1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-if words[0] == "-m":
+if words[0] == "-c":
+    sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+    exec(words[1], {"__name__": "__main__"})
+elif words[0] == "-m":
     sys.argv = words[1:]
     runpy.run_module(words[1], run_name="__main__", alter_sys=True)
 else:
