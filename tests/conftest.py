@@ -1,5 +1,6 @@
 """What the tests share: real fixtures where they are, small models made on the spot, recipes run as processes."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(items):
     """The longest files first, so that both workers end at the same time."""
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish(session):
+    """What is imported is no garbage: Trainer collects four times a run, and to see that took it a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -249,7 +249,7 @@ def test_killed_then_stopped_then_resumed(home, flags, start, finish):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_one_process_ends_all(home, flags, finish, small_gemma):
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(home, flags, warm, small_gemma):
     """A row whose token overflows in the first layer: its process sees it, all stop, one line names the row."""
     base = home / "broken"
     base.mkdir()
@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(home, flags, finish, 
     rows = [{"query": f"{n}+1", "response": str(n + 1) if n != 11 else "答"} for n in range(24)]
     (home / "one_bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["--path_model_pretrain", base, "--data_path", home / "one_bad.jsonl", "--val_set_size", 0]
-    code, output, errors = finish([*ACCELERATE, DDP_FILE], TRAIN + flags("nan", *more))
+    code, output, errors = warm.run(["-m", *ACCELERATE, DDP_FILE, *TRAIN, *flags("nan", *more)], home)
     (line,) = error_lines(errors)
     assert code != 0 and "non-finite loss or gradient at step" in line and "one_bad.jsonl:12" in line
     assert not (home / "nan/adapter_model.safetensors").exists()
