@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -16,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [{"query": f"{n}+1=", "response": str(n + 1)} for n in range(40)]
 SERVICE = re.compile(r"python \S+/post_api\.py")
-STARTERS = {
-    "python": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
-    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+STARTERS = {  # the first word of a command that is Python: the words after `python` in its place
+    "python": [],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
 }
 OTHERS = {"help", "config", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "config_file"}
 
@@ -67,51 +68,73 @@ def free_port():
         return probe.getsockname()[1]
 
 
-class Forked:
-    """A script in a fork of tests/warm.py, with what we use of subprocess.Popen."""
+class Warm:
+    """tests/warm.py under way. It starts a process in a second, where Python alone takes twelve to import libraries."""
 
-    def __init__(self, warm, words, environment, files):
-        self.warm = warm
-        self.number = self._ask([words[0], words[1:], environment, *map(str, files)])
+    def __init__(self, environment):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, ROOT / "tests/warm.py"], env=environment, **pipes)
+
+    def start(self, words, environment, folder, output, errors):
+        """The process of `python words…`, with more of an environment, in a folder, writing into two files."""
+        return Forked(self, self.ask([words, environment, *map(str, (folder, output, errors))]))
+
+    def run(self, words, folder):
+        """(exit status, stdout, stderr) of `python words…` in a folder, once it has ended."""
+        with tempfile.TemporaryDirectory() as place:
+            files = Path(place, "stdout"), Path(place, "stderr")
+            status = self.start(list(map(str, words)), {}, folder, *files).wait()
+            return status, *(file.read_text(encoding="utf-8") for file in files)
+
+    def ask(self, order):
+        """What tests/warm.py answers, a number."""
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def close(self):
+        """End it, when all it started has ended."""
+        self.process.communicate()
+
+
+class Forked:
+    """A process that Warm started, with what we use of subprocess.Popen."""
+
+    def __init__(self, warm, number):
+        self.warm, self.number = warm, number
 
     def wait(self, timeout=None):
         """Its exit status, once it has ended."""
-        return self._ask(self.number)
+        return self.warm.ask(self.number)
 
     def send_signal(self, number):
         os.kill(self.number, number)
-
-    def _ask(self, order):
-        self.warm.stdin.write(json.dumps(order) + "\n")
-        self.warm.stdin.flush()
-        return int(self.warm.stdout.readline())
 
 
 class Project:
     """A copy of the project as a fresh clone has it, with the two data files the pages speak of, and its commands.
 
-    models: {hub id: folder of a small model}. warm: Python scripts run in forks of one process, see tests/warm.py.
+    models: {hub id: folder of a small model}. warm: a Warm that starts its Python scripts.
     """
 
-    def __init__(self, folder, models, environment, warm=False):
+    def __init__(self, folder, models, environment, warm):
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "model_sft*", "__pycache__", ".venv"))
         for name in ("my.jsonl", "held_out.jsonl"):
             (folder / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-        self.folder, self.environment, self.server, self.warm = folder, environment, None, None
+        self.folder, self.environment, self.server, self.warm = folder, environment, None, warm
         self.words = {hub_id: str(path) for hub_id, path in models.items()} | {"8044": str(free_port())}
-        if warm:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            script = [sys.executable, ROOT / "tests/warm.py"]
-            self.warm = subprocess.Popen(script, cwd=folder, env=environment, **pipes)
 
-    def run(self, line):
-        """stdout of a line, which must not fail. A service goes on, for the lines after it, until the next or `end`."""
+    def run(self, line, fork=True):
+        """stdout of a line, which must not fail. A service goes on, for the lines after it, until the next or `end`.
+
+        fork: start Python by `warm`, not afresh as a user does.
+        """
         is_service = bool(SERVICE.match(line))
         if is_service:
             self.end()
         kind = "service" if is_service else "command"
         output, errors = (self.folder / f"{kind}.{name}" for name in ("stdout", "stderr"))
-        process = self._start(line, output, errors)
+        process = self._start(line, output, errors, fork)
         if is_service:
             self.server = process
             wait_for(lambda: "listening on http://127.0.0.1:" in output.read_text(), errors)
@@ -127,19 +150,13 @@ class Project:
             server.send_signal(signal.SIGTERM)
             assert server.wait(60) == 0
 
-    def close(self):
-        """End whatever runs."""
-        self.end()
-        if self.warm:
-            self.warm.communicate()
-
     def here(self, text):
         """The text with small models for the real ones and a free port."""
         for word, ours in self.words.items():
             text = text.replace(word, ours)
         return text
 
-    def _start(self, line, output, errors):
+    def _start(self, line, output, errors, fork):
         """The process of a line, where nothing is installed and the environment may be written before the command."""
         line = line.removeprefix("pip install -r requirements.txt && ")  # .ci/run installs
         words, environment = shlex.split(self.here(line)), {}
@@ -148,12 +165,13 @@ class Project:
             environment[name] = value
         for file in (output, errors):
             file.write_text("")  # there and empty, whoever writes into it
-        if self.warm and words[0] == "python" and words[1].endswith(".py"):
-            return Forked(self.warm, words[1:], environment, [output, errors])
-        command = [*STARTERS.get(words[0], words[:1]), *words[1:]]
+        if words[0] in STARTERS:
+            words[:1] = [sys.executable, *STARTERS[words[0]]]
+            if fork and words[1] != "-c":  # what a page shows in Python is told of its first import too
+                return self.warm.start(words[1:], environment, self.folder, output, errors)
         with output.open("w") as stdout, errors.open("w") as stderr:
             return subprocess.Popen(
-                command, cwd=self.folder, env=self.environment | environment, stdout=stdout, stderr=stderr
+                words, cwd=self.folder, env=self.environment | environment, stdout=stdout, stderr=stderr
             )
 
 

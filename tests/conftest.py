@@ -1,5 +1,6 @@
 """What the tests share: real fixtures where they are, small models made on the spot, recipes run as processes."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -19,9 +20,20 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+# longest first, the others take less than half a minute
+LONGEST = "readme processes methods docs families".split()
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that one worker has it while the other does the rest."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The longest files first, so that both workers end at the same time."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish(session):
+    """What is imported is no garbage: Trainer collects four times a run, and to see that took it a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +146,27 @@ def environment(tmp_path_factory):
     """The environment recipes run in: no hub, and a home of their own, so that caches start empty."""
     home = tmp_path_factory.mktemp("home")
     return os.environ | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def warm(environment):
+    """A commands.Warm, which starts Python scripts that need the large libraries soon."""
+    from commands import Warm
+
+    warm = Warm(environment)
+    yield warm
+    warm.close()
+
+
+@pytest.fixture
+def forked(warm, tmp_path):
+    """As recipe, for what is run afresh elsewhere too: `warm` starts the process."""
+
+    def run(script, *flags, family="gemma_sft/ft_gemma"):
+        words = [ROOT / family / script, *flags]
+        return subprocess.CompletedProcess(words, *warm.run(words, tmp_path))
+
+    return run
 
 
 @pytest.fixture

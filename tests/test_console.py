@@ -28,10 +28,14 @@ from gemma_sft.ft_gemma.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = Sampling(max_new_tokens=40)
-# takes the terminal on stdin as its own, so that Ctrl-C typed there is a signal, and becomes the recipe
-ON_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-)
+# takes the terminal on stdin as its own, so that Ctrl-C typed there is a signal, which a suite started by `nohup … &`
+# ignores and its processes with it; and becomes the recipe
+ON_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 CTRL_C, CTRL_D, BACKSPACE = b"\x03", b"\x04", b"\x7f"
 
 

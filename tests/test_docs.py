@@ -82,9 +82,9 @@ def shown(default):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, small_models, environment):
+def project(tmp_path_factory, small_models, environment, warm):
     """A copy of the project with README's runs in it, and the small files the pages name."""
-    project = Project(tmp_path_factory.mktemp("docs") / "clone", small_models, environment, warm=True)
+    project = Project(tmp_path_factory.mktemp("docs") / "clone", small_models, environment, warm)
     for name, text in FILES.items():
         file = project.folder / "tasks" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def project(tmp_path_factory, small_models, environment):
     for line in RUNS:
         project.run(line)
     yield project
-    project.close()
+    project.end()
 
 
 @pytest.mark.slow

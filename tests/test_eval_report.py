@@ -186,7 +186,7 @@ def test_the_overlap_is_shown(manifest, cfg, capsys):
 
 @pytest.fixture(scope="module")
 def command(small_gemma, tmp_path_factory):
-    """command(folder): evaluation.py on 24 rows and a small random base, one row after the other."""
+    """command(folder): evaluation.py on 24 rows and a small random base, one row after the other: words for python."""
     path = tmp_path_factory.mktemp("rows") / "held.jsonl"
     rows = [{"query": "问" * (1 + 3 * number), "response": f"答{number}"} for number in range(24)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -195,15 +195,16 @@ def command(small_gemma, tmp_path_factory):
     flags += ["--max_new_tokens", 40, "--do_sample", "true"]
 
     def make(folder, *launcher):
-        return [sys.executable, *launcher, *map(str, [script, *flags, "--model_save_dir", folder])]
+        return [*launcher, *map(str, [script, *flags, "--model_save_dir", folder])]
 
     return make
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(command, environment, tmp_path_factory):
+def uninterrupted(command, warm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "out"
-    subprocess.run(command(folder), env=environment, check=True, capture_output=True)
+    status, _, errors = warm.run(command(folder), folder.parent)
+    assert status == 0, errors
     return folder
 
 
@@ -216,11 +217,14 @@ def left(folder):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_called_again(command, environment, uninterrupted, tmp_path):
+def test_killed_in_the_middle_and_called_again(command, environment, warm, uninterrupted, tmp_path):
     """kill -9 while sampling: no row is drawn twice, and the report is that of the uninterrupted evaluation."""
     predictions = tmp_path / "out/predictions_base.jsonl"
     process = subprocess.Popen(
-        command(tmp_path / "out"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *command(tmp_path / "out")],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while process.poll() is None and (not predictions.exists() or predictions.read_bytes().count(b"\n") < 5):
         time.sleep(0.01)
@@ -228,17 +232,17 @@ def test_killed_in_the_middle_and_called_again(command, environment, uninterrupt
     assert process.wait() == -signal.SIGKILL
     before = predictions.read_bytes().rpartition(b"\n")[0].split(b"\n")
     assert 5 <= len(before) < 24
-    subprocess.run(command(tmp_path / "out"), env=environment, check=True, capture_output=True)
+    status, _, errors = warm.run(command(tmp_path / "out"), tmp_path)
+    assert status == 0, errors
     assert predictions.read_bytes().split(b"\n")[: len(before)] == before
     assert left(tmp_path / "out") == left(uninterrupted)
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_rows(command, environment, uninterrupted, tmp_path):
+def test_two_processes_share_the_rows(command, warm, uninterrupted, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-    env = {**environment, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(tmp_path / "out", *launcher), env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    status, output, errors = warm.run(command(tmp_path / "out", *launcher), tmp_path)
+    assert status == 0, errors[-2000:]
     assert left(tmp_path / "out") == left(uninterrupted)
-    assert done.stdout.count("held-out rows: 24") == 1
+    assert output.count("held-out rows: 24") == 1
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(uninterrupted))

@@ -95,14 +95,13 @@ torch.save(logits, adapter + "/logits.pt")
 """
 
 
-def test_plain_peft_gives_our_logits_in_another_process(family, trained, answer, request, environment):
+def test_plain_peft_gives_our_logits_in_another_process(family, trained, answer, request, warm):
     folder, _ = trained
     base = request.getfixturevalue(family.fixture)
     ids = answer.fitted_ids([Turn("user", "1+2 是")])
     script = PLAIN_PEFT.replace("{imports}", family.imports)
-    command = [sys.executable, "-c", script, base, folder, ",".join(map(str, ids))]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, _, errors = warm.run(["-c", script, base, folder, ",".join(map(str, ids))], ROOT)
+    assert status == 0, errors
     with torch.no_grad():
         ours = answer.net(input_ids=torch.tensor([ids])).logits
         untuned = load_base(base, "float32")(input_ids=torch.tensor([ids])).logits
@@ -201,10 +200,10 @@ def test_gradient_checkpointing_changes_nothing(family, trained, tmp_path):
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
-def test_scoring_and_serving_run_as_processes(family, trained, recipe, environment):
-    """Nothing this process has imported helps them."""
+def test_scoring_and_serving_run_as_processes(family, trained, forked, environment):
+    """Nothing of the project that this process has imported helps them."""
     place, flags = family.package.replace(".", "/"), trained[1]
-    done = recipe("evaluation.py", *flags, "--limit", "2", "--max_new_tokens", "4", family=place)
+    done = forked("evaluation.py", *flags, "--limit", "2", "--max_new_tokens", "4", family=place)
     assert done.returncode == 0, done.stderr
     command = [sys.executable, ROOT / place / "post_api.py", *flags, "--port", "0"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

@@ -3,8 +3,6 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,7 +80,7 @@ def train(family, folder, *more):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, warm):
     """{(family, method): (folder, losses, the trained model's logits, ids)}, each also reloaded by plain libraries."""
     parent, made, kept = tmp_path_factory.mktemp("runs"), {}, {}
     leave = report.leave
@@ -102,7 +100,8 @@ def runs(tmp_path_factory):
             made[family, method] = (folder, losses, *kept[str(folder)])
     for family in FAMILIES:
         jobs = [job(run) for (whose, _), run in made.items() if whose == family]
-        subprocess.run([sys.executable, "-c", PLAIN, json.dumps(jobs), FAMILIES[family], str(DATA.parent)], check=True)
+        status, _, errors = warm.run(["-c", PLAIN, json.dumps(jobs), FAMILIES[family], DATA.parent], parent)
+        assert status == 0, errors
     return made
 
 

@@ -185,7 +185,7 @@ def test_pain_21_ddp_over_uneven_rows_trains_what_one_process_does(home, flags, 
         ("fsdp2", [*ACCELERATE, FSDP2_FILE], []),
     ],
 )
-def test_parts_in_each_process_train_what_one_does(home, flags, finish, alone, name, launcher, more):
+def test_parts_in_each_process_train_what_one_does(home, flags, finish, warm, alone, name, launcher, more):
     """Then from the checkpoint in the middle, in another folder."""
     code, output, errors = finish(launcher, TRAIN + flags(name, *more, "--eval_rows", 2, "--max_new_tokens", 4))
     assert code == 0, errors
@@ -195,7 +195,7 @@ def test_parts_in_each_process_train_what_one_does(home, flags, finish, alone, n
     assert kind == {"zero2": "2 ZeRO-2", "zero3": "2 ZeRO-3", "fsdp2": "2 FSDP2"}[name]
 
     again = ["--resume", home / name / "checkpoint-4"]
-    code, output, errors = finish(launcher, TRAIN + flags(f"{name}_resumed", *more, *again))
+    code, output, errors = warm.run(["-m", *launcher, *TRAIN, *flags(f"{name}_resumed", *more, *again)], home)
     assert code == 0, errors
     resumed, whole = log(home / f"{name}_resumed"), log(home / name)[4:]
     assert [record["step"] for record in resumed] == [5, 6, 7, 8, 9]
@@ -249,7 +249,7 @@ def test_killed_then_stopped_then_resumed(home, flags, start, finish):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_one_process_ends_all(home, flags, finish, small_gemma):
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(home, flags, warm, small_gemma):
     """A row whose token overflows in the first layer: its process sees it, all stop, one line names the row."""
     base = home / "broken"
     base.mkdir()
@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(home, flags, finish, 
     rows = [{"query": f"{n}+1", "response": str(n + 1) if n != 11 else "答"} for n in range(24)]
     (home / "one_bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["--path_model_pretrain", base, "--data_path", home / "one_bad.jsonl", "--val_set_size", 0]
-    code, output, errors = finish([*ACCELERATE, DDP_FILE], TRAIN + flags("nan", *more))
+    code, output, errors = warm.run(["-m", *ACCELERATE, DDP_FILE, *TRAIN, *flags("nan", *more)], home)
     (line,) = error_lines(errors)
     assert code != 0 and "non-finite loss or gradient at step" in line and "one_bad.jsonl:12" in line
     assert not (home / "nan/adapter_model.safetensors").exists()

@@ -26,10 +26,10 @@ def test_golden_ids(fixtures, gemma_tokenizer):
         assert gemma_tokenizer.decode(ids) == entry["text"]
 
 
-def test_print_prompt_needs_only_a_tokenizer(fixtures, recipe):
+def test_print_prompt_needs_only_a_tokenizer(fixtures, forked):
     for entry in golden(fixtures):
         flags = ["--path_model_pretrain", fixtures / "tokenizers/gemma", "--prompt_style", entry["prompt_style"]]
-        done = recipe("predict.py", "--print_prompt", entry["instruction"], *flags)
+        done = forked("predict.py", "--print_prompt", entry["instruction"], *flags)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == {"text": entry["text"], "input_ids": entry["input_ids"]}
 

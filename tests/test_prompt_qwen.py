@@ -26,11 +26,11 @@ def golden(fixtures):
     return [entry for entry in entries if entry["family"] == "qwen1.5"]
 
 
-def test_golden_ids_through_print_prompt(fixtures, recipe):
+def test_golden_ids_through_print_prompt(fixtures, forked):
     assert len(golden(fixtures)) == 2
     for entry in golden(fixtures):
         flags = ["--path_model_pretrain", fixtures / "tokenizers/qwen1.5", "--prompt_style", entry["prompt_style"]]
-        done = recipe("predict.py", "--print_prompt", entry["instruction"], *flags, family="qwen2_sft/ft_qwen2")
+        done = forked("predict.py", "--print_prompt", entry["instruction"], *flags, family="qwen2_sft/ft_qwen2")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == {"text": entry["text"], "input_ids": entry["input_ids"]}
 

@@ -313,10 +313,10 @@ def test_one_folder_one_run(flags, tmp_path):
         train.main(flags("out", "--max_steps", 1))
 
 
-def test_relative_data_paths_are_relative_to_the_caller(recipe, small_gemma, tmp_path):
+def test_relative_data_paths_are_relative_to_the_caller(forked, small_gemma, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"query": "1", "response": "2"}\n{"query": "1", "answer_": "2"}\n' * 4)
     more = ["--max_steps", 1, "--eval_rows", 0, "--path_model_pretrain", small_gemma]
-    done = recipe("train.py", "--data_path", "mine.jsonl#4", "--model_save_dir", "out", *more)
+    done = forked("train.py", "--data_path", "mine.jsonl#4", "--model_save_dir", "out", *more)
     assert done.returncode == 0, done.stderr
     rejected = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert [row["where"] for row in rejected] == [f"{tmp_path}/mine.jsonl:{line}" for line in (2, 4, 6, 8)]
@@ -444,10 +444,11 @@ def test_a_report_without_its_package_is_refused_before_anything(flags, tmp_path
 
 
 LONG = ["--max_steps", 60, "--save_steps", 20, "--logging_steps", 1, "--lora_dropout", 0.1]
+SCRIPT = ROOT / "gemma_sft/ft_gemma/train.py"
 
 
 def start(flags, environment):
-    command = [sys.executable, ROOT / "gemma_sft/ft_gemma/train.py", *flags]
+    command = [sys.executable, SCRIPT, *flags]
     return subprocess.Popen(
         list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -460,11 +461,10 @@ def wait_for(condition, process):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(small_gemma, rows_file, tmp_path_factory, environment):
+def uninterrupted(small_gemma, rows_file, tmp_path_factory, warm):
     parent = tmp_path_factory.mktemp("uninterrupted")
-    process = start(command_line(small_gemma, rows_file, parent, "whole", *LONG), environment)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    status, _, errors = warm.run([SCRIPT, *command_line(small_gemma, rows_file, parent, "whole", *LONG)], parent)
+    assert status == 0, errors
     return parent / "whole"
 
 
@@ -475,7 +475,7 @@ def steps_logged(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_stopped_run_resumes_bit_for_bit(flags, tmp_path, environment, uninterrupted, number):
+def test_a_stopped_run_resumes_bit_for_bit(flags, tmp_path, environment, warm, uninterrupted, number):
     folder = tmp_path / "stopped"
     process = start(flags("stopped", *LONG), environment)
     wait_for(lambda: len(steps_logged(folder)) > 22, process)
@@ -488,9 +488,8 @@ def test_a_stopped_run_resumes_bit_for_bit(flags, tmp_path, environment, uninter
         assert process.returncode == 128 + number and "checkpoint saved" in errors
         assert len(steps_logged(folder)) < 60
     assert not (folder / "adapter_model.safetensors").exists()
-    again = start(flags("stopped", *LONG), environment)
-    output, errors = again.communicate(timeout=120)
-    assert again.returncode == 0, errors
+    status, output, errors = warm.run([SCRIPT, *flags("stopped", *LONG)], tmp_path)
+    assert status == 0, errors
     assert "从检查点继续 resuming from" in output
     assert same_adapter(folder, uninterrupted)
     assert steps_logged(folder) == list(range(1, 61))

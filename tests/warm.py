@@ -1,8 +1,8 @@
 """Runs Python scripts in forks of one process that has the large libraries imported: ten seconds less for each.
 
-A line of stdin is a JSON list: script, arguments, more of the environment, files for stdout and stderr. It is answered
-by the number of the process. A line with such a number is answered by its exit status, when it has ended. Used by
-tests/commands.py.
+A line of stdin is a JSON list: the words after `python`, more of the environment, the folder to run in, files for
+stdout and stderr. It is answered by the number of the process. A line with such a number is answered by its exit
+status, when it has ended. What torchrun and accelerate start is forked too. Used by tests/commands.py.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 
 LIBRARIES = """accelerate datasets deepspeed jieba matplotlib.pyplot nltk.translate.bleu_score peft pyarrow.parquet
@@ -31,10 +32,19 @@ for line in sys.stdin:
     print(answer, flush=True)
 else:
     sys.exit()
-script, arguments, environment, *files = order
-os.environ |= environment
+words, environment, folder, *files = order
+os.environ |= {"PET_START_METHOD": "fork", "PET_RUN_PATH": "1"} | environment  # torchrun's --start-method, --run-path
+os.chdir(folder)
+signal.alarm(1200)  # where it hangs it ends
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 for number, path in enumerate(files, 1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-sys.argv = [script, *arguments]
-runpy.run_path(script, run_name="__main__")
+if words[0] == "-c":
+    sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+    exec(words[1], {"__name__": "__main__"})
+elif words[0] == "-m":
+    sys.argv = words[1:]
+    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+else:
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
