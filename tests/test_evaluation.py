@@ -112,7 +112,7 @@ def test_only_the_answer_is_scored(cfg):
     assert scores["bleu-4"] == pytest.approx(1) and scores["rouge-l-p"] == pytest.approx(1)
     fake.text = lambda question, base: question
     other = evaluate.evaluate(fake, rows_of(("甲乙丙", "丁戊己")), cfg())
-    assert {name for name, value in other.items() if value} == {"distinct-2", "stopped"}  # these see the answer alone
+    assert {name for name, value in other.items() if value} == {"distinct-2", "stopped", "copied"}  # not the reference
 
 
 def test_scores_are_the_means_over_rows(cfg, tmp_path):

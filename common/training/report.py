@@ -214,6 +214,8 @@ def _score_table(results: dict[str, Any]) -> str:
         "|---|---|---|",
         *rows,
         "",
+        tables.REST_NOTE,
+        "",
         results["signature"],
         "",
     ]
