@@ -71,7 +71,7 @@ def run_task(
         shortest_first([question.turns for question in questions]),
         ask,
         cfg,
-        Progress(f"{task} {'基座 base' if base else '微调 tuned'}", "accuracy"),
+        Progress(f"{task} {'基座 base' if base else '微调 tuned'}", "accuracy", answer),
     )
 
 

@@ -126,7 +126,7 @@ def evaluate(answer: Answers, rows: HeldOut, cfg: SFTConfig, base: bool = False)
         shortest_first([turns for _, turns in rows]),
         lambda numbers: predict(answer, [(number, *rows[number]) for number in numbers], sampling, base),
         cfg,
-        Progress("评估基座 base" if base else "评估微调 tuned", "bleu-4"),
+        Progress("评估基座 base" if base else "评估微调 tuned", "bleu-4", answer),
     )
     return metrics.average([record["scores"] for record in found])
 
