@@ -50,7 +50,7 @@ class SFTConfig:
     learning_rate: float = 2e-4  # peak learning rate
     lr_scheduler_type: Scheduler = "cosine"  # how the rate goes on after the warm-up
     warmup_ratio: float = 0.03  # share of the steps over which it rises
-    epochs: int = 3  # passes over the data
+    epochs: float = 3  # passes over the data, 0.5 for half of one
     max_steps: int = -1  # stop after so many optimizer steps; -1: epochs decide
     micro_batch_size: int = 4  # rows in one forward pass on one device
     batch_size: int = 16  # rows in one optimizer step over all devices and accumulation

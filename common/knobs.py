@@ -103,7 +103,7 @@ _ABOVE_0 = Range(lambda v: 0 < v < float("inf"), "above 0")
 _NAMES = Range(lambda v: len(v) <= 2, "one value, or a Chinese and another")
 RANGES = {  # any value of its type where a knob is not named
     **dict.fromkeys(
-        "max_length_q max_length_a epochs freeze_trainable_layers micro_batch_size batch_size logging_steps save_steps "
+        "max_length_q max_length_a freeze_trainable_layers micro_batch_size batch_size logging_steps save_steps "
         "lora_r lora_alpha max_new_tokens num_beams eval_batch_size slots gradient_accumulation_steps".split(),
         _AT_LEAST_1,
     ),
@@ -113,7 +113,9 @@ RANGES = {  # any value of its type where a knob is not named
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys("warmup_ratio lora_dropout adam_beta1 adam_beta2 label_smoothing_factor".split(), _SHARE),
-    **dict.fromkeys("learning_rate max_grad_norm temperature repetition_penalty request_seconds".split(), _ABOVE_0),
+    **dict.fromkeys(
+        "epochs learning_rate max_grad_norm temperature repetition_penalty request_seconds".split(), _ABOVE_0
+    ),
     **dict.fromkeys("model_name model_author".split(), _NAMES),
     "max_steps": Range(lambda v: v == -1 or v >= 1, "-1 or at least 1"),
     "save_total_limit": Range(lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),

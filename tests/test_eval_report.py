@@ -67,11 +67,14 @@ def test_scores_have_intervals(compared):
     assert 0.1 < low < 0.4 < high < 0.7
 
 
-def test_the_table_is_sorted_by_change(compared):
+def test_the_table_has_one_order(compared):
+    """Whatever changed most: what no cheat raises, then how answers look, then the others."""
     folder, results, printed = compared
     rows = metric_rows(results, ["base", "tuned"])
-    change = [float(row[3].split()[0]) for row in rows]
-    assert change == sorted(change, reverse=True) and change[0] > 0
+    names = [row[0] for row in rows]
+    assert names[:4] == ["novel-f1", "copied", "looping", "stopped"] and names[4:6] == ["bleu-4", "rouge-1-f"]
+    assert names == [row[0] for row in metric_rows(results, ["tuned"])]
+    assert names == [row[0] for leading in (True, False) for row in metric_rows(results, ["base", "tuned"], leading)]
     report = (folder / "eval_report.md").read_text(encoding="utf-8")
     for row in rows:
         assert "| " + " | ".join(row) + " |" in report
@@ -100,13 +103,14 @@ def test_scores_by_length_add_up(compared):
     assert [label for label, _, _ in groups] == ["11", "21", "32", "42"]
     assert sum(count for _, count, _ in groups) == 20
     mean = sum(count * means["tuned"][0] for _, count, means in groups) / 20
-    assert mean == pytest.approx(results["tuned"]["rouge-l-f"])
+    assert mean == pytest.approx(results["tuned"]["novel-f1"])
 
 
 def test_one_model_alone_has_a_report(cfg, tmp_path):
     evaluate.report(fake, rows_of(*PAIRS[:1]), cfg, EvaluationFlags())
     report = (tmp_path / "run/eval_report.md").read_text(encoding="utf-8")
     assert "| metric | tuned |" in report and "worst" not in report
+    assert "| novel-f1 | 1.0000 |" in report  # one row has no interval
     assert (tmp_path / "run/eval_report.png").stat().st_size > 10_000
 
 
@@ -172,9 +176,9 @@ def test_the_overlap_is_shown(manifest, cfg, capsys):
     folder = Path(cfg.model_save_dir)
     folder.mkdir()
     manifest["config"] |= {"prompt_style": "chat", "max_length_q": 512}
-    (folder / "run_manifest.json").write_text(
-        json.dumps(manifest | {"base": {"path": "x", "sha256": ""}, "state": "finished"})
-    )
+    parts = {"base": {"path": "x", "sha256": ""}, "state": "finished", "tokenizer_sha256": ""}
+    parts |= {"template": {"style": "chat", "text": ""}}
+    (folder / "run_manifest.json").write_text(json.dumps(manifest | parts))
     answer = lambda turns, sampling, base=False: [Answer("一", "stop", 1)] * len(turns)  # noqa: E731
     evaluate.report(answer, rows_of(("甲", "一"), ("丙", "一")), Config(model_save_dir=str(folder)), EvaluationFlags())
     assert "overlap with training data: 1 / 2 rows, 提问相同 same question 2" in capsys.readouterr().out

@@ -12,9 +12,9 @@ from common.config import EvaluationFlags
 from common.data import dataset
 from common.data.turns import Turn
 from common.errors import UserError
-from common.evaluation import evaluate, metrics
+from common.evaluation import evaluate, metrics, records
 from common.evaluation.records import predictions
-from common.inference.answerer import Answer
+from common.inference.answerer import Answer, Sampling
 from common.inference.remote import UnreachableError
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import evaluation, predict, train
@@ -113,7 +113,7 @@ def test_only_the_answer_is_scored(cfg):
     assert scores["bleu-4"] == pytest.approx(1) and scores["rouge-l-p"] == pytest.approx(1)
     fake.text = lambda question, base: question
     other = evaluate.evaluate(fake, rows_of(("甲乙丙", "丁戊己")), cfg())
-    assert {name for name, value in other.items() if value} == {"distinct-2", "stopped"}  # these see the answer alone
+    assert {name for name, value in other.items() if value} == {"distinct-2", "stopped", "copied"}  # not the reference
 
 
 def test_scores_are_the_means_over_rows(cfg, tmp_path):
@@ -475,6 +475,23 @@ def results_in(folder):
 def copied(trained, tmp_path):
     """The trained run's folder, for one test alone."""
     return shutil.copytree(trained[0], tmp_path / "copied")
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_long_batch_tells_how_far_it_is(trained, monkeypatch, tmp_path, capsys, beams):
+    """With the same answers as where nobody watches."""
+    monkeypatch.setattr(records, "EVERY", 0.0)
+    folder, _ = trained
+    cfg, _ = parse(Config, EvaluationFlags, ["--model_save_dir", str(folder), "--num_beams", str(beams)])
+    answer = predict.load_answer(cfg)
+    rows = rows_of(("1+1", "2"), ("2+3是多少", "5"), ("3+4", "7"))
+    cfg = dataclasses.replace(cfg, model_save_dir=str(tmp_path / "scored"), max_new_tokens=8, eval_batch_size=2)
+    evaluate.evaluate(answer, rows, cfg)
+    shown = capsys.readouterr().err
+    assert "this batch: 1 / 8 tokens" in shown and "this batch: 2 / 8 tokens" in shown
+    assert answer.watch is None
+    alone = answer([turns[:-1] for _, turns in rows[:1]], Sampling(max_new_tokens=8, num_beams=beams))
+    assert predictions(cfg)[0]["answer"] == alone[0].text
 
 
 def test_training_ends_with_a_comparison_on_the_validation_rows(trained):

@@ -527,6 +527,23 @@ def test_schedules(fit, name, expected):
     assert [round(record["learning_rate"] / 1e-3, 3) for record in log] == expected
 
 
+def test_one_epoch_and_a_half(fit, tmp_path):
+    """Three steps where an epoch has two; resumed after its second step it ends alike."""
+    flags = ["--epochs", 1.5, "--batch_size", 12, "--micro_batch_size", 12, "--logging_steps", 1, "--save_steps", 2]
+    flags += ["--lr_scheduler_type", "cosine_with_restarts", "--warmup_ratio", 0, "--learning_rate", 1e-3]
+    whole = fit("whole", *flags)
+    resumed = fit("resumed", *flags, "--resume", whole / "checkpoint-2")
+    log = [json.loads(line) for line in (whole / "trainer_log.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["epoch"]) for record in log] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert [round(record["learning_rate"] / 1e-3, 3) for record in log] == [
+        1.0,
+        0.25,
+        0.75,
+    ]  # two cycles in three steps
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (whole, resumed)]
+    assert weights[0] == weights[1]
+
+
 def test_neftune_and_betas_reach_the_training(fit, monkeypatch):
     seen = []
     monkeypatch.setattr(trainer.SupervisedTrainer, "train", lambda self, **kwargs: seen.append(self) or 1 / 0)

@@ -21,7 +21,7 @@ with warnings.catch_warnings():  # its strings have invalid escapes, which Pytho
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 OVERLAPS = ["bleu-4", *(f"rouge-{kind}-{stat}" for kind in "12l" for stat in "rpf")]
-NAMES = [*OVERLAPS, *(f"word-{name}" for name in OVERLAPS), "chrf", "exact", "distinct-2"]
+NAMES = [*OVERLAPS, *(f"word-{name}" for name in OVERLAPS), "chrf", "exact", "distinct-2", "novel-f1", "looping"]
 PAIRS = [
     ("这条裙子很好看", "这条黑色的裙子真好看"),
     ("的的的的的", "的"),
@@ -45,7 +45,18 @@ def by_the_libraries(prediction, reference):
     expected["exact"] = float(prediction == reference)
     pairs = list(nltk.bigrams(prediction.replace(" ", "")))
     expected["distinct-2"] = len(set(pairs)) / len(pairs) if pairs else 1.0
+    expected["novel-f1"] = pairs_in_common(prediction, reference)
+    expected["looping"] = 0.0
     return expected
+
+
+def pairs_in_common(prediction, reference):
+    """F1 of pairs counted one by one; of characters where the reference is one."""
+    texts = ["".join(char for char in text if char not in " ，。！？；：、") for text in (prediction, reference)]
+    left, right = ([*text] if len(texts[1]) == 1 else [*nltk.bigrams(text)] for text in texts)
+    total = len(left) + len(right)
+    common = sum(1 for piece in left if piece in right and not right.remove(piece))
+    return 2 * common / total if total else 0.0
 
 
 def shipped_pairs():
@@ -110,7 +121,7 @@ def test_odd_answers_have_scores_in_range(prediction, reference):
 def test_an_equal_answer_scores_1(text):
     few_words = {f"word-{name}" for name in OVERLAPS}  # BLEU-4 needs four tokens, ROUGE-2 two
     scores = {name: value for name, value in metrics.score(text, text).items() if name not in few_words}
-    assert scores == pytest.approx(dict.fromkeys(set(NAMES) - few_words, 1.0), abs=1e-6)
+    assert scores == pytest.approx(dict.fromkeys(set(NAMES) - few_words, 1.0) | {"looping": 0.0}, abs=1e-6)
 
 
 def test_words_are_those_of_jieba():
@@ -194,6 +205,82 @@ def test_attribute_values(question, values):
 )
 def test_attributes_is_the_share_of_values_named(prediction, share):
     assert metrics.score(prediction, "一条裙子", "类型#裙*颜色#黑色*版型#宽松")["attributes"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    "prediction, share",
+    [
+        ("类型#裙*颜色#黑色*版型#宽松", 0),
+        ("版型#宽松*类型#裙*类型#裙", 0),
+        ("类型#裙*颜色#黑色*版型#宽松*这条裙子很宽松", 2 / 3),
+        ("类型#裙子是黑色的", 1 / 3),
+        ("黑色的宽松裙" * 9, 0),
+    ],
+)
+def test_what_is_copied_or_looped_names_no_attribute(prediction, share):
+    assert metrics.score(prediction, "一条裙子", "类型#裙*颜色#黑色*版型#宽松")["attributes"] == pytest.approx(share)
+
+
+def test_a_value_within_a_longer_one_is_not_left_over_by_its_copy():
+    assert metrics.score("领型#立领*衣领型#小立领", "上衣", "领型#立领*衣领型#小立领")["attributes"] == 0
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, question, f1",
+    [
+        ("法国的首都是哪里？", "法国的首都是巴黎。", "法国的首都是哪里？", 0),
+        ("巴黎", "法国的首都是巴黎。", "法国的首都是哪里？", 2 / 3),  # of 是巴 and 巴黎
+        ("法国的首都是巴黎，", "法国的首都是巴黎。", "法国的首都是哪里？", 1),
+        ("巴黎" * 10, "法国的首都是巴黎。", "法国的首都是哪里？", 2 / 21),  # 19 pairs, of which one counts
+        ("住在临江市", "临江市", "小明住在临江市，他住在哪里？", 2 * 2 / (4 + 2)),  # nothing new: all pairs count
+        ("小明住在临江市，他住在哪里？", "临江市", "小明住在临江市，他住在哪里？", 2 * 2 / (11 + 2)),
+        ("等于五", "五", "二加三等于几", 1),  # 等 and 于 are the question's
+        ("", "五", "二加三等于几", 0),
+        ("五", "等于五", "二加三", 0),  # no pair
+        ("Paris", "法国的首都是巴黎。", "法国的首都是哪里？", 0),
+        ("。。。", "。", "你好", 0),
+    ],
+)
+def test_novel_f1_counts_what_the_question_does_not_say(prediction, reference, question, f1):
+    assert metrics.score(prediction, reference, question)["novel-f1"] == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    "prediction, copied",
+    [
+        ("类型#裙*颜色#黑色", 1),
+        ("类型#裙*颜色#黑色" * 5, 1),
+        ("类型#裙*颜色#黑色。好的。", 1),
+        ("类型#裙*颜色#黑色，这条黑色的裙子很好看，适合夏天穿", 0),  # it goes on to answer
+        ("黑色", 0),  # too little of the question
+        ("这条黑色的裙子很好看", 0),
+        ("", 0),
+    ],
+)
+def test_copied_is_the_question_over_again(prediction, copied):
+    assert metrics.score(prediction, "黑色的裙子显瘦", "类型#裙*颜色#黑色")["copied"] == copied
+
+
+@pytest.mark.parametrize("question, reference", [("", "好"), ("好", "好的"), ("改错：今天天汽好。", "今天天汽好。")])
+def test_copied_only_where_the_reference_is_no_copy(question, reference):
+    assert "copied" not in metrics.score(question, reference, question)
+
+
+@pytest.mark.parametrize(
+    "prediction, looping",
+    [
+        ("的" * 20, 1),
+        ("的" * 19, 0),
+        ("很好 看，\n" * 5, 1),
+        ("这条裙子很好看。" + "显瘦又百搭，" * 4 + "显瘦", 1),  # cut off within the piece
+        ("显瘦又百搭，" * 9 + "就是这样。", 0),  # it found an end
+        ("今天天气很好，我们去公园。今天天气很好，我们去公园。", 0),  # twice
+        ("这条裙子采用纯色设计，干净利落，走动时裙摆轻轻摇曳。", 0),
+        ("", 0),
+    ],
+)
+def test_looping_is_an_end_that_repeats(prediction, looping):
+    assert metrics.score(prediction, "一条裙子")["looping"] == looping
 
 
 def test_attributes_only_where_they_are_asked_for():
@@ -299,6 +386,11 @@ def test_a_change_on_the_same_rows_is_surer_than_its_parts():
     assert high - low > 0.05
 
 
-def test_no_rows_and_one_row_have_intervals():
+def test_one_row_has_no_interval():
+    """Nothing says how a score would move that one row alone has, though others lack it."""
     assert intervals.intervals([], 0) == {}
-    assert intervals.intervals([{"exact": 0.5}], 0) == {"exact": [0.5, 0.5]}
+    assert intervals.intervals([{"exact": 0.5}], 0) == {}
+    assert intervals.change_intervals([{"exact": 0.5}], [{"exact": 0.7}], 0) == {}
+    rows = [{"exact": 0.5}, {"exact": 0.5, "attributes": 1.0}]
+    assert intervals.intervals(rows, 0) == {"exact": [0.5, 0.5]}
+    assert intervals.change_intervals(rows, rows, 0) == {"exact": [0.0, 0.0]}

@@ -154,6 +154,11 @@ def test_accumulation_is_clamped_to_the_epoch():
     }
 
 
+@pytest.mark.parametrize("epochs, steps", [(0.5, 3), (1, 5), (1.3, 7), (0.01, 1)])
+def test_a_part_of_an_epoch_is_rounded_up_to_a_step(epochs, steps):
+    assert trainer.make_plan(Config(micro_batch_size=2, batch_size=2, epochs=epochs), 10)["total_steps"] == steps
+
+
 def test_batches_are_of_like_length_and_repeat_by_seed_and_epoch():
     lengths = [(n * 37) % 100 + 1 for n in range(1003)]
     sampler = batches.LengthGroupedSampler(lengths, 4, seed=1)

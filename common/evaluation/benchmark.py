@@ -28,7 +28,7 @@ from common.evaluation.records import (
 )
 from common.evaluation.report import leave_report
 from common.evaluation.results import read_results, write_results
-from common.evaluation.tables import heads, task_rows
+from common.evaluation.tables import Interval, heads, task_rows
 from common.inference import likelihood
 from common.inference.answerer import Sampling, prompt_limit
 
@@ -80,7 +80,7 @@ def run_task(
         shortest_first([question.turns for question in questions]),
         ask,
         cfg,
-        Progress(f"{task} {'基座 base' if base else '微调 tuned'}", "accuracy"),
+        Progress(f"{task} {'基座 base' if base else '微调 tuned'}", "accuracy", answer),
     )
 
 
@@ -131,7 +131,7 @@ def accuracies(questions: Sequence[Question], scores: Sequence[dict[str, float]]
     losses = [score["loss"] for score in scores if "loss" in score]
     return {
         "accuracy": _mean([score["accuracy"] for score in scores]),
-        "interval": intervals.intervals(_alone(scores), seed)["accuracy"],
+        "interval": intervals.intervals(_alone(scores), seed).get("accuracy"),
         "questions": len(scores),
         "average": _mean([share["accuracy"] for share in shares.values()]),
         "subjects": shares,
@@ -193,15 +193,15 @@ def _number_score(text: str, reference: str, question: str) -> dict[str, float]:
     return {"accuracy": float(tasks.last_number(text) == tasks.last_number(reference))}
 
 
-def _changes(found: Mapping[str, Any], cfg: SFTConfig) -> dict[str, list[float]]:
+def _changes(found: Mapping[str, Any], cfg: SFTConfig) -> dict[str, Interval]:
     """{task: [low, high]} of the change of accuracy, for the tasks that both models have."""
-    changes = {}
+    changes: dict[str, Interval] = {}
     for task in found["base"].keys() & found["tuned"].keys():
         before, after = (
             _alone([record["scores"] for record in read_records(records_path(cfg, task, base))])
             for base in (True, False)
         )
-        changes[task] = intervals.change_intervals(before, after, cfg.seed)["accuracy"]
+        changes[task] = intervals.change_intervals(before, after, cfg.seed).get("accuracy")
     return changes
 
 

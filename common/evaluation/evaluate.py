@@ -26,7 +26,16 @@ from common.evaluation.records import (
 )
 from common.evaluation.report import leave_report
 from common.evaluation.results import add_scores, sampling_of
-from common.evaluation.tables import ROW_METRIC, WORST, changes, heads, metric_rows, overlap_text
+from common.evaluation.tables import (
+    REST_NOTE,
+    ROW_METRIC,
+    WORST,
+    changes,
+    heads,
+    metric_rows,
+    overlap_text,
+    row_score,
+)
 from common.inputs import files_of, show_files
 from common.runs.adopted import find_manifest
 
@@ -134,16 +143,17 @@ def evaluate(answer: Answers, rows: HeldOut, cfg: SFTConfig, base: bool = False)
         shortest_first([turns for _, turns in rows]),
         lambda numbers: predict(answer, [(number, *rows[number]) for number in numbers], sampling, base),
         cfg,
-        Progress("评估基座 base" if base else "评估微调 tuned", "bleu-4"),
+        Progress("评估基座 base" if base else "评估微调 tuned", "bleu-4", answer),
     )
     show_cut(found)
     return metrics.average([record["scores"] for record in found])
 
 
 def show_table(results: dict[str, Any], models: Sequence[str]) -> None:
-    """Print a line a metric, a column a model and one for the change, by which the lines are sorted."""
+    """Print a line a metric, a column a model and one for the change; first what no cheat raises."""
     print(f"\n留出数据 held-out rows: {results['held_out']['rows']}, {overlap_text(results['held_out'])}")
-    for name, *cells in [["metric", *heads(models)], *metric_rows(results, models)]:
+    first, others = (metric_rows(results, models, leading) for leading in (True, False))
+    for name, *cells in [["metric", *heads(models)], *first, [f"[{REST_NOTE}]"], *others]:
         print(f"{name:<18}" + "".join(f"{cell:<26}" for cell in cells).rstrip())
     print(f"[95 % interval: {intervals.RESAMPLES} bootstrap resamples of the rows]")
     print(results["signature"])
@@ -165,5 +175,5 @@ def show_worst(cfg: SFTConfig) -> None:
     base, tuned = predictions(cfg, base=True), predictions(cfg)
     print(f"\n变化最差的行 worst rows, by the change of {ROW_METRIC} (base → tuned):")
     for change, row in changes(base, tuned)[:WORST]:
-        before, after = (each[row]["scores"][ROW_METRIC] for each in (base, tuned))
+        before, after = (row_score(each[row]) for each in (base, tuned))
         print(f"  {change:+.3f}  {before:.3f} → {after:.3f}  {tuned[row]['where']}")

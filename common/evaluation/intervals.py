@@ -24,7 +24,8 @@ def intervals(scores: Sequence[dict[str, Any]], seed: int) -> dict[str, list[flo
     """{metric: [low, high]} of the rows' scores (as metrics.score gives them): percentile bootstrap, 95 %.
 
     RESAMPLES times as many rows are drawn with replacement, and each metric is taken anew; one without a row to stand
-    on is 0, as in metrics.average. The same seed and number of rows draw the same rows.
+    on is 0, as in metrics.average. The same seed and number of rows draw the same rows. A metric that one row alone has
+    is left out: nothing says how it would move.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     return _bounds(_resampled(metrics.ratios(scores), len(scores), seed))
@@ -40,7 +41,11 @@ def change_intervals(
 
 
 def _resampled(ratios: dict[str, tuple[ndarray, ndarray]], count: int, seed: int) -> dict[str, ndarray]:
-    """{metric: its values in the resamples, [RESAMPLES]} of `count` rows' numerators and denominators, [count] each."""
+    """{metric: its values in the resamples, [RESAMPLES]} of `count` rows' numerators and denominators, [count] each.
+
+    Metrics that one row alone has are left out.
+    """
+    ratios = {name: each for name, each in ratios.items() if count > 1 and numpy.count_nonzero(each[1]) != 1}
     if not ratios:
         return {}
     numerators, denominators = (numpy.stack(columns, axis=1) for columns in zip(*ratios.values(), strict=True))

@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 ENTITY = re.compile(r"(\S.*)_([^\W\d_]{1,10})")  # name_type; the type is a word
 NO_ENTITY = "没有"
 OVERLAPS = ("bleu-4", *(f"rouge-{kind}-{stat}" for kind in "12l" for stat in "rpf"))
-NAMES = (*OVERLAPS, *(f"word-{name}" for name in OVERLAPS), "chrf", "exact", "distinct-2")
+NAMES = (*OVERLAPS, *(f"word-{name}" for name in OVERLAPS), "chrf", "exact", "distinct-2", "novel-f1", "looping")
+MARKS = re.compile(r"[\s，。！？；：、]")  # between words: they say nothing
+COPIED, COVERED = 0.8, 0.5  # a copy: so much of it stands in the question, and so much of the question in it
+LOOPED = 20  # characters of the least loop
 _SMOOTHING = SmoothingFunction().method1
 _CHRF = CHRF()
 _CHRF.sentence_score("", [""])  # it knows its signature once it has scored
@@ -43,15 +47,22 @@ def signature() -> str:
         f"chrF sacrebleu {_CHRF.get_signature()}; exact = the same text but for blanks at its ends; "
         "distinct-2 = different / all pairs of neighbouring characters within an answer; "
         "stopped = ended by itself with some text; "
-        "attributes = share of the values in type#value*type#value questions that the answer contains; "
+        "novel-f1 = F1 of pairs of neighbouring characters, each as often as it stands there, without pairs of the "
+        "question unless the reference has no others; "
+        f"copied = {COPIED:.0%} of the answer's different pairs are in the question, {COVERED:.0%} of the question's in "
+        "the answer, on rows whose reference is no such copy; "
+        f"looping = ends with one piece, 3 times or more and {LOOPED} characters or more; "
+        "attributes = share of the values in type#value*type#value questions that the answer contains, its copies of "
+        "type#value left out, 0 where it loops; "
         "entity = exact name and type, sets of name_type lines, micro average; "
         "mean over rows; empty answer = 0; failed row = 0; answers only"
     )
 
 
 def score(prediction: str, reference: str, question: str = "") -> dict[str, Any]:
-    """{name: value} of one answer for all NAMES; attributes or entities where the row has them.
+    """{name: value} of one answer for all NAMES; copied, attributes or entities where the row has them.
 
+    copied: of a row whose reference is no copy of its question.
     entities: {type: [right, predicted, expected]} of a row whose reference lists entities, or says there is none.
     """
     scores: dict[str, Any] = dict.fromkeys(NAMES, 0.0)
@@ -63,8 +74,12 @@ def score(prediction: str, reference: str, question: str = "") -> dict[str, Any]
         scores["chrf"] = _CHRF.sentence_score(prediction, [reference]).score / 100
         scores["exact"] = float(prediction.strip() == reference.strip())
         scores["distinct-2"] = _distinct_pairs(characters[0])
-    if values := attribute_values(question):
-        scores["attributes"] = sum(value in prediction for value in values) / len(values)
+        scores["novel-f1"] = novel_f1(prediction, reference, question)
+        scores["looping"] = float(loops(prediction))
+    if _pieces(question) and not copies(reference, question):
+        scores["copied"] = float(copies(prediction, question))
+    if attribute_values(question):
+        scores["attributes"] = _named(prediction, question)
     if lists_entities(reference):
         scores["entities"] = _entity_counts(entities(prediction), entities(reference))
     return scores
@@ -141,6 +156,41 @@ def _distinct_pairs(characters: Sequence[str]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
+def novel_f1(prediction: str, reference: str, question: str) -> float:
+    """F1 of the pairs of neighbouring characters in answer and reference, each counted as often as it stands there.
+
+    Pairs that stand in the question do not count, unless the reference has no others. Single characters are taken where
+    the reference is one; blanks and Chinese marks are left out. 0 where the answer has no pair that counts.
+    """
+    size = 1 if len(MARKS.sub("", reference)) == 1 else 2
+    said, expected, asked = (_pieces(text, size) for text in (prediction, reference, question))
+    if expected.keys() - asked.keys():
+        said, expected = (
+            Counter({piece: count for piece, count in pieces.items() if piece not in asked})
+            for pieces in (said, expected)
+        )
+    return _ratio(2 * (said & expected).total(), said.total() + expected.total())
+
+
+def copies(text: str, question: str) -> bool:
+    """Whether a text is its question over again, once or more often: COPIED and COVERED, of different pairs."""
+    said, asked = _pieces(text).keys(), _pieces(question).keys()
+    shared = len(said & asked)
+    return shared > 0 and shared >= COPIED * len(said) and shared >= COVERED * len(asked)
+
+
+def loops(text: str) -> bool:
+    """Whether a text ends with the same piece three times or more, LOOPED characters in all or more; blanks aside."""
+    text = "".join(_characters(text))
+    return any(text.endswith(text[-size:] * max(3, -(-LOOPED // size))) for size in range(1, len(text) // 3 + 1))
+
+
+def _pieces(text: str, size: int = 2) -> Counter[str]:
+    """{piece of `size` characters: how often it stands in a text}; blanks and Chinese marks are left out."""
+    text = MARKS.sub("", text)
+    return Counter(text[start : start + size] for start in range(len(text) - size + 1))
+
+
 def entities(text: str) -> set[tuple[str, str]]:
     """The set of (name, type) in an answer of `name_type` lines; lines of any other form are no entities."""
     found = (ENTITY.fullmatch(line.strip()) for line in text.splitlines())
@@ -177,6 +227,16 @@ def attribute_values(question: str) -> list[str]:
     """The values asked for in ADVGEN's form, 类型#裙*颜色#黑色; [] for any other text."""
     pairs = [part.split("#") for part in question.strip().split("*")]
     return [value for _, value in pairs] if all(len(pair) == 2 and all(pair) for pair in pairs) else []
+
+
+def _named(prediction: str, question: str) -> float:
+    """The share of a question's attribute values that an answer names in words of its own; 0 where it loops."""
+    if loops(prediction):
+        return 0.0
+    for pair in sorted(question.strip().split("*"), key=len, reverse=True):
+        prediction = prediction.replace(pair, "*")
+    values = attribute_values(question)
+    return sum(value in prediction for value in values) / len(values)
 
 
 def _characters(text: str) -> list[str]:

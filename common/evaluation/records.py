@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -18,12 +19,13 @@ from common.config import SFTConfig
 from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import metrics
-from common.inference.answerer import Answer, Sampling
+from common.inference.answerer import Answer, Answerer, Sampling
 from common.inference.remote import UnreachableError
 from common.inference.tuned import trained_with
 from common.model.loading import base_hash
 from common.runs.adopted import find_manifest
 
+EVERY = 2.0  # seconds between two words of how far a batch is
 Record = dict[str, Any]  # row, where, prompt, question, reference, answer, stop, cut_to, seconds, scores, …
 FAILED = "error: "  # how the `stop` of a row that could not be asked begins; the reason follows
 
@@ -40,6 +42,7 @@ class Progress(NamedTuple):
 
     title: str
     metric: str = ""
+    answer: object = None  # an Answerer tells how far a batch is
 
 
 def score_rows(
@@ -71,7 +74,8 @@ def score_rows(
             if not left:
                 continue
             torch.manual_seed((cfg.seed + number) % 2**32)
-            records = list(predict_rows(left))
+            with _within(progress.answer, bar, cfg.max_new_tokens):
+                records = list(predict_rows(left))
             file.write("".join(files.line_of({"key": key, **record}) for record in records))
             file.flush()
             bar.update(len(left))
@@ -81,6 +85,27 @@ def score_rows(
     distributed.wait()
     distributed.first(lambda: _gather(path, key))
     return read_records(path)
+
+
+@contextlib.contextmanager
+def _within(answer: object, bar: tqdm, most: int) -> Iterator[None]:
+    """Let an Answerer's batch tell on the bar every few seconds how many of `most` tokens its answers have."""
+    last = time.monotonic()
+
+    def tell(tokens: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            bar.set_postfix_str(f"本批 this batch: {tokens} / {most} tokens")
+
+    if not isinstance(answer, Answerer):
+        yield
+        return
+    answer.watch = tell
+    try:
+        yield
+    finally:
+        answer.watch = None
 
 
 def predict(

@@ -11,6 +11,7 @@ import numpy
 from common.evaluation.intervals import RESAMPLES
 from common.evaluation.records import Record, predictions
 from common.evaluation.tables import (
+    REST_NOTE,
     ROW_METRIC,
     WORST,
     Scored,
@@ -69,9 +70,10 @@ def _held_out_part(results: Mapping[str, Any], models: Sequence[str]) -> str:
         f"- answers: {held_out['decoding']}",
         f"- {overlap_text(held_out)}",
         f"- [low, high]: 95 % interval, {RESAMPLES} bootstrap resamples of the rows",
-        f"- {results['signature']}\n",
+        f"- {results['signature']}",
     ]
-    return "\n".join(lines) + "\n" + _table(["metric", *heads(models)], metric_rows(results, models))
+    first, others = (_table(["metric", *heads(models)], metric_rows(results, models, part)) for part in (True, False))
+    return "\n\n".join(["\n".join(lines), first, REST_NOTE, others])
 
 
 def _length_part(groups: Groups, models: Sequence[str]) -> str:
@@ -133,7 +135,7 @@ def _draw(folder: Path, results: Mapping[str, Any], groups: Groups, models: Sequ
 def _draw_metrics(axis: Axes, results: Mapping[str, Any], groups: Groups, models: Sequence[str]) -> None:
     names = [row[0] for row in metric_rows(results, models) if row[0].isascii()][::-1]
     for model in models:
-        values = [(results[model][name], results["intervals"][model][name]) for name in names]
+        values = [(results[model][name], results["intervals"][model].get(name)) for name in names]
         _points(axis, model, values, upright=False)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlim=(-0.02, 1.02), xlabel="score, 95 % interval", title=f"{results['held_out']['rows']} held-out rows")
@@ -163,7 +165,8 @@ def _points(axis: Axes, model: str, values: Sequence[Scored | None], upright: bo
     places = [number - offset if upright else number + offset for number, value in enumerate(values) if value]
     there = [value for value in values if value]
     middles = [value for value, _ in there]
-    errors = numpy.array([(max(0, value - low), max(0, high - value)) for value, (low, high) in there]).T
+    bounds = [(value, interval or (value, value)) for value, interval in there]
+    errors = numpy.array([(max(0, value - low), max(0, high - value)) for value, (low, high) in bounds]).T
     across, along = (places, middles) if upright else (middles, places)
     bars = {"yerr" if upright else "xerr": errors}
     axis.errorbar(across, along, **bars, fmt=marker, color=colour, ecolor=colour, capsize=3, label=model)

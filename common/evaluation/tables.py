@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from common.evaluation import metrics
 from common.evaluation.intervals import intervals
 from common.evaluation.records import Record
 
@@ -15,33 +16,55 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 HIDDEN = re.compile(r"(word-)?rouge-.-[rp]")  # kept in all_results.json; a table has F alone
-ROW_METRIC = "rouge-l-f"  # by which rows are compared: each row has it
+LEADING = re.compile(r"entity-f1.*|attributes|novel-f1")  # neither a copied question nor a loop raises these
+MANNERS = re.compile(r"stopped|copied|looping")  # how answers look, whatever they say
+REST_NOTE = (
+    "entity-f1, attributes, novel-f1 以外的指标 metrics other than these: 复述提问或重复循环也能得分 "
+    "a copied question or a loop can raise them; copied, looping: 越低越好 lower is better; docs/evaluation.md"
+)
+ROW_METRIC = "novel-f1"  # by which rows are compared: each row has it
 WORST = 10  # rows in the list of those that changed for the worse
-Scored = tuple[float, list[float]]  # a value and its interval [low, high]
+Interval = list[float] | None  # [low, high]; None where one row alone has the metric
+Scored = tuple[float, Interval]
 
 
 def metric_names(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Names of the metrics that a table of {model: {metric: value}} has: those of all models."""
+    """Names of the metrics that a table of {model: {metric: value}} has: those of all models, always in one order.
+
+    First those of LEADING, then those of MANNERS.
+    """
     first, *others = scores.values()
-    return [name for name in first if not HIDDEN.fullmatch(name) and all(name in values for values in others)]
+    shared = [name for name in first if not HIDDEN.fullmatch(name) and all(name in values for values in others)]
+    return sorted(shared, key=_place)
 
 
-def metric_rows(results: Mapping[str, Any], models: Sequence[str]) -> list[list[str]]:
-    """[[metric, cell, …]] for the models and, where there are two, their change, by which the rows are sorted."""
-    scores = {name: results[name] for name in models}
-    bounds = results["intervals"]
-    rows = {metric: [cell(scores[n][metric], bounds[n][metric]) for n in models] for metric in metric_names(scores)}
-    if len(models) == 2:
-        change = {metric: scores["tuned"][metric] - scores["base"][metric] for metric in rows}
-        rows = {metric: rows[metric] for metric in sorted(rows, key=lambda name: -change[name])}
-        for metric, cells in rows.items():
-            cells.append(cell(change[metric], bounds["change"][metric], "+"))
-    return [[metric, *cells] for metric, cells in rows.items()]
+def _place(name: str) -> tuple[int, int, str]:
+    """Where a metric stands in tables: its group, its place there as metrics.NAMES has it, its name."""
+    group = 0 if LEADING.fullmatch(name) else 1 if MANNERS.fullmatch(name) else 2
+    return group, metrics.NAMES.index(name) if group == 2 and name in metrics.NAMES else -1, name
 
 
-def cell(value: float, interval: list[float], sign: str = "") -> str:
-    """A score and its interval as text."""
-    return f"{value:{sign}.4f} [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+def metric_rows(results: Mapping[str, Any], models: Sequence[str], leading: bool | None = None) -> list[list[str]]:
+    """[[metric, cell, …]] for the models and, where there are two, their change.
+
+    leading: those of LEADING alone, or the others alone; None: both.
+    """
+    bounds = {name: results["intervals"].get(name, {}) for name in (*models, "change")}
+    rows = []
+    for metric in metric_names({name: results[name] for name in models}):
+        if leading in (None, bool(LEADING.fullmatch(metric))):
+            values = [results[name][metric] for name in models]
+            cells = [cell(value, bounds[name].get(metric)) for name, value in zip(models, values, strict=True)]
+            if len(models) == 2:
+                cells.append(cell(values[1] - values[0], bounds["change"].get(metric), "+"))
+            rows.append([metric, *cells])
+    return rows
+
+
+def cell(value: float, interval: Interval, sign: str = "") -> str:
+    """A score and its interval, where it has one, as text."""
+    shown = f"{value:{sign}.4f}"
+    return shown if interval is None else f"{shown} [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
 
 
 def heads(models: Sequence[str]) -> list[str]:
@@ -64,7 +87,12 @@ def overlap_text(held_out: Mapping[str, Any]) -> str:
 def changes(base: Mapping[int, Record], tuned: Mapping[int, Record]) -> list[tuple[float, int]]:
     """[(change of ROW_METRIC, row number)] of the records of two models, the worst change first."""
     both = base.keys() & tuned.keys()
-    return sorted((tuned[row]["scores"][ROW_METRIC] - base[row]["scores"][ROW_METRIC], row) for row in both)
+    return sorted((row_score(tuned[row]) - row_score(base[row]), row) for row in both)
+
+
+def row_score(record: Record) -> float:
+    """ROW_METRIC of a prediction; taken anew, for an earlier version's records lack it."""
+    return metrics.novel_f1(record["answer"], record["reference"], record["question"])
 
 
 def by_length(records: Mapping[str, Mapping[int, Record]], seed: int) -> list[tuple[str, int, dict[str, Scored]]]:
@@ -77,11 +105,9 @@ def by_length(records: Mapping[str, Mapping[int, Record]], seed: int) -> list[tu
     found = []
     for rows in groups.values():
         ends = sorted({lengths[rows[0]], lengths[rows[-1]]})
-        scores = {
-            name: [{ROW_METRIC: each[row]["scores"][ROW_METRIC]} for row in rows] for name, each in records.items()
-        }
+        scores = {name: [{ROW_METRIC: row_score(each[row])} for row in rows] for name, each in records.items()}
         means = {
-            name: (float(numpy.mean([row[ROW_METRIC] for row in part])), intervals(part, seed)[ROW_METRIC])
+            name: (float(numpy.mean([row[ROW_METRIC] for row in part])), intervals(part, seed).get(ROW_METRIC))
             for name, part in scores.items()
         }
         found.append(("–".join(map(str, ends)), len(rows), means))

@@ -85,6 +85,7 @@ class Answerer:
         self.base_net: PreTrainedModel | None = None
         self.stop_ids = prompt.stop_ids(tokenizer, style)
         self.pad_id = pad_id_of(tokenizer, self.stop_ids[0])
+        self.watch: Callable[[int], None] | None = None  # told of each step of a batch: new tokens of a row so far
         self.lock = threading.Lock()
         _forget_generation_config(net)
 
@@ -129,13 +130,14 @@ class Answerer:
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts], device=self.net.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.net.device)
+        criteria = [streamer.stopped] if streamer else [_Told(self.watch, width)] if self.watch else None
         with self.lock, torch.inference_mode(), self.chosen(base) as net:
             output = net.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=self.generation_config(sampling),
                 streamer=streamer,
-                stopping_criteria=[streamer.stopped] if streamer else None,
+                stopping_criteria=criteria,
             )
         return output[:, width:].tolist()
 
@@ -207,6 +209,18 @@ def fitted(
 def _forget_generation_config(net: PreTrainedModel | PeftModel) -> None:
     """Empty the checkpoint's own generation config: what it asks for would mix with a Sampling."""
     causal_of(net).generation_config = GenerationConfig()
+
+
+class _Told:
+    """A stopping criterion that stops nothing: it tells `watch` how many tokens there are beside `width` of prompt."""
+
+    def __init__(self, watch: Callable[[int], None], width: int) -> None:
+        self.watch = watch
+        self.width = width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.watch(input_ids.shape[1] - self.width)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class _Pieces(BaseStreamer):

@@ -227,6 +227,8 @@ def _score_table(results: dict[str, Any]) -> str:
         "|---|---|---|",
         *rows,
         "",
+        tables.REST_NOTE,
+        "",
         results["signature"],
         "",
     ]

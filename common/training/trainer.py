@@ -174,7 +174,7 @@ def make_plan(cfg: SFTConfig, rows: int) -> dict[str, int]:
     batches = math.ceil(rows / (cfg.micro_batch_size * world_size()))
     accumulation = min(cfg.accumulation, batches)
     steps_per_epoch = math.ceil(batches / accumulation)
-    total = cfg.max_steps if cfg.max_steps > 0 else cfg.epochs * steps_per_epoch
+    total = cfg.max_steps if cfg.max_steps > 0 else math.ceil(cfg.epochs * steps_per_epoch)
     return {
         "accumulation": accumulation,
         "steps_per_epoch": steps_per_epoch,
@@ -250,7 +250,7 @@ def _schedule(cfg: SFTConfig, plan: dict[str, int]) -> dict[str, Any]:
     if name == "constant" and plan["warmup_steps"]:
         name = "constant_with_warmup"
     shapes: dict[str, dict[str, float]] = {
-        "cosine_with_restarts": {"num_cycles": cfg.epochs},
+        "cosine_with_restarts": {"num_cycles": math.ceil(cfg.epochs)},
         "cosine_with_min_lr": {"min_lr_rate": 0.1},
         "warmup_stable_decay": {"num_decay_steps": max(1, plan["total_steps"] // 10)},
     }
