@@ -175,6 +175,7 @@ def test_predictions_of_earlier_runs_keep_their_keys(tmp_path):
     assert evaluate.key_of(untrained, True, [["rows"], {"max_new_tokens": 9}]) == "b32afe919036fcd0"
     config = {"prompt_style": "plain", "max_length_q": 64, "tuning": "qlora", "quantization_bit": 8}
     manifest = {"state": "finished", "base": {"path": "/nowhere/base", "sha256": ""}, "config": config}
+    manifest |= {"tokenizer_sha256": "", "template": {"style": "plain", "text": ""}}
     (tmp_path / "run_manifest.json").write_text(json.dumps(manifest))
     assert evaluate.key_of(Config(**told, model_save_dir=str(tmp_path)), False, ["rows"]) == "632556cac511595c"
 
