@@ -539,7 +539,7 @@ def test_one_epoch_and_a_half(fit, tmp_path):
         1.0,
         0.25,
         0.75,
-    ]  # two cycles in three steps
+    ]  # two cycles
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (whole, resumed)]
     assert weights[0] == weights[1]
 

@@ -72,11 +72,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 
 
 def _is_whole(manifest: object) -> bool:
-    """Whether what was read has the parts that its users take from it."""
-    if not isinstance(manifest, dict) or not {"state", "tokenizer_sha256"} <= manifest.keys():
+    """Whether what was read is an object with the parts that all its users take from it."""
+    if not isinstance(manifest, dict) or "state" not in manifest:
         return False
-    parts = {"config": set(), "base": {"path", "sha256"}, "template": {"style", "text"}}
-    return all(isinstance(manifest.get(name), dict) and keys <= manifest[name].keys() for name, keys in parts.items())
+    base, config, template = (manifest.get(name, {}) for name in ("base", "config", "template"))
+    return all(isinstance(part, dict) for part in (base, config, template)) and "path" in base
 
 
 def check_fits(manifest: dict[str, Any], base: str, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> None:
