@@ -20,8 +20,7 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-# longest first, the others take less than half a minute
-LONGEST = "readme processes methods docs families".split()
+LONGEST = "readme processes methods docs training faults families export".split()  # others take a minute or less
 
 
 def pytest_collection_modifyitems(items):
