@@ -205,6 +205,29 @@ def test_parts_in_each_process_train_what_one_does(home, flags, finish, warm, al
         torch.testing.assert_close(first[tensor], second[tensor], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, launcher, more",
+    [
+        ("ddp", TORCHRUN, []),
+        pytest.param("zero3", TORCHRUN, ZERO3, marks=needs_deepspeed),
+        ("fsdp2", [*ACCELERATE, FSDP2_FILE], []),
+    ],
+)
+def test_from_an_adapter_they_train_what_one_does(home, flags, finish, alone, name, launcher, more):
+    given = ["--adapter_name_or_path", alone, "--max_steps", 2, "--learning_rate", 0.001]
+    if not (home / "alone_on").is_dir():
+        train.main(flags("alone_on", "--micro_batch_size", 8, *given))
+    code, output, errors = finish(launcher, TRAIN + flags(f"{name}_on", *more, *given))
+    assert code == 0, errors
+    assert output.count(f"起点 start: {alone}: ") == 1
+    found, expected = log(home / f"{name}_on"), log(home / "alone_on")
+    assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], abs=1e-4)
+    assert expected[0]["loss"] < log(alone)[0]["loss"] - 0.02, "it does not start from the base"
+    for tensor, value in adapter(home / "alone_on").items():
+        torch.testing.assert_close(adapter(home / f"{name}_on")[tensor], value, rtol=0, atol=1e-3)
+
+
 def workers(launcher):
     """Process ids that `launcher` (a Popen) started, first process first."""
     listed = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
