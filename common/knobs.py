@@ -115,7 +115,9 @@ RANGES = {  # any value of its type where a knob is not named
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys("warmup_ratio lora_dropout adam_beta1 adam_beta2 label_smoothing_factor".split(), _SHARE),
-    **dict.fromkeys("epochs learning_rate max_grad_norm temperature repetition_penalty request_seconds".split(), _ABOVE_0),
+    **dict.fromkeys(
+        "epochs learning_rate max_grad_norm temperature repetition_penalty request_seconds".split(), _ABOVE_0
+    ),
     **dict.fromkeys("model_name model_author".split(), _NAMES),
     "max_steps": Range(lambda v: v == -1 or v >= 1, "-1 or at least 1"),
     "save_total_limit": Range(lambda v: v >= 2, "2 or more, so that a whole checkpoint is there while one is written"),
