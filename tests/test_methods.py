@@ -535,11 +535,7 @@ def test_one_epoch_and_a_half(fit, tmp_path):
     resumed = fit("resumed", *flags, "--resume", whole / "checkpoint-2")
     log = [json.loads(line) for line in (whole / "trainer_log.jsonl").read_text().splitlines()]
     assert [(record["step"], record["epoch"]) for record in log] == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    assert [round(record["learning_rate"] / 1e-3, 3) for record in log] == [
-        1.0,
-        0.25,
-        0.75,
-    ]  # two cycles
+    assert [round(record["learning_rate"] / 1e-3, 3) for record in log] == [1.0, 0.25, 0.75]  # two cycles
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (whole, resumed)]
     assert weights[0] == weights[1]
 

@@ -29,6 +29,7 @@ ENTITY = re.compile(r"(\S.*)_([^\W\d_]{1,10})")  # name_type; the type is a word
 NO_ENTITY = "没有"
 OVERLAPS = ("bleu-4", *(f"rouge-{kind}-{stat}" for kind in "12l" for stat in "rpf"))
 NAMES = (*OVERLAPS, *(f"word-{name}" for name in OVERLAPS), "chrf", "exact", "distinct-2", "novel-f1", "looping")
+PAIR = re.compile(r"[^*\s，。！？；：、]*[#＃][^*\s，。！？；：、]*")  # type#value, of the question or made up
 MARKS = re.compile(r"[\s，。！？；：、]")  # between words: they say nothing
 COPIED, COVERED = 0.8, 0.5  # a copy: so much of it stands in the question, and so much of the question in it
 LOOPED = 20  # characters of the least loop
@@ -49,11 +50,11 @@ def signature() -> str:
         "stopped = ended by itself with some text; "
         "novel-f1 = F1 of pairs of neighbouring characters, each as often as it stands there, without pairs of the "
         "question unless the reference has no others; "
-        f"copied = {COPIED:.0%} of the answer's different pairs are in the question, {COVERED:.0%} of the question's in "
-        "the answer, on rows whose reference is no such copy; "
+        f"copied = {COPIED:.0%} of the answer's different pairs are in the question, {COVERED:.0%} of the question's "
+        "in the answer, on rows whose reference is no such copy; "
         f"looping = ends with one piece, 3 times or more and {LOOPED} characters or more; "
-        "attributes = share of the values in type#value*type#value questions that the answer contains, its copies of "
-        "type#value left out, 0 where it loops; "
+        "attributes = share of the values in type#value*type#value questions that the answer contains, words with # "
+        "left out, 0 where it loops; "
         "entity = exact name and type, sets of name_type lines, micro average; "
         "mean over rows; empty answer = 0; failed row = 0; answers only"
     )
@@ -230,13 +231,12 @@ def attribute_values(question: str) -> list[str]:
 
 
 def _named(prediction: str, question: str) -> float:
-    """The share of a question's attribute values that an answer names in words of its own; 0 where it loops."""
+    """The share of a question's attribute values that an answer names apart from type#value; 0 where it loops."""
     if loops(prediction):
         return 0.0
-    for pair in sorted(question.strip().split("*"), key=len, reverse=True):
-        prediction = prediction.replace(pair, "*")
+    own = PAIR.sub("*", prediction)
     values = attribute_values(question)
-    return sum(value in prediction for value in values) / len(values)
+    return sum(value in own for value in values) / len(values)
 
 
 def _characters(text: str) -> list[str]:
