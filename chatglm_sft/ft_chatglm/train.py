@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     from common import distributed
     from common.data import dataset
     from common.evaluation import evaluate
-    from common.model import layers, loading
+    from common.model import layers, loading, template_tokens
     from common.runs import places, run
 
     # torch is imported only now, so that --help answers at once
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset.show_first(rows, tokenizer)
     held_out = evaluate.held_out_rows(cfg, rows)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway)
-    net = tuning.make_trainable(base, cfg)
+    net = tuning.make_trainable(base, cfg, template_tokens.to_train(base, cfg, tokenizer, prompt))
     layers.show_parameters(net)
     results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
     report.leave(work, net, tokenizer, results)

@@ -17,6 +17,7 @@ from common.config import LORA
 from common.errors import UserError
 from common.model.layers import causal_of
 from common.model.loading import load_base
+from common.model.token_rows import make_cheap
 from common.model.verify import adapter_state, compare_adapter
 from common.model.weights import check_adapter, readable
 
@@ -69,10 +70,11 @@ def attach(base: PreTrainedModel | PeftModel, folder: str | Path, name: str = "d
                 model = base
             else:
                 model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-        except (RuntimeError, ValueError) as problem:
+        except (RuntimeError, ValueError, LookupError) as problem:  # LookupError: of token rows
             reason = " ".join(str(problem).split())[:200]
             raise UserError(f"{folder}: 适配器与模型不符 the adapter does not fit: {reason}") from None
     compare_adapter(adapter_state(model, name=name), load_file(file), folder)
+    make_cheap(model)
     return model.eval()
 
 
@@ -100,6 +102,7 @@ def merge_reasons(model: PeftModel) -> list[str]:
         reason
         for reason, holds in (
             ("modules_to_save", bool(config.modules_to_save)),
+            ("trained token rows", bool(config.trainable_token_indices)),
             ("DoRA", config.use_dora),
             ("LoRA on embeddings or head", any(isinstance(module, BaseTunerLayer) for module in changed)),
         )

@@ -21,6 +21,7 @@ from common.data.render import IGNORED
 from common.data.turns import Conversation, Repair, Turn, Unusable
 from common.errors import UserError, is_out_of_memory
 from common.launch import world_size
+from common.model import template_tokens
 from common.training import rehearsal, tuning
 from common.training.check_report import show_rows, show_step, show_verdict
 
@@ -63,7 +64,7 @@ def run(
     with contextlib.redirect_stdout(sys.stderr) if flags.json else contextlib.nullcontext():
         rows, report = examine(cfg, tokenizer, prompt)
         show_rows(report)
-        measured, failures = rehearse(cfg, base, tokenizer, rows) if rows else ({}, [])
+        measured, failures = rehearse(cfg, base, tokenizer, prompt, rows) if rows else ({}, [])
         show_step(measured)
         problems = Counter(finding["kind"] for finding in report["findings"] if finding["bad"])
         problems += Counter(failures) + Counter([NO_END] if report["stop_share"] < 1 else [])
@@ -286,11 +287,12 @@ def masked_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> li
 
 
 def rehearse(
-    cfg: SFTConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: TrainingData
+    cfg: SFTConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Family, rows: TrainingData
 ) -> tuple[Report, list[str]]:
     """({step, memory} of training on the heaviest micro batch of the run, what went wrong as a list of texts)."""
     try:
-        return rehearsal.rehearse(tuning.make_trainable(base, cfg), rows, cfg, tokenizer, STEPS), []
+        net = tuning.make_trainable(base, cfg, template_tokens.to_train(base, cfg, tokenizer, prompt))
+        return rehearsal.rehearse(net, rows, cfg, tokenizer, STEPS), []
     except UserError as problem:
         return {}, [str(problem)]
     except (MemoryError, RuntimeError) as problem:

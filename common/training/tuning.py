@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +17,8 @@ from common.device import resolve_dtype
 from common.errors import UserError
 from common.launch import rank
 from common.model.layers import linear_layers
+from common.model.template_tokens import rows_to_train
+from common.model.token_rows import make_cheap
 from common.model.weights import readable
 
 if TYPE_CHECKING:
@@ -36,14 +38,15 @@ class Start(NamedTuple):
     pissa: dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (A [r, in], B [out, r])} of PiSSA, else {}
 
 
-def make_trainable(base: PreTrainedModel, cfg: SFTConfig) -> PreTrainedModel | PeftModel:
+def make_trainable(base: PreTrainedModel, cfg: SFTConfig, token_ids: Sequence[int] = ()) -> PreTrainedModel | PeftModel:
     """`base` with what `cfg.tuning` trains ready for it, everything else frozen.
 
-    What is trained is fp32, also over a bf16 base: steps smaller than bf16 can tell apart would be lost.
+    token_ids: whose rows of embedding and head are trained beside LoRA, see template_tokens.to_train. What is trained
+    is fp32, also over a bf16 base: steps smaller than bf16 can tell apart would be lost.
     """
     torch.manual_seed(cfg.seed)
-    prepare = {"full": _train_all, "freeze": _train_last_layers}.get(cfg.tuning, _add_lora)
-    net = prepare(base, cfg)
+    prepare = {"full": _train_all, "freeze": _train_last_layers}.get(cfg.tuning)
+    net = prepare(base, cfg) if prepare else _add_lora(base, cfg, token_ids)
     for parameter in _trained(net).values():
         if not hasattr(parameter, "ds_id"):  # DeepSpeed keeps fp32 by itself
             parameter.data = parameter.data.float()
@@ -112,8 +115,8 @@ def _train_last_layers(base: PreTrainedModel, cfg: SFTConfig) -> PreTrainedModel
     return base
 
 
-def _add_lora(base: PreTrainedModel, cfg: SFTConfig) -> PeftModel:
-    """`base` with fresh LoRA layers on `cfg.target_modules`, everything frozen except `cfg.modules_to_save`.
+def _add_lora(base: PreTrainedModel, cfg: SFTConfig, token_ids: Sequence[int]) -> PeftModel:
+    """`base` with fresh LoRA layers on `cfg.target_modules`; besides only `cfg.modules_to_save` and rows are trained.
 
     LoRA: Hu et al. 2021, arXiv 2106.09685. rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv
     2402.09353. PiSSA: Meng et al. 2024, arXiv 2404.02948.
@@ -128,6 +131,7 @@ def _add_lora(base: PreTrainedModel, cfg: SFTConfig) -> PeftModel:
         init_lora_weights="pissa_niter_16" if cfg.use_pissa else True,
         target_modules=named(base, cfg.target_modules),
         modules_to_save=named(base, cfg.modules_to_save) or None,
+        trainable_token_indices=rows_to_train(base, token_ids),
     )
     if cfg.modules_to_save and base.config.tie_word_embeddings and distributed.strategy(cfg) == "FSDP2":
         raise UserError(
@@ -139,12 +143,14 @@ def _add_lora(base: PreTrainedModel, cfg: SFTConfig) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has .tie_word_embeddings")  # export unties what was changed
-            return get_peft_model(base, config)
+            net = get_peft_model(base, config)
     except ValueError as problem:
         reason = " ".join(str(problem).split())[:200]
         raise UserError(
             f"--target_modules {' '.join(cfg.target_modules)}: {reason}; --print_targets 列出 lists them"
         ) from None
+    make_cheap(net)
+    return net
 
 
 def _check_pissa(base: PreTrainedModel, config: LoraConfig) -> None:
