@@ -23,7 +23,7 @@ QUESTIONS = [f"{n}+{n}=有他问答" for n in range(6)]
 def runs(small_gemma, tmp_path_factory):
     """Folders of four adapters that make a difference."""
     folders = []
-    for seed, modules, rows in ((1, None, None), (2, None, None), (3, ["norm"], None), (4, None, [5, 6])):
+    for seed, modules, rows in ((1, None, None), (2, None, None), (3, ["norm"], None), (4, None, [5, 280])):
         folders.append(tmp_path_factory.mktemp("run"))
         torch.manual_seed(seed)
         lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=modules)
@@ -87,3 +87,16 @@ def test_what_does_not_fit_is_refused(small_gemma, runs, tmp_path):
     (run / "run_manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="trained on another"):
         adapters.load(answer, [f"c={run}"])
+
+
+def test_rows_of_one_adapter_are_not_left_to_another(small_gemma, runs):
+    """Whichever is loaded first."""
+    ids = torch.tensor([[2, 5, 280, 6, 281, 5, 283]])
+    alone = [adapter.attach(loading.load_base(small_gemma, "float32"), run)(input_ids=ids).logits for run in runs[2:]]
+    net = adapter.attach(loading.load_base(small_gemma, "float32"), runs[3], "rows")
+    net = adapter.attach(net, runs[2], "none")
+    for name, expected in (("none", alone[0]), ("rows", alone[1]), ("none", alone[0])):
+        net.set_adapter(name, inference_mode=True)
+        assert torch.equal(net(input_ids=ids).logits, expected), name
+    with net.disable_adapter():
+        assert torch.equal(net(input_ids=ids).logits, loading.load_base(small_gemma, "float32")(input_ids=ids).logits)

@@ -17,7 +17,7 @@ from common.config import LORA
 from common.errors import UserError
 from common.model.layers import causal_of
 from common.model.loading import load_base
-from common.model.token_rows import make_cheap
+from common.model.token_rows import mend
 from common.model.verify import adapter_state, compare_adapter
 from common.model.weights import check_adapter, readable
 
@@ -74,7 +74,7 @@ def attach(base: PreTrainedModel | PeftModel, folder: str | Path, name: str = "d
             reason = " ".join(str(problem).split())[:200]
             raise UserError(f"{folder}: 适配器与模型不符 the adapter does not fit: {reason}") from None
     compare_adapter(adapter_state(model, name=name), load_file(file), folder)
-    make_cheap(model)
+    mend(model)
     return model.eval()
 
 

@@ -6,7 +6,7 @@ that is generated and each chunk of logits, with a gradient as large. Here they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -23,11 +23,25 @@ class Rows(NamedTuple):
     values: torch.Tensor
 
 
-def make_cheap(net: torch.nn.Module) -> None:
-    """Let peft's layers with trained rows in `net` compute the same without copying their matrix."""
+def mend(net: torch.nn.Module) -> None:
+    """Let peft's layers with trained rows in `net` compute the same without copying their matrix.
+
+    And let adapters that have no rows be loaded beside them, for which peft raises KeyError.
+    """
     for module in net.modules():
         if isinstance(module, TrainableTokensLayer):
             vars(module)["forward_adapters"] = MethodType(_forward, module)
+        elif isinstance(module, TrainableTokensWrapper):
+            for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
+                vars(module)[name] = MethodType(_of_those_with_rows(name), module)
+
+
+def _of_those_with_rows(method: str) -> Callable[..., dict[str, Any]]:
+    def called(self: TrainableTokensWrapper, adapter: str, *args: Any) -> dict[str, Any]:
+        has_rows = adapter in self.token_adapter.trainable_tokens_delta
+        return getattr(TrainableTokensWrapper, method)(self, adapter, *args) if has_rows else {}
+
+    return called
 
 
 def matrix_of(head: torch.nn.Module) -> torch.nn.Module:

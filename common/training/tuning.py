@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.launch import rank
 from common.model.layers import linear_layers
 from common.model.template_tokens import rows_to_train
-from common.model.token_rows import make_cheap
+from common.model.token_rows import mend
 from common.model.weights import readable
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _add_lora(base: PreTrainedModel, cfg: SFTConfig, token_ids: Sequence[int]) -
         raise UserError(
             f"--target_modules {' '.join(cfg.target_modules)}: {reason}; --print_targets 列出 lists them"
         ) from None
-    make_cheap(net)
+    mend(net)
     return net
 
 
