@@ -81,6 +81,7 @@ class SFTConfig:
     use_pissa: bool = False  # start from the base's largest singular vectors; saved as plain LoRA of twice the rank
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # layers to adapt: names, or all-linear
     modules_to_save: tuple[str, ...] = ()  # modules trained in full and saved with the adapter: names, all-norm, …
+    train_template_tokens: Literal["auto", "true", "false"] = "auto"  # rows of control tokens; auto: those like others
     # answers
     max_new_tokens: int = 256  # longest answer generated
     do_sample: bool = True  # console and service sample; evaluation and --output are greedy unless this is given

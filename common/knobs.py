@@ -14,7 +14,8 @@ IDS = frozenset("prompt_style loss_on max_length_q max_length_a model_name model
 
 # which weights are trained: without the same of these a checkpoint does not load
 SHAPING = frozenset(
-    "tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules modules_to_save".split()
+    "tuning quantization_bit freeze_trainable_layers lora_r use_dora use_pissa target_modules modules_to_save "
+    "train_template_tokens".split()
 )
 
 # what else decides what is learnt; equal for a resume
@@ -84,7 +85,9 @@ BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belo
     "quantization_bit": ("qlora",),
     "freeze_trainable_layers": ("freeze",),
     **dict.fromkeys(
-        "lora_r lora_alpha lora_dropout use_rslora use_dora use_pissa target_modules modules_to_save".split(), LORA
+        "lora_r lora_alpha lora_dropout use_rslora use_dora use_pissa target_modules modules_to_save "
+        "train_template_tokens".split(),
+        LORA,
     ),
 }
 

@@ -21,15 +21,16 @@ QUESTIONS = [f"{n}+{n}=有他问答" for n in range(6)]
 
 @pytest.fixture(scope="module")
 def runs(small_gemma, tmp_path_factory):
-    """Folders of three adapters that make a difference."""
+    """Folders of four adapters that make a difference."""
     folders = []
-    for seed, modules in ((1, None), (2, None), (3, ["norm"])):
+    for seed, modules, rows in ((1, None, None), (2, None, None), (3, ["norm"], None), (4, None, [5, 280])):
         folders.append(tmp_path_factory.mktemp("run"))
         torch.manual_seed(seed)
         lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=modules)
+        lora.trainable_token_indices = rows
         net = get_peft_model(loading.load_base(small_gemma, "float32"), lora)
         for name, parameter in net.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "trainable_tokens" in name:
                 torch.nn.init.normal_(parameter, std=0.5)
         net.save_pretrained(folders[-1])
     return folders
@@ -45,14 +46,14 @@ def answerer(base, *folders):
 def test_each_name_answers_as_its_run_alone(small_gemma, runs):
     greedy = Sampling(max_new_tokens=16)
     alone = {"base": answerer(small_gemma), "tuned": answerer(small_gemma, runs[0])}
-    alone |= {name: answerer(small_gemma, run) for name, run in zip("ab", runs[1:], strict=True)}
+    alone |= {name: answerer(small_gemma, run) for name, run in zip("abc", runs[1:], strict=True)}
     expected = {
         name: [one([[Turn("user", question)]], greedy)[0].text for question in QUESTIONS] for name, one in alone.items()
     }
-    assert len({tuple(texts) for texts in expected.values()}) == 4
+    assert len({tuple(texts) for texts in expected.values()}) == 5
     answer = answerer(small_gemma, runs[0])
-    names = adapters.load(answer, [f"a={runs[1]}", f"b={runs[2]}"])
-    assert names == {"tuned": "default", "base": None, "a": "a", "b": "b"}
+    names = adapters.load(answer, [f"a={runs[1]}", f"b={runs[2]}", f"c={runs[3]}"])
+    assert names == {"tuned": "default", "base": None, "a": "a", "b": "b", "c": "c"}
     batcher = Batcher(answer, names)
     ids = [batcher.encoder.whole_ids([Turn("user", question)]) for question in QUESTIONS]
     tickets = [(name, batcher.submit(name, [Ask(one, greedy)])) for one in ids for name in names]
@@ -86,3 +87,16 @@ def test_what_does_not_fit_is_refused(small_gemma, runs, tmp_path):
     (run / "run_manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="trained on another"):
         adapters.load(answer, [f"c={run}"])
+
+
+def test_rows_of_one_adapter_are_not_left_to_another(small_gemma, runs):
+    """Whichever is loaded first."""
+    ids = torch.tensor([[2, 5, 280, 6, 281, 5, 283]])
+    alone = [adapter.attach(loading.load_base(small_gemma, "float32"), run)(input_ids=ids).logits for run in runs[2:]]
+    net = adapter.attach(loading.load_base(small_gemma, "float32"), runs[3], "rows")
+    net = adapter.attach(net, runs[2], "none")
+    for name, expected in (("none", alone[0]), ("rows", alone[1]), ("none", alone[0])):
+        net.set_adapter(name, inference_mode=True)
+        assert torch.equal(net(input_ids=ids).logits, expected), name
+    with net.disable_adapter():
+        assert torch.equal(net(input_ids=ids).logits, loading.load_base(small_gemma, "float32")(input_ids=ids).logits)

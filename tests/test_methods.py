@@ -37,6 +37,7 @@ METHODS = {
         *["--target_modules", "all-linear,all-embedding,lm_head"],
         *["--modules_to_save", "all-norm"],
     ],
+    "token rows": ["--tuning", "qlora", "--train_template_tokens", "true"],
     "full": ["--tuning", "full"],
     "freeze": ["--tuning", "freeze", "--freeze_trainable_layers", 1],
 }
@@ -350,7 +351,15 @@ def test_without_bitsandbytes_the_remedy_is_named(cfg, monkeypatch):
         base(cfg("--tuning", "qlora"))
 
 
-@pytest.mark.parametrize("flags", [["--use_pissa"], ["--tuning", "full"], ["--target_modules", "q_proj,embed_tokens"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_pissa"],
+        ["--tuning", "full"],
+        ["--target_modules", "q_proj,embed_tokens"],
+        ["--train_template_tokens", "true", "--use_dora", "--neftune_noise_alpha", 5],
+    ],
+)
 def test_every_method_resumes_bit_for_bit(fit, monkeypatch, flags):
     whole = fit("whole", *flags, "--max_steps", 6, "--save_steps", 3, "--learning_rate", 0.01)
 

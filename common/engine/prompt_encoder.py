@@ -43,7 +43,7 @@ class PromptEncoder:
 
     def problem_of(self, ids: list[int]) -> str | None:
         """Why the model cannot read these ids as a prompt, or None."""
-        size = self.net.get_input_embeddings().num_embeddings
+        size = self.net.config.get_text_config().vocab_size
         wrong = [id_ for id_ in ids if not 0 <= id_ < size]
         if wrong:
             return f"{str(wrong[0])[:20]}: 不是 is not a token id of this model, 0 to {size - 1}"

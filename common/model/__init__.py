@@ -10,6 +10,8 @@ loading        tokenizer and base model, plain or quantised
 adapter        an adapter attached to its base
 verify         what was saved, reopened and compared
 layers         its linear layers and parameters, and how they are shown
+template_tokens  control tokens a base can hardly tell apart
+token_rows     rows of embedding and head that are trained
 patches        forwards replaced for a while, by the next two
 loss           cross entropy over supervised positions, a chunk of logits at a time
 frozen_layers  cheaper products and gated layers while training

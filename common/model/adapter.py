@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.model.folders import read_object
 from common.model.layers import causal_of
 from common.model.loading import load_base
+from common.model.token_rows import mend
 from common.model.verify import adapter_state, compare_adapter
 from common.model.weights import check_adapter, readable
 
@@ -78,9 +79,10 @@ def attach(
                 model = PeftModel.from_pretrained(
                     base, folder, adapter_name=name, config=config, is_trainable=dropout is not None
                 )
-        except (RuntimeError, ValueError, TypeError) as problem:
+        except (RuntimeError, ValueError, TypeError, LookupError) as problem:
             raise _misfit(folder, problem) from None
     compare_adapter(adapter_state(model, name=name), load_file(file), folder)
+    mend(model)
     return model.eval()
 
 
@@ -134,6 +136,7 @@ def merge_reasons(model: PeftModel) -> list[str]:
         reason
         for reason, holds in (
             ("modules_to_save", bool(config.modules_to_save)),
+            ("trained token rows", bool(config.trainable_token_indices)),
             ("DoRA", config.use_dora),
             ("LoRA on embeddings or head", any(isinstance(module, BaseTunerLayer) for module in changed)),
         )

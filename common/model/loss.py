@@ -16,6 +16,7 @@ from common.data.render import IGNORED
 from common.model.frozen_layers import times_transposed, with_pads
 from common.model.layers import causal_of
 from common.model.patches import replaced
+from common.model.token_rows import Rows, matrix_of, rows_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,7 +78,8 @@ def _forward_of_head(head: torch.nn.Module) -> Callable[..., torch.Tensor]:
 
     A call of the head lets FSDP2 and ZeRO-3 put its weight together, of which each process holds a part.
     """
-    project, is_linear = head.forward, type(head) is torch.nn.Linear and head.bias is None
+    project, matrix = head.forward, matrix_of(head)
+    is_linear = type(matrix) is torch.nn.Linear and matrix.bias is None
 
     def forward(
         self: torch.nn.Module,
@@ -89,8 +91,8 @@ def _forward_of_head(head: torch.nn.Module) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         if targets is None:
             return project(hidden)
-        weight = self.weight if is_linear and not self.weight.requires_grad else None
-        return token_losses(hidden, targets, project, vocabulary, weight, softcap, smoothing)
+        weight = matrix.weight if is_linear and not matrix.weight.requires_grad else None
+        return token_losses(hidden, targets, project, vocabulary, weight, softcap, smoothing, rows_of(head))
 
     return forward
 
@@ -103,15 +105,17 @@ def token_losses(
     weight: torch.Tensor | None = None,
     softcap: float | None = None,
     smoothing: float = 0.0,
+    trained: Rows | None = None,
 ) -> torch.Tensor:
     """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], project(hidden) the logits [N, V].
 
     weight [V, H]: the output layer's, where it is all of it and not trained. softcap: where the model has one, logits =
     softcap * tanh(logits / softcap). smoothing: the target is (1 - smoothing) at the piece wanted plus
-    smoothing / vocabulary everywhere (Szegedy et al. 2015, arXiv 1512.00567).
+    smoothing / vocabulary everywhere (Szegedy et al. 2015, arXiv 1512.00567). trained: rows that stand in for those of
+    `weight`; project knows them itself.
     """
     if weight is not None:
-        return _FrozenHeadLoss.apply(hidden, weight, targets, softcap, smoothing)
+        return _FrozenHeadLoss.apply(hidden, weight, targets, softcap, smoothing, *(trained or (None, None)))
     rows = chunk_rows(vocabulary, hidden.device.type)
     losses = [
         checkpoint(_chunk_losses, part, target, project, softcap, smoothing, use_reentrant=False)
@@ -134,9 +138,10 @@ def _chunk_losses(
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """The loss under a head that is not trained: its gradient is known as soon as the logits are.
+    """The loss under a head that is not trained, or of which some rows are: its gradient is known with the logits.
 
-    So it is computed in the forward pass, chunk by chunk: two matrix products a chunk, and no logits are kept.
+    So it is computed in the forward pass, chunk by chunk: two matrix products a chunk, and no logits are kept. ids [K],
+    values [K, H]: the rows of the head that are trained, and what stands there.
     """
 
     @staticmethod
@@ -147,40 +152,67 @@ class _FrozenHeadLoss(torch.autograd.Function):
         targets: torch.Tensor,
         softcap: float | None,
         smoothing: float,
+        ids: torch.Tensor | None,
+        values: torch.Tensor | None,
     ) -> torch.Tensor:
         count, hidden, targets = len(hidden), with_pads(hidden), with_pads(targets)
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
+        own = None if values is None else values.to(weight.dtype)
+        errors = None if ids is None else losses.new_empty(len(hidden), len(ids))
         rows = chunk_rows(weight.shape[0], hidden.device.type)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = times_transposed(hidden[part], weight).float()
-            if softcap:
-                logits.div_(softcap).tanh_()
-                slope = 1 - logits.square() if gradient is not None else None
-                logits.mul_(softcap)
-            wanted, largest = targets[part, None], logits.amax(dim=-1, keepdim=True)
-            reached = (1 - smoothing) * logits.gather(1, wanted)
-            if smoothing:
-                reached += smoothing * logits.mean(dim=-1, keepdim=True)
-            error = logits.sub_(largest).exp_()  # softmax, in the logits' own memory
-            total = error.sum(dim=-1, keepdim=True)
-            losses[part] = (largest + total.log() - reached).squeeze(1)
-            if gradient is None:
+            if own is not None:
+                logits[:, ids] = (hidden[part] @ own.T).float()
+            wanted, learns = targets[part, None], gradient is not None
+            losses[part], error = _losses_and_error(logits, wanted, softcap, smoothing, learns)
+            if not learns:
                 continue
-            error.div_(total).scatter_add_(1, wanted, torch.full_like(total, smoothing - 1.0))
-            if smoothing:
-                error.sub_(smoothing / weight.shape[0])
-            if softcap:
-                error.mul_(slope)
+            if own is not None:
+                errors[part] = error[:, ids]
+                error[:, ids] = 0.0
             gradient[part] = times_transposed(error.to(weight.dtype), weight.T)
-        ctx.save_for_backward(None if gradient is None else gradient[:count])
+            if own is not None:
+                gradient[part] += errors[part].to(own.dtype) @ own
+        if gradient is not None:
+            ctx.save_for_backward(gradient[:count], *((hidden[:count], errors[:count]) if own is not None else ()))
         return losses[:count]
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient, *of_rows = ctx.saved_tensors
+        found = gradient * upstream[:, None].to(gradient.dtype)
+        if not of_rows:
+            return found, None, None, None, None, None, None
+        hidden, errors = of_rows
+        return found, None, None, None, None, None, (errors * upstream[:, None]).T @ hidden.float()
+
+
+def _losses_and_error(
+    logits: torch.Tensor, wanted: torch.Tensor, softcap: float | None, smoothing: float, learns: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses [N], their gradient by the logits [N, V], where one `learns`), in the memory of logits [N, V]."""
+    if softcap:
+        logits.div_(softcap).tanh_()
+        slope = 1 - logits.square() if learns else None
+        logits.mul_(softcap)
+    largest = logits.amax(dim=-1, keepdim=True)
+    reached = (1 - smoothing) * logits.gather(1, wanted)
+    if smoothing:
+        reached += smoothing * logits.mean(dim=-1, keepdim=True)
+    error = logits.sub_(largest).exp_()  # softmax
+    total = error.sum(dim=-1, keepdim=True)
+    losses = (largest + total.log() - reached).squeeze(1)
+    if not learns:
+        return losses, error
+    error.div_(total).scatter_add_(1, wanted, torch.full_like(total, smoothing - 1.0))
+    if smoothing:
+        error.sub_(smoothing / logits.shape[1])
+    if softcap:
+        error.mul_(slope)
+    return losses, error
 
 
 def _row_sums(losses: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

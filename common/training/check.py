@@ -20,6 +20,7 @@ from common.data.turns import Conversation, Repair, Turn, Unusable
 from common.errors import UserError, is_out_of_memory
 from common.inputs import files_of
 from common.launch import world_size
+from common.model import template_tokens
 from common.training import rehearsal, tuning
 from common.training.check_report import show_rows, show_step, show_verdict
 
@@ -70,7 +71,7 @@ def run(
     with contextlib.redirect_stdout(sys.stderr) if flags.json else contextlib.nullcontext():
         rows, report = examine(cfg, tokenizer, prompt)
         show_rows(report)
-        measured, failures = rehearse(cfg, base, tokenizer, rows, parent) if rows else ({}, [])
+        measured, failures = rehearse(cfg, base, tokenizer, prompt, rows, parent) if rows else ({}, [])
         show_step(measured)
         report |= measured | _judged(cfg, report, failures)
         show_verdict(report)
@@ -293,12 +294,15 @@ def rehearse(
     cfg: SFTConfig,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    prompt: Family,
     rows: TrainingData,
     parent: Path | None = None,
 ) -> tuple[Report, list[str]]:
     """({step, memory} of training on the heaviest micro batch of the run, what went wrong as a list of texts)."""
     try:
-        return rehearsal.rehearse(tuning.make_trainable(base, cfg, parent), rows, cfg, tokenizer), []
+        tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, parent)
+        net = tuning.make_trainable(base, cfg, tokens, parent)
+        return rehearsal.rehearse(net, rows, cfg, tokenizer), []
     except UserError as problem:
         return {}, [str(problem)]
     except (MemoryError, RuntimeError) as problem:

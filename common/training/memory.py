@@ -73,7 +73,7 @@ def estimate(
     inputs = fitted([(shape, entering) for shape, _, entering in tried], rows, length)
     recomputed = inputs + activations // layers if layers else activations
     workspace = activations // max(layers, 1)  # gradients of the layer under way
-    vocabulary = net.get_output_embeddings().weight.shape[0]
+    vocabulary = net.config.get_text_config().vocab_size
     logits = 3 * 4 * chunk_rows(vocabulary, device().type) * vocabulary
     return Estimate(12 * trainable, activations + workspace, recomputed + workspace, logits)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +18,8 @@ from common.errors import UserError
 from common.launch import rank
 from common.model import adapter
 from common.model.layers import linear_layers
+from common.model.template_tokens import rows_to_train
+from common.model.token_rows import mend
 from common.model.weights import readable
 
 if TYPE_CHECKING:
@@ -37,15 +39,21 @@ class Start(NamedTuple):
     pissa: dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (A [r, in], B [out, r])} of PiSSA, else {}
 
 
-def make_trainable(base: PreTrainedModel, cfg: SFTConfig, parent: Path | None = None) -> PreTrainedModel | PeftModel:
+def make_trainable(
+    base: PreTrainedModel, cfg: SFTConfig, token_ids: Sequence[int] = (), parent: Path | None = None
+) -> PreTrainedModel | PeftModel:
     """`base` with what `cfg.tuning` trains ready for it, everything else frozen.
 
-    parent: folder of the adapter whose weights are trained on, of the shape that `cfg` says (lineage.inherit).
+    token_ids: whose rows of embedding and head are trained beside LoRA, see template_tokens.to_train. parent: folder of
+    the adapter whose weights are trained on, of the shape that `cfg` says (lineage.inherit); its rows are its own.
     What is trained is fp32, also over a bf16 base: steps smaller than bf16 can tell apart would be lost.
     """
     torch.manual_seed(cfg.seed)
-    prepare = {"full": _train_all, "freeze": _train_last_layers}.get(cfg.tuning, _add_lora)
-    net = _go_on(base, cfg, parent) if parent else prepare(base, cfg)
+    if parent:
+        net = _go_on(base, cfg, parent)
+    else:
+        prepare = {"full": _train_all, "freeze": _train_last_layers}.get(cfg.tuning)
+        net = prepare(base, cfg) if prepare else _add_lora(base, cfg, token_ids)
     for parameter in _trained(net).values():
         if not hasattr(parameter, "ds_id"):  # DeepSpeed keeps fp32 by itself
             parameter.data = parameter.data.float()
@@ -114,8 +122,8 @@ def _train_last_layers(base: PreTrainedModel, cfg: SFTConfig) -> PreTrainedModel
     return base
 
 
-def _add_lora(base: PreTrainedModel, cfg: SFTConfig) -> PeftModel:
-    """`base` with fresh LoRA layers on `cfg.target_modules`, everything frozen except `cfg.modules_to_save`.
+def _add_lora(base: PreTrainedModel, cfg: SFTConfig, token_ids: Sequence[int]) -> PeftModel:
+    """`base` with fresh LoRA layers on `cfg.target_modules`; besides only `cfg.modules_to_save` and rows are trained.
 
     LoRA: Hu et al. 2021, arXiv 2106.09685. rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv
     2402.09353. PiSSA: Meng et al. 2024, arXiv 2404.02948.
@@ -130,6 +138,7 @@ def _add_lora(base: PreTrainedModel, cfg: SFTConfig) -> PeftModel:
         init_lora_weights="pissa_niter_16" if cfg.use_pissa else True,
         target_modules=named(base, cfg.target_modules),
         modules_to_save=named(base, cfg.modules_to_save) or None,
+        trainable_token_indices=rows_to_train(base, token_ids),
     )
     _check_shared(base, cfg)
     if cfg.use_pissa:
@@ -137,12 +146,14 @@ def _add_lora(base: PreTrainedModel, cfg: SFTConfig) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has .tie_word_embeddings")  # export unties what was changed
-            return get_peft_model(base, config)
+            net = get_peft_model(base, config)
     except ValueError as problem:
         reason = " ".join(str(problem).split())[:200]
         raise UserError(
             f"--target_modules {' '.join(cfg.target_modules)}: {reason}; --print_targets 列出 lists them"
         ) from None
+    mend(net)
+    return net
 
 
 def _go_on(base: PreTrainedModel, cfg: SFTConfig, parent: Path) -> PeftModel:
@@ -156,6 +167,12 @@ def _go_on(base: PreTrainedModel, cfg: SFTConfig, parent: Path) -> PeftModel:
                 f"--{name} {' '.join(getattr(cfg, name))}: 适配器的是 the adapter in {parent} has "
                 f"{' '.join(theirs) or 'none'}; leave the flag out, or train without --adapter_name_or_path"
             )
+    rows = "true" if config.trainable_token_indices else "false"
+    if "train_template_tokens" in cfg.given and cfg.train_template_tokens not in ("auto", rows):
+        raise UserError(
+            f"--train_template_tokens {cfg.train_template_tokens}: 适配器的是 of the adapter in {parent} it is {rows}; "
+            "leave the flag out, or train without --adapter_name_or_path"
+        )
     return adapter.attach(base, parent, dropout=cfg.lora_dropout)
 
 

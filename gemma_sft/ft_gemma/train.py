@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     from common import distributed
     from common.data import accounts, dataset
     from common.evaluation import evaluate
-    from common.model import layers, loading
+    from common.model import layers, loading, template_tokens
     from common.runs import lineage, places, run
     from common.training import check, report, trainer, tuning
 
@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     accounts.show_first(rows, tokenizer)
     held_out = evaluate.held_out_rows(cfg, rows)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway, parent)
-    net = tuning.make_trainable(base, cfg, parent)
+    tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, parent)
+    net = tuning.make_trainable(base, cfg, tokens, parent)
     layers.show_parameters(net)
     results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
     report.leave(work, net, tokenizer, results)
