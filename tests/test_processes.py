@@ -214,11 +214,11 @@ def test_parts_in_each_process_train_what_one_does(home, flags, finish, warm, al
         ("fsdp2", [*ACCELERATE, FSDP2_FILE], []),
     ],
 )
-def test_from_an_adapter_they_train_what_one_does(home, flags, finish, alone, name, launcher, more):
+def test_from_an_adapter_they_train_what_one_does(home, flags, warm, alone, name, launcher, more):
     given = ["--adapter_name_or_path", alone, "--max_steps", 2, "--learning_rate", 0.001]
     if not (home / "alone_on").is_dir():
         train.main(flags("alone_on", "--micro_batch_size", 8, *given))
-    code, output, errors = finish(launcher, TRAIN + flags(f"{name}_on", *more, *given))
+    code, output, errors = warm.run(["-m", *launcher, *TRAIN, *flags(f"{name}_on", *more, *given)], home)
     assert code == 0, errors
     assert output.count(f"起点 start: {alone}: ") == 1
     found, expected = log(home / f"{name}_on"), log(home / "alone_on")
