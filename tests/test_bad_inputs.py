@@ -235,3 +235,6 @@ def test_runs(family, ends_well, trained, rows_file, tmp_path, kind):
     assert named in ends_well("post_api", "--model_save_dir", folder)
     assert named in ends_well("export", "--model_save_dir", folder, "--output_dir", tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
+    given = ["--path_model_pretrain", family[1], "--data_path", rows_file, "--cache_dir", tmp_path / "cache"]
+    given += ["--val_set_size", 0, "--model_save_dir", tmp_path / "next"]
+    assert named in ends_well("train", *given, "--adapter_name_or_path", folder)

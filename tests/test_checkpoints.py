@@ -295,7 +295,7 @@ def started(family, *flags, data="other"):
     cfg, given = family.parse(TrainFlags, *family.flags("never", *flags, data=data))
     cfg, folder = lineage.inherit(cfg, given)
     tokenizer = loading.load_tokenizer(cfg.base, family.prompt)
-    net = tuning.make_trainable(loading.load_base(cfg.base, cfg.dtype, cfg.bits), cfg, folder)
+    net = tuning.make_trainable(loading.load_base(cfg.base, cfg.dtype, cfg.bits), cfg, parent=folder)
     return cfg, folder, tokenizer, net
 
 

@@ -177,6 +177,16 @@ def test_pain_21_ddp_over_uneven_rows_trains_what_one_process_does(home, flags, 
 
 
 @pytest.mark.slow
+def test_two_processes_train_rows_of_control_tokens_as_one_does(home, flags, finish):
+    rows = ["--train_template_tokens", "true"]
+    train.main(flags("rows_alone", "--micro_batch_size", 8, *rows))
+    code, _, errors = finish(TORCHRUN, TRAIN + flags("rows", *rows))
+    assert code == 0, errors
+    assert_same_training(home / "rows", home / "rows_alone", 1e-4)
+    assert [name for name in adapter(home / "rows") if "trainable_tokens_delta" in name]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, launcher, more",
     [

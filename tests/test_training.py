@@ -284,7 +284,7 @@ def test_another_tokenizer_or_template_is_refused_with_what_differs(flags, tmp_p
     assert "提示模板 prompt template" in message and "restore prompt.py" in message and len(message) < 600
     assert r"trained …'of_turn>user\n{system}" in message and "now …'of_turn>user{system}" in message
     with monkeypatch.context() as patched:
-        patched.setattr(manifest.tokenised, "tokenizer_hash", lambda tokenizer: "f" * 64)
+        patched.setattr(manifest.cache, "tokenizer_hash", lambda tokenizer: "f" * 64)
         with pytest.raises(UserError, match="分词器 tokenizer .*, now 'f+'…; restore the base's tokenizer"):
             predict.load_answer(cfg)
 

@@ -162,7 +162,7 @@ def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, pro
     schema = features.arrow_schema
     counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0, repaired=0)
     unused: Counter[str] = Counter()
-    whole = [numpy.empty((0, 2), numpy.int32)]
+    whole: list[numpy.ndarray] = [numpy.empty((0, 2), numpy.int32)]
     records = read_records(path)
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

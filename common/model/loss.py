@@ -159,7 +159,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
         own = None if values is None else values.to(weight.dtype)
-        errors = None if ids is None else losses.new_empty(len(hidden), len(ids))
+        errors = losses.new_empty(len(hidden), 0 if ids is None else len(ids))  # of the logits of those rows
         rows = chunk_rows(weight.shape[0], hidden.device.type)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -168,7 +168,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 logits[:, ids] = (hidden[part] @ own.T).float()
             wanted, learns = targets[part, None], gradient is not None
             losses[part], error = _losses_and_error(logits, wanted, softcap, smoothing, learns)
-            if not learns:
+            if gradient is None:
                 continue
             if own is not None:
                 errors[part] = error[:, ids]
