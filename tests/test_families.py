@@ -3,14 +3,14 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
+import signal
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from commands import wait_for
 from safetensors.torch import load_file
 
 from common.cli import parse
@@ -200,23 +200,25 @@ def test_gradient_checkpointing_changes_nothing(family, trained, tmp_path):
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
-def test_scoring_and_serving_run_as_processes(family, trained, forked, environment):
+def test_scoring_and_serving_run_as_processes(family, trained, forked, warm, tmp_path):
     """Nothing of the project that this process has imported helps them."""
     place, flags = family.package.replace(".", "/"), trained[1]
     done = forked("evaluation.py", *flags, "--limit", "2", "--max_new_tokens", "4", family=place)
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, ROOT / place / "post_api.py", *flags, "--port", "0"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        try:
-            url = process.stdout.readline().decode().partition("listening on ")[2].split("/ ")[0]
-            body = json.dumps({"text": "1+1", "max_new_tokens": 4}).encode()
-            asked = urllib.request.Request(f"{url}/nlg/text_generate", body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(asked, timeout=60) as response:
-                assert response.status == 200 and isinstance(json.load(response), str)
-            process.terminate()
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
+    output, errors = tmp_path / "stdout", tmp_path / "stderr"
+    words = [str(ROOT / place / "post_api.py"), *flags, "--port", "0"]
+    process = warm.start(words, {}, tmp_path, output, errors)
+    try:
+        wait_for(lambda: output.exists() and "\n" in output.read_text().partition("listening on ")[2], errors)
+        url = output.read_text().partition("listening on ")[2].split("/ ")[0]
+        body = json.dumps({"text": "1+1", "max_new_tokens": 4}).encode()
+        asked = urllib.request.Request(f"{url}/nlg/text_generate", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=60) as response:
+            assert response.status == 200 and isinstance(json.load(response), str)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait()
+    assert status == 0
 
 
 def test_help_names_the_family_own_port(family, recipe):

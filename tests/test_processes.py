@@ -304,8 +304,8 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(home, flags, warm, sm
 
 
 @pytest.mark.slow
-def test_wrong_data_is_said_once(home, flags, finish):
-    code, _, errors = finish(TORCHRUN, TRAIN + flags("wrong", "--data_path", home / "missing.jsonl"))
+def test_wrong_data_is_said_once(home, flags, warm):
+    code, _, errors = warm.run(["-m", *TORCHRUN, *TRAIN, *flags("wrong", "--data_path", home / "missing.jsonl")], home)
     (line,) = error_lines(errors)
     assert code != 0 and "missing.jsonl: 文件不存在 no such file" in line
 
