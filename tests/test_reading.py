@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data import arrays, fields, formats, sources
+from common.data import arrays, defects, formats, sources
 from common.data.defects import DEFECTS, RowError
 from common.data.render import TooLongError
 from common.data.sources import read_records
@@ -445,7 +445,7 @@ def kinds_given():
             name, keywords = ast.unparse(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
             if name in {error.__name__ for error in RowError.__subclasses__()}:
                 known = isinstance(call.args[0], ast.Constant)
-                yield from [call.args[0].value] if known else [kind for kind, _ in fields.MATTERS.values()]
+                yield from [call.args[0].value] if known else [kind for _, kind, _ in defects.MATTERS]
             elif isinstance(keywords.get("kind"), ast.Constant):
                 yield ast.literal_eval(keywords["kind"])
             assert name != "Record" or len(call.args) < 3 or "kind" in keywords, "a problem without its kind"
