@@ -353,6 +353,9 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ('"问答"', ["object expected", "str"]),
         ("null", ["object expected", "NoneType"]),
         ({"data": [{"question": "问", "answer": "答"}]}, ["rows are in data", "write that list alone"]),
+        ({"version": "1", "data": [{"question": "问", "answer": "答"}]}, ["rows are in data", "write that list alone"]),
+        ({"train": [{"q": "问"}], "test": [{"q": "问"}]}, ["rows are in test+train", "write that list alone"]),
+        ({"甲": {"question": "问", "answer": "答"}, "乙": {"question": "问", "answer": "答"}}, ["each value is a row"]),
         ({"question": {"0": "问"}, "answer": {"0": "答"}}, ["one object of columns", "orient='records'"]),
         # columns
         ({"quary": "问", "response": "答"}, ["unknown keys: quary+response;", "nearest known shape: query+response"]),
@@ -361,7 +364,12 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ({"instructions": "问", "outputs": "答"}, ["unknown keys: instructions+outputs", "instruction+output"]),
         ({"contents": "问", "summery": "答"}, ["unknown keys: contents+summery", "content+summary"]),
         ({"Question": "问", "Answer": "答"}, ["unknown keys: Answer+Question", "answer+question"]),
-        ({"甲": "问", "乙": "答"}, ["unknown keys", "甲", "乙", "nearest known shape"]),
+        ({"甲": "问", "乙": "答"}, ["unknown keys", "甲", "乙", "no nearest known shape; name the keys question and"]),
+        ({"user": "问", "assistant": "答"}, ["unknown keys", "no nearest known shape"]),
+        ({"translation": "问"}, ["unknown keys", "no nearest known shape"]),
+        ({"INSTRUCTION": "问", "OUTPUT": "答"}, ["INSTRUCTION+OUTPUT", "nearest known shape: instruction+output"]),
+        ('{"question": "问", "answer": "甲", "answer": "乙"}', ["'answer'", "occurs twice in an object", "remove one"]),
+        ('{"messages": [{"role": "user", "content": "甲", "content": "乙"}]}', ["'content'", "occurs twice"]),
         ({}, ["unknown keys"]),
         ({"question": "问", "answer": None}, ["unknown keys", "(null: answer)"]),
         (

@@ -205,7 +205,11 @@ class Fields:
             meant = meant_by(str(key), known | OPTIONAL) if holds_text(self.row[key]) else ""
             meant = meant or (meant_by(str(key), frozenset(MARKS)) if self.name else "")
             if meant and key not in known | ELSEWHERE:
-                hint = "remove it" if key == meant else f"is {meant} meant? rename or remove it"
+                hint = (
+                    "join it to what is read, or remove it"
+                    if key == meant
+                    else f"is {meant} meant? rename or remove it"
+                )
                 raise FormatError("unread", f"{name}: 没有读 is not read here; {hint}")
         return [*names.values(), *self.inner]
 
