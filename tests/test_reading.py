@@ -528,7 +528,19 @@ def test_a_broken_line_is_kept_as_text(tmp_path):
         ("a.json", f"[\n{QA},", 2, ["does not end"]),
         ("a.json", "[", 1, ["does not end"]),
         ("a.json", f'[\n{QA},\n{{"question": "问', 3, ["broken JSON"]),
-        ("a.json", f"[\n{QA}\n]\n多余\n", 4, ["多余"]),
+        ("a.json", f"[\n{QA}\n]\n多余\n", 4, ["多余", "one array a file"]),
+        (
+            "a.json",
+            f'[\n{QA},\n{{"question": "问", "answer": "甲", "answer": "乙"}}\n]',
+            3,
+            ["'answer'", "occurs twice"],
+        ),
+        ("le.csv", "question,answer\n".encode("utf-16-le"), 1, ["UTF-16", "iconv -f UTF-16 -t UTF-8"]),
+        ("be.jsonl", '{"question": 1}'.encode("utf-16-be"), 1, ["UTF-16", "iconv -f UTF-16 -t UTF-8"]),
+        ("a.csv", "question,answer\r问,答\r", 1, ["broken CSV", "end with CR alone", "tr '\\r' '\\n'"]),
+        ("a.jsonl", f"data: {QA}\n", 1, ["does not begin with {", "data: "]),
+        ("a.jsonl", f"var rows = [{QA}];\n", 1, ["does not begin with {", "var rows"]),
+        ("a.jsonl", json.dumps(QA) + "\n", 1, ["does not begin with {"]),
         ("a.csv", 'question,answer\na,b\nc,d\n1,"x\n2\n', 4, ["broken CSV"]),
         ("a.csv", 'question,answer\na,b\nc,"d"e\n', 3, ["broken CSV"]),
         ("a.csv", '"question"x,answer\na,b\n', 1, ["broken CSV"]),
@@ -561,7 +573,12 @@ def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, 
         ("a.json", f"# 第一批\n[{QA}]".encode(), ["comment line", "#"]),
         ("a.csv", "问,答\n再问,再答\n".encode(), [":1: ", "only unknown keys", "问, 答", "instruction,output"]),
         ("a.csv", "# 第一批\nquestion,answer\n".encode(), [":1: ", "only unknown keys", "# 第一批"]),
-        ("a.csv", "question，answer\n问，答\n".encode(), [":1: ", "only unknown keys"]),
+        (
+            "a.csv",
+            "question，answer\n问，答\n".encode(),
+            [":1: ", "only unknown keys", "set the cells apart by commas"],
+        ),
+        ("a.csv", "question|answer\n问|答\n".encode(), [":1: ", "only unknown keys", "set the cells apart by commas"]),
         ("a.zip", zipped({"a.jsonl": QA, "b.jsonl": QA}), ["2 files", "a.jsonl, b.jsonl", "unpack"]),
         ("a.zip", zipped({"xl/workbook.xml": "", "docProps/app.xml": ""}), ["2 files"]),
         ("a.xlsx", zipped({"[Content_Types].xml": "", "xl/workbook.xml": ""}), ["Excel", "CSV"]),
@@ -577,6 +594,10 @@ def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, 
         ("a.jsonl", gzip.compress(QA.encode()), ["gzip", ".gz"]),
         ("a.jsonl", bz2.compress(QA.encode()), [".bz2"]),
         ("a.jsonl", b"7z\xbc\xaf\x27\x1c", ["7z", "unpack"]),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd\x04\0", [".zst"]),
+        ("a.db", b"SQLite format 3\0" + bytes(80), ["binary file", "JSON lines"]),
+        ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(20), ["binary file"]),
+        ("a.gguf", b"GGUF\3\0\0\0", ["binary file"]),
         ("a.jsonl", tarred({"a.jsonl": QA}), ["tar", ".tar.gz"]),
         ("a.zip", b"not a zip", ["cannot be opened"]),
     ],
@@ -609,6 +630,7 @@ def test_rows_before_a_break_are_handed_out(tmp_path):
 
 # ---------------------------------------------------------------- containers and line numbers
 
+MESSAGES = '[{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]'
 PRETTY = json.dumps([{"question": "问", "answer": "答"}] * 3, ensure_ascii=False, indent=1)
 
 
@@ -634,6 +656,12 @@ PRETTY = json.dumps([{"question": "问", "answer": "答"}] * 3, ensure_ascii=Fal
         ("a.csv", "question;answer\n问;答\n问;答\n问;答\n", [2, 3, 4]),
         ("a.csv", "sep=,\nquestion,answer\n问,答\n问,答\n问,答\n", [3, 4, 5]),
         ("a.csv", "sep=;\nquestion;answer\n问;答\n问;答\n问;答\n", [3, 4, 5]),
+        ("a.csv", '"sep=,"\nquestion,answer\n问,答\n问,答\n问,答\n', [3, 4, 5]),
+        ("a.csv", "SEP=;\nquestion;answer\n问;答\n问;答\n问;答\n", [3, 4, 5]),
+        ("a.csv", "question , answer\n问,答\n问,答\n问,答\n", [2, 3, 4]),
+        ("a.csv", "question,answer,,\n问,答,,\n问,答,,\n问,答,,\n", [2, 3, 4]),
+        ("a.jsonl", f"{MESSAGES}\n{MESSAGES}\n{MESSAGES}\n", [1, 2, 3]),
+        ("a.json", f"[{MESSAGES},\n{MESSAGES},\n{MESSAGES}]\n", [1, 2, 3]),
         ("a.jsonl", f"{QA},\n{QA},\n{QA}\n", [1, 2, 3]),
         ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n}\n' * 3, [1, 5, 9]),
         ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n},\n' * 3, [1, 5, 9]),
@@ -684,6 +712,13 @@ def test_empty_cells_are_no_text(tmp_path):
     found, problems = read(path)
     assert found == [(2, ASKED), (3, talk("问", "答", system="简短"))]
     assert problems == [(4, "response 是空的 is empty")]
+
+
+def test_columns_without_a_name_are_told_by_their_place(tmp_path):
+    path = write(tmp_path, "a.csv", ",question,answer,\n0,问,答,见书\n")
+    assert read(path) == ([(2, ASKED)], [])
+    (record,) = read_records(path)
+    assert sorted(formats.read_row(record.value).unused) == ["第 1 列 column 1", "第 4 列 column 4"]
 
 
 def test_files_joined_by_cat(tmp_path):

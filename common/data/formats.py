@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
 from common.data.defects import matter_of
 from common.data.fields import MARKS, SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
-from common.data.turns import Conversation, FormatError, Repair, Turn, Unusable, fill_identity, in_order
+from common.data.turns import (
+    Conversation,
+    FormatError,
+    Repair,
+    Turn,
+    Unusable,
+    ends_asking,
+    fill_identity,
+    in_order,
+    teaches,
+)
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
@@ -87,11 +97,11 @@ def read_row(row: object, asked: bool = False) -> Reading:
     fields = Fields(row)
     conversations = read(fields)
     if asked:
-        mended = [in_order(turns, answered=not _ends_asking(turns)) for turns in conversations]
+        mended = [in_order(turns, answered=not ends_asking(turns)) for turns in conversations]
     else:
         mended = [in_order(_marked(fields, turns)) for turns in conversations]
     repaired = [repair for _, repairs in mended for repair in repairs]
-    if not asked and not (_is_learnt(fields) and all(_teaches(turns) for turns, _ in mended)):
+    if not asked and not (_is_learnt(fields) and all(teaches(turns) for turns, _ in mended)):
         raise FormatError("nothing-to-learn", "没有要学的回答 every answer of the row is marked as not to be learnt")
     unused = fields.unread(shape)
     _check_asked(row, unused, conversations)
@@ -110,21 +120,11 @@ def _check_asked(row: Row, unused: list[str], conversations: list[list[Turn]]) -
 
 def _is_learnt(row: Fields) -> bool:
     """Whether no mark of the whole row says that it is not learnt: `weight`, or a true or false under one of MARKS."""
-    return all(
+    return MARKS.keys().isdisjoint(row.row) or all(
         mark_of(row.get(key), key, yes)
         for key, yes in MARKS.items()
         if key == "weight" or str(row.row.get(key)).lower() in ("true", "false")
     )
-
-
-def _ends_asking(turns: Sequence[Turn]) -> bool:
-    """Whether the last turn that says something is no answer."""
-    return next((turn.role for turn in reversed(turns) if turn.text.strip()), "") != "assistant"
-
-
-def _teaches(turns: Sequence[Turn]) -> bool:
-    """Whether something in the turns is learnt."""
-    return any(turn.learn and turn.role in ("assistant", "text") for turn in turns)
 
 
 def _marked(row: Fields, turns: list[Turn]) -> list[Turn]:
@@ -159,7 +159,7 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
         raise FormatError(
             "a-whole-file", "整个文件是一个对象 the file is one object of columns; in pandas: to_json(orient='records')"
         )
-    pair = [key for key in keys if matter_of(str(key))[0] == "preference"]
+    pair = _pair(frozenset(keys))
     if pair:
         raise FormatError("preference", f"{_names(pair)}: {matter_of(pair[0])[1]}")
     widest = _widest(frozenset(keys), _asks(row))
@@ -185,6 +185,12 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
     near = nearest(row, SHAPES)
     hint = f"nearest known shape: {_names(near)}" if near else f"没有相近的 no nearest known shape; {KNOWN_BEST}"
     raise FormatError("unknown-keys", f"无法识别的字段 unknown keys: {found}; {hint}")
+
+
+@lru_cache(maxsize=256)
+def _pair(keys: Shape) -> list[str]:
+    """The keys of a preference pair among these."""
+    return [key for key in keys if matter_of(str(key))[0] == "preference"]
 
 
 @lru_cache(maxsize=256)
