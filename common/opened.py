@@ -54,9 +54,10 @@ OTHERS = [  # how a file begins that has no rows to read, and what is said of it
         "网页 an HTML or XML page, not data; was a page for logging in saved? Download the file again",
     ),
     (rb"\x1f\x8b", "gzip 压缩 compressed; let its name end with .gz, or .tar.gz where several files are in it"),
-    (rb"BZh|\xfd7zXZ", "压缩文件 compressed; let its name end with .bz2 or .xz"),
+    (rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "压缩文件 compressed; let its name end with .bz2, .xz or .zst"),
     (rb"7z\xbc\xaf|Rar!", "压缩包 a 7z or RAR archive is not read; unpack it"),
     (rb".{257}ustar", "tar 包 a tar archive; give it as a file whose name ends with .tar or .tar.gz"),
+    (rb"[^\0]{0,15}\0", "二进制文件 a binary file; write its rows as JSON lines or as CSV"),
 ]
 COMMENT = ("//", "#")
 COMMENT_LINE = "注释行 a comment line; delete the lines that begin with // or #"

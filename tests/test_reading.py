@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data import arrays, fields, formats, sources
+from common.data import arrays, defects, formats, sources
 from common.data.defects import DEFECTS, RowError
 from common.data.render import TooLongError
 from common.data.sources import read_records
@@ -353,6 +353,9 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ('"问答"', ["object expected", "str"]),
         ("null", ["object expected", "NoneType"]),
         ({"data": [{"question": "问", "answer": "答"}]}, ["rows are in data", "write that list alone"]),
+        ({"version": "1", "data": [{"question": "问", "answer": "答"}]}, ["rows are in data", "write that list alone"]),
+        ({"train": [{"q": "问"}], "test": [{"q": "问"}]}, ["rows are in test+train", "write that list alone"]),
+        ({"甲": {"question": "问", "answer": "答"}, "乙": {"question": "问", "answer": "答"}}, ["each value is a row"]),
         ({"question": {"0": "问"}, "answer": {"0": "答"}}, ["one object of columns", "orient='records'"]),
         # columns
         ({"quary": "问", "response": "答"}, ["unknown keys: quary+response;", "nearest known shape: query+response"]),
@@ -361,7 +364,12 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ({"instructions": "问", "outputs": "答"}, ["unknown keys: instructions+outputs", "instruction+output"]),
         ({"contents": "问", "summery": "答"}, ["unknown keys: contents+summery", "content+summary"]),
         ({"Question": "问", "Answer": "答"}, ["unknown keys: Answer+Question", "answer+question"]),
-        ({"甲": "问", "乙": "答"}, ["unknown keys", "甲", "乙", "nearest known shape"]),
+        ({"甲": "问", "乙": "答"}, ["unknown keys", "甲", "乙", "no nearest known shape; name the keys question and"]),
+        ({"user": "问", "assistant": "答"}, ["unknown keys", "no nearest known shape"]),
+        ({"translation": "问"}, ["unknown keys", "no nearest known shape"]),
+        ({"INSTRUCTION": "问", "OUTPUT": "答"}, ["INSTRUCTION+OUTPUT", "nearest known shape: instruction+output"]),
+        ('{"question": "问", "answer": "甲", "answer": "乙"}', ["'answer'", "occurs twice in an object", "remove one"]),
+        ('{"messages": [{"role": "user", "content": "甲", "content": "乙"}]}', ["'content'", "occurs twice"]),
         ({}, ["unknown keys"]),
         ({"question": "问", "answer": None}, ["unknown keys", "(null: answer)"]),
         (
@@ -445,7 +453,7 @@ def kinds_given():
             name, keywords = ast.unparse(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
             if name in {error.__name__ for error in RowError.__subclasses__()}:
                 known = isinstance(call.args[0], ast.Constant)
-                yield from [call.args[0].value] if known else [kind for kind, _ in fields.MATTERS.values()]
+                yield from [call.args[0].value] if known else [kind for _, kind, _ in defects.MATTERS]
             elif isinstance(keywords.get("kind"), ast.Constant):
                 yield ast.literal_eval(keywords["kind"])
             assert name != "Record" or len(call.args) < 3 or "kind" in keywords, "a problem without its kind"
@@ -520,7 +528,19 @@ def test_a_broken_line_is_kept_as_text(tmp_path):
         ("a.json", f"[\n{QA},", 2, ["does not end"]),
         ("a.json", "[", 1, ["does not end"]),
         ("a.json", f'[\n{QA},\n{{"question": "问', 3, ["broken JSON"]),
-        ("a.json", f"[\n{QA}\n]\n多余\n", 4, ["多余"]),
+        ("a.json", f"[\n{QA}\n]\n多余\n", 4, ["多余", "one array a file"]),
+        (
+            "a.json",
+            f'[\n{QA},\n{{"question": "问", "answer": "甲", "answer": "乙"}}\n]',
+            3,
+            ["'answer'", "occurs twice"],
+        ),
+        ("le.csv", "question,answer\n".encode("utf-16-le"), 1, ["UTF-16", "iconv -f UTF-16 -t UTF-8"]),
+        ("be.jsonl", '{"question": 1}'.encode("utf-16-be"), 1, ["UTF-16", "iconv -f UTF-16 -t UTF-8"]),
+        ("a.csv", "question,answer\r问,答\r", 1, ["broken CSV", "end with CR alone", "tr '\\r' '\\n'"]),
+        ("a.jsonl", f"data: {QA}\n", 1, ["does not begin with {", "data: "]),
+        ("a.jsonl", f"var rows = [{QA}];\n", 1, ["does not begin with {", "var rows"]),
+        ("a.jsonl", json.dumps(QA) + "\n", 1, ["does not begin with {"]),
         ("a.csv", 'question,answer\na,b\nc,d\n1,"x\n2\n', 4, ["broken CSV"]),
         ("a.csv", 'question,answer\na,b\nc,"d"e\n', 3, ["broken CSV"]),
         ("a.csv", '"question"x,answer\na,b\n', 1, ["broken CSV"]),
@@ -553,7 +573,12 @@ def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, 
         ("a.json", f"# 第一批\n[{QA}]".encode(), ["comment line", "#"]),
         ("a.csv", "问,答\n再问,再答\n".encode(), [":1: ", "only unknown keys", "问, 答", "instruction,output"]),
         ("a.csv", "# 第一批\nquestion,answer\n".encode(), [":1: ", "only unknown keys", "# 第一批"]),
-        ("a.csv", "question，answer\n问，答\n".encode(), [":1: ", "only unknown keys"]),
+        (
+            "a.csv",
+            "question，answer\n问，答\n".encode(),
+            [":1: ", "only unknown keys", "set the cells apart by commas"],
+        ),
+        ("a.csv", "question|answer\n问|答\n".encode(), [":1: ", "only unknown keys", "set the cells apart by commas"]),
         ("a.zip", zipped({"a.jsonl": QA, "b.jsonl": QA}), ["2 files", "a.jsonl, b.jsonl", "unpack"]),
         ("a.zip", zipped({"xl/workbook.xml": "", "docProps/app.xml": ""}), ["2 files"]),
         ("a.xlsx", zipped({"[Content_Types].xml": "", "xl/workbook.xml": ""}), ["Excel", "CSV"]),
@@ -569,6 +594,10 @@ def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, 
         ("a.jsonl", gzip.compress(QA.encode()), ["gzip", ".gz"]),
         ("a.jsonl", bz2.compress(QA.encode()), [".bz2"]),
         ("a.jsonl", b"7z\xbc\xaf\x27\x1c", ["7z", "unpack"]),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd\x04\0", [".zst"]),
+        ("a.db", b"SQLite format 3\0" + bytes(80), ["binary file", "JSON lines"]),
+        ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(20), ["binary file"]),
+        ("a.gguf", b"GGUF\3\0\0\0", ["binary file"]),
         ("a.jsonl", tarred({"a.jsonl": QA}), ["tar", ".tar.gz"]),
         ("a.zip", b"not a zip", ["cannot be opened"]),
     ],
@@ -601,6 +630,7 @@ def test_rows_before_a_break_are_handed_out(tmp_path):
 
 # ---------------------------------------------------------------- containers and line numbers
 
+MESSAGES = '[{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]'
 PRETTY = json.dumps([{"question": "问", "answer": "答"}] * 3, ensure_ascii=False, indent=1)
 
 
@@ -626,6 +656,12 @@ PRETTY = json.dumps([{"question": "问", "answer": "答"}] * 3, ensure_ascii=Fal
         ("a.csv", "question;answer\n问;答\n问;答\n问;答\n", [2, 3, 4]),
         ("a.csv", "sep=,\nquestion,answer\n问,答\n问,答\n问,答\n", [3, 4, 5]),
         ("a.csv", "sep=;\nquestion;answer\n问;答\n问;答\n问;答\n", [3, 4, 5]),
+        ("a.csv", '"sep=,"\nquestion,answer\n问,答\n问,答\n问,答\n', [3, 4, 5]),
+        ("a.csv", "SEP=;\nquestion;answer\n问;答\n问;答\n问;答\n", [3, 4, 5]),
+        ("a.csv", "question , answer\n问,答\n问,答\n问,答\n", [2, 3, 4]),
+        ("a.csv", "question,answer,,\n问,答,,\n问,答,,\n问,答,,\n", [2, 3, 4]),
+        ("a.jsonl", f"{MESSAGES}\n{MESSAGES}\n{MESSAGES}\n", [1, 2, 3]),
+        ("a.json", f"[{MESSAGES},\n{MESSAGES},\n{MESSAGES}]\n", [1, 2, 3]),
         ("a.jsonl", f"{QA},\n{QA},\n{QA}\n", [1, 2, 3]),
         ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n}\n' * 3, [1, 5, 9]),
         ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n},\n' * 3, [1, 5, 9]),
@@ -676,6 +712,13 @@ def test_empty_cells_are_no_text(tmp_path):
     found, problems = read(path)
     assert found == [(2, ASKED), (3, talk("问", "答", system="简短"))]
     assert problems == [(4, "response 是空的 is empty")]
+
+
+def test_columns_without_a_name_are_told_by_their_place(tmp_path):
+    path = write(tmp_path, "a.csv", ",question,answer,\n0,问,答,见书\n")
+    assert read(path) == ([(2, ASKED)], [])
+    (record,) = read_records(path)
+    assert sorted(formats.read_row(record.value).unused) == ["第 1 列 column 1", "第 4 列 column 4"]
 
 
 def test_files_joined_by_cat(tmp_path):

@@ -24,6 +24,10 @@ CONVERSATIONS = {
     "two system texts": [S("规则"), S("再一条"), U("一")],
     "a developer": [{"role": "developer", "content": "规则"}, U("一")],
     "parts": [U([{"type": "text", "text": "一"}, {"type": "text", "text": "二"}])],
+    "an empty question": [U("一"), A("二"), U(""), U("三")],
+    "an empty question first": [U(" "), A("您好"), U("一")],
+    "a question that is null": [U("一"), A("二"), U(None), U("三")],
+    "a system text that is null": [S(None), U("一")],
     "a name": [U("一") | {"name": "王芳"}],
 }
 
@@ -57,11 +61,15 @@ ANSWERED = {
     "thinking off, as a field": {"messages": [U("你好")], "enable_thinking": False},
     **{name: {"messages": messages} for name, messages in CONVERSATIONS.items()},
     "tools not to be used": {"messages": [U("你好")], "tools": [{"type": "function"}], "tool_choice": "none"},
+    "functions not to be used": {"messages": [U("你好")], "functions": [{"name": "f"}], "function_call": "none"},
+    "a thought sent back": {"messages": [U("你好"), A("您好") | {"reasoning": "想"}, U("再见")]},
 }
 REFUSED = {
     "thinking on": ({"messages": [U("你好")], "enable_thinking": True}, "enable_thinking"),
     "tools": ({"messages": [U("你好")], "tools": [{"type": "function"}]}, "tools"),
     "JSON mode": ({"messages": [U("你好")], "response_format": {"type": "json_object"}}, "response_format"),
+    "an empty question last": ({"messages": [U("你好"), A("您好"), U("")]}, "messages[2].content"),
+    "no near field": ({"messages": [U("你好")], "system": "简短"}, "system"),
     "a thought of the user": ({"messages": [U("你好") | {"extra": "想"}]}, "messages[0].extra"),
 }
 
@@ -76,6 +84,13 @@ def test_what_cannot_be_done_is_refused_by_name(client, body, param):
     response = client.post(CHAT, json=body)
     assert (response.status_code, response.json["error"]["param"]) == (400, param)
     assert "leave it out" in response.json["error"]["message"] or "messages" in param
+    assert "did you mean" not in response.json["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["max_token", "Max_Tokens", "max-tokens", "temprature"])
+def test_a_mistyped_field_is_told_its_name(client, name):
+    found = client.post(CHAT, json={"messages": [U("你好")], name: 1}).json["error"]["message"]
+    assert f"did you mean '{'temperature' if name[0] == 't' else 'max_tokens'}'?" in found
 
 
 def test_envelopes(client):

@@ -71,6 +71,11 @@ BOILING = talk("水的沸点？", "一百度。")
         ({"指令": "译", "输入": "天", "输出": "sky"}, talk("译\n天", "sky")),
         ({"指令": "译", "输入": "", "输出": "sky"}, talk("译", "sky")),
         ({"指令": "译", "输出": "sky"}, talk("译", "sky")),
+        ({"问题": "水的沸点？", "回答": "一百度。"}, BOILING),
+        ({"messages": str(asked("user", "assistant", "role", "content"))}, BOILING),  # as pandas' to_csv writes lists
+        ({"query": "三", "response": "四", "history": "[['一', '二']]"}, talk("一", "二", "三", "四")),
+        ({"messages": asked("user", "assistant", "role", "content"), "tools": []}, BOILING),
+        ({"conversations": [said | {"role": None, "content": None} for said in asked("human", "gpt")]}, BOILING),
         ({"输入": "天", "输出": "sky"}, talk("天", "sky")),
         ({"question": "一加一", "answer": 2}, talk("一加一", "2")),
         ({"instruction": 7, "input": 0, "output": 0.5}, talk("7\n0", "0.5")),
@@ -85,8 +90,25 @@ def test_shapes_people_have(row, expected):
     assert formats.read_row(row).conversations == [expected]
 
 
-@pytest.mark.parametrize("role", ["User", "USER", " user ", "Human", "用户", "tool_response", "Prompter"])
-@pytest.mark.parametrize("answerer", ["AI", "ai", "Assistant", "chatgpt", "gpt4", "GPT4", "tool_call", "助手"])
+@pytest.mark.parametrize(
+    "role",
+    [
+        "User",
+        "USER",
+        " user ",
+        "Human",
+        "用户",
+        "用户：",
+        "人类",
+        "\ufeffuser",
+        "tool_response",
+        "function",
+        "Prompter",
+    ],
+)
+@pytest.mark.parametrize(
+    "answerer", ["AI", "ai", "Assistant", "chatgpt", "gpt4", "GPT4", "tool_call", "助手", "机器人"]
+)
 def test_roles_by_any_name(role, answerer):
     assert formats.read_row({"conversations": asked(role, answerer)}).conversations == [BOILING]
 
@@ -113,6 +135,12 @@ def test_system_by_any_name(role):
             ["role, content", "from, value"],
         ),
         ({"query": "三", "response": "四", "history": [["一", "二"], {"role": "user", "content": "一"}]}, ["history"]),
+        ({"messages": [{"role": "user", "message": "水的沸点？"}]}, ["role, content", "水的沸点？"]),
+        ({"messages": [{"role": "user", "Content": "水的沸点？"}]}, ["role, content", "Content", "水的沸点？"]),
+        ({"messages": [{"role": "user", "content": "一", "text": "二"}]}, ["content", "text", "both hold text"]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "content": "一"}]}]}, ["only text parts", "一"]),
+        ({"conversation": [{"Human": "一", "Assistant": "二"}]}, ["human 和 assistant", "Human", "二"]),
+        ({"conversation": [{"human": "一", "Assistant": "二"}]}, ["Assistant", "is assistant meant"]),
     ],
 )
 def test_what_cannot_be_read_is_named(row, words):
@@ -148,6 +176,12 @@ TALK = asked("user", "assistant", "role", "content")
             ["messages.content.cache"],
         ),
         ({"dialogue": "<Human 1>:一 <Assistant 1>:二", "reference": "书"}, ["reference"]),
+        (
+            {"messages": TALK, "prompt": TALK[0]["content"], "prompt_id": "p1"},
+            ["prompt", "prompt_id"],
+        ),  # said once more
+        ({"text": "长文", "title": "题", "url": "u"}, ["title", "url"]),
+        (BOIL | {"label": "物理"}, ["label"]),
     ],
 )
 def test_keys_that_nobody_read_are_told(row, unused):
@@ -172,6 +206,30 @@ def test_keys_that_nobody_read_are_told(row, unused):
         ({"messages": TALK, "videos": ["a.mp4"]}, ["videos"]),
         ({"prompt": "一", "chosen": "二", "rejected": "三"}, ["chosen+rejected", "preference pair"]),
         ({"messages": TALK, "rejected_response": "三"}, ["rejected_response", "preference pair"]),
+        ({"messages": TALK, "kto_tag": False}, ["kto_tag", "preference"]),
+        ({"prompt": "一", "completion": "二", "label": False}, ["label", "whether the answer is good"]),
+        ({"question": "一", "response_j": "二", "response_k": "三"}, ["response_j+response_k", "preference pair"]),
+        (BOIL | {"option_a": "一百度", "option_b": "九十度"}, ["option_a", "multiple-choice"]),
+        (BOIL | {"candidates": ["一百度"]}, ["candidates", "multiple-choice"]),
+        ({"问题": "一", "A": "二", "B": "三", "答案": "A"}, ["multiple-choice"]),
+        ({"问题": "一", "选项": ["二", "三"], "答案": "二"}, ["选项", "multiple-choice"]),
+        ({"问题": "一", "思考": "想", "答案": "二"}, ["思考", "would be lost"]),
+        (BOIL | {"chain_of_thought": "想"}, ["chain_of_thought", "would be lost"]),
+        (BOIL | {"Complex_CoT": "想"}, ["Complex_CoT", "would be lost"]),
+        ({"messages": [TALK[0], TALK[1] | {"thought": "想"}]}, ["messages.thought", "would be lost"]),
+        ({"messages": TALK, "functions": [{"name": "f"}]}, ["functions", "would be lost"]),
+        (BOIL | {"image_path": "a.png"}, ["image_path", "only text"]),
+        (BOIL | {"图片": "a.png"}, ["图片", "only text"]),
+        ({"messages": [{"role": "user", "content": [parts("一")[0] | {"image_url": "a"}]}, TALK[1]]}, ["image_url"]),
+        ({"messages": TALK, "system_message": "简短"}, ["system_message", "is system meant"]),
+        ({"系统": "简短", "指令": "一", "输出": "二"}, ["系统", "is system meant"]),
+        ({"背景": "海边", "问题": "一", "答案": "二"}, ["背景", "is context meant"]),
+        ({"prompt": "译", "input": "天", "output": "sky"}, ["prompt", "would be lost", "join it"]),
+        ({"messages": TALK, "prompt": "另一问"}, ["prompt", "would be lost"]),
+        ({"messages": TALK, "instruction": "译"}, ["instruction", "join it to what is read, or remove it"]),
+        ({"text": "很好吃", "label": "正面"}, ["unknown keys", "label+text"]),
+        ({"text": "长文", "summary": "短"}, ["unknown keys", "content+summary"]),
+        ({"text": "你好", "role": "prompter", "message_id": "1"}, ["unknown keys", "role+text"]),
     ],
 )
 def test_a_key_that_matters_is_an_error(row, words):
@@ -282,6 +340,11 @@ def rounds(*marks, texts="一二三四五六"):
         ({"messages": rounds({}, {}), "system": "简短", "loss_mask": [0, 0, 0, 1]}, [False, True]),
         ({"messages": rounds({}, {}), "system": "简短", "loss_mask": [0, 0, 0, 0, 1]}, [False, True]),
         ({"messages": rounds({}, {}), "weight": 1}, [True, True]),
+        ({"messages": rounds({"loss": "False"}, {"weight": "1"})}, [False, True]),  # as CSV has them
+        ({"messages": rounds({}, {}), "weight": "0"}, [False, False]),
+        ({"messages": rounds({}, {}), "loss": False}, [False, False]),
+        ({"messages": rounds({}, {}), "mask": True}, [False, False]),
+        ({"messages": rounds({}, {}), "train": "true"}, [True, True]),
     ],
 )
 def test_marks_are_honoured(row, learnt):
@@ -299,6 +362,9 @@ def test_marks_are_honoured(row, learnt):
     [
         ({"messages": rounds({"weight": 0.5})}, ["messages.weight", "0.5"]),
         ({"messages": rounds({"loss": "no"})}, ["messages.loss", "no"]),
+        ({"messages": rounds({"Loss": False})}, ["messages.Loss", "is loss meant"]),
+        ({"messages": rounds({"trainable": False})}, ["messages.trainable", "write loss: true or false"]),
+        ({"messages": rounds({"loss_weight": 0})}, ["messages.loss_weight", "write loss: true or false"]),
         ({"messages": rounds({}), "weight": 2}, ["weight", "2"]),
         ({"messages": rounds({}), "loss_mask": [0, 1, 1]}, ["loss_mask", "2 轮", "3 个标记"]),
         ({"messages": rounds({}), "loss_mask": [0.3]}, ["loss_mask", "0.3"]),

@@ -12,9 +12,26 @@ from common.errors import UserError
 from common.opened import COMMENT, COMMENT_LINE, encoding_of
 
 BLANKS = re.compile(r"[ \t\n\r]+")
-DECODER = json.JSONDecoder()
 BLOCK = 1 << 18  # bytes read at a time
 LONGEST_TOKEN = 16  # characters; a JSON error farther from the end of what was read does not go away by reading on
+
+
+class RepeatedError(ValueError):
+    """A key that occurs twice in an object: json would keep its last value and drop the others."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"字段 {name!r} 出现两次 the key occurs twice in an object; remove one")
+
+
+def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedError(next(name for name in found if names.count(name) > 1))
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_as_object)
 
 
 def json_array(file: BinaryIO, path: str) -> Iterator[tuple[int, Any]]:
@@ -73,7 +90,8 @@ def _elements(blocks: _Blocks) -> Iterator[tuple[int, Any]]:
             start, place = start + 1, "element"
         elif place == "behind":
             found = text[start : start + 40]
-            raise UserError(f"{blocks.path}:{line}: 数组之后还有内容 something follows the JSON array: {found!r}")
+            why = f"数组之后还有内容 something follows the JSON array: {found!r}; one array a file"
+            raise UserError(f"{blocks.path}:{line}: {why}")
         elif text[start] == "]":
             start, place = start + 1, "behind"
         elif place == "after":
@@ -127,4 +145,6 @@ def _hint(found: str) -> str:
 def _is_broken(problem: ValueError, text: str) -> bool:
     """Whether a JSON error stays an error whatever follows `text`."""
     at = getattr(problem, "pos", len(text))
+    if isinstance(problem, RepeatedError):
+        return True
     return at < len(text) - LONGEST_TOKEN and "Unterminated string" not in str(problem)

@@ -7,7 +7,7 @@ import re
 from common.data.fields import ROLES, Fields, as_text, role_of
 from common.data.turns import FormatError, Turn
 
-MOSS_MARKS = re.compile(r"^\s*<\|\w+\|>:\s*|\s*<eo\w>\s*$")
+MOSS_MARKS = re.compile(r"^\s*<\|[\w ]+\|>:\s*|\s*<eo\w>\s*$")
 MOSS_NOTES = ("Inner Thoughts", "Tool Responses")
 SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要求|[Ww]ord count)[^）)]*[）)]\s*)?")
 

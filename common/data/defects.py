@@ -1,5 +1,7 @@
 """Kinds of defects that leave a row out: what `--check` calls each, what it expects instead, and the remedy."""
 
+import re
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -71,3 +73,43 @@ DEFECTS = {
     ),
     "unsupervised": Defect("masked", "an id that the loss counts", "look at the row's answer and at --loss_on"),
 }
+
+# keys, in small letters, that change what a row means, each with its kind and what is said where no reader used it
+MATTERS = [
+    (
+        r"chosen|rejected|rejected_(response|messages)|kto_tag|(response|answer|output)_[jk01]|(pos|neg)_resp",
+        "preference",
+        "偏好对 a preference pair: two answers to compare, this trains on one",
+    ),
+    (
+        r"choices?|options?|candidates|(option|choice)[ _]?[a-h1-8]|op[a-d]|选项.{0,2}|[a-h]选项",
+        "multiple-choice",
+        "选择题 a multiple-choice row: its options would be lost",
+    ),
+    (
+        r"(image|img|picture|video|audio)s?([ _]?(path|url|file)s?)?|attachments?|图[片像]|视频|[音语][频音]",
+        "media",
+        "只读文字 only text is read; what the row shows would be lost",
+    ),
+    (
+        r"(complex[ _])?cot|chain[ _]of[ _]thoughts?|thoughts?|think(ing)?"
+        r"|reasoning([ _](content|process|steps|details))?|rationales?|思考(过程)?|思维链|推理(过程)?"
+        r"|tool_calls|functions|function_calls?",
+        "unread",
+        "不读 is not read and would be lost; join it to what is read, or remove it",
+    ),
+]
+# the same of keys of a message or a round
+MARK = r"(loss|sample)_(weight|scale|mask)s?|(is_)?masked|train(able|ing|_detail|_on_turn)|learn(able)?|ignored?"
+
+
+@lru_cache(maxsize=4096)
+def matter_of(key: str, inside: bool = False) -> tuple[str, str]:
+    """(kind, what is said) of a key that changes what a row means; ("", "") of others.
+
+    inside: the key is one of a message or a round.
+    """
+    key = key.strip().lower()
+    if inside and re.fullmatch(MARK, key):
+        return "mark", "像是学习标记 seems to mark what is learnt, is not read; write loss: true or false"
+    return next((found[1:] for found in MATTERS if re.fullmatch(found[0], key)), ("", ""))

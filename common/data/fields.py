@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
-import json
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
+from common.data.arrays import DECODER
+from common.data.defects import matter_of
 from common.data.turns import FormatError, Turn
 
 ROLES = {  # any letter case
@@ -19,9 +22,11 @@ ROLES = {  # any letter case
     "human": "user",
     "prompter": "user",
     "用户": "user",
+    "人类": "user",
     "observation": "user",  # a tool's result is what the model is told
     "tool": "user",
     "tool_response": "user",
+    "function": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "gpt4": "assistant",
@@ -30,32 +35,23 @@ ROLES = {  # any letter case
     "bot": "assistant",
     "model": "assistant",
     "助手": "assistant",
+    "机器人": "assistant",
     "function_call": "assistant",  # and a call is what it says
     "tool_call": "assistant",
 }
 SPEAKERS = ("role", "from")  # keys that say who speaks
 SAID = ("content", "value", "text")  # keys that hold what is said
+SPOKEN = frozenset(SPEAKERS + SAID)
 MARKS = {"loss": True, "weight": True, "train": True, "mask": False}  # whether a mark's true says: learn this answer
+MARK_TEXTS = {"true": True, "1": True, "false": False, "0": False}  # as in CSV
 OPTIONAL = frozenset({"system", "system_prompt", "history", "tools", "instruction", "input", "context"})
 ELSEWHERE = {"content", "value", "text"}  # keys of other shapes, which are near one of OPTIONAL by chance
-# keys that change what a row means: (kind, what is said of one that was not read)
-MATTERS = (
-    dict.fromkeys(
-        ("chosen", "rejected", "rejected_response", "rejected_messages"),
-        ("preference", "偏好对 a preference pair: two answers to compare, this trains on one"),
-    )
-    | dict.fromkeys(
-        ("choices", "options"),
-        ("multiple-choice", "选择题 a multiple-choice row: its options would be lost"),
-    )
-    | dict.fromkeys(
-        ("image", "images", "video", "videos", "audio", "audios"),
-        ("media", "只读文字 only text is read; what the row shows would be lost"),
-    )
-    | dict.fromkeys(
-        ("cot", "reasoning", "reasoning_content", "thinking", "tool_calls", "function_call"),
-        ("unread", "不读 is not read and would be lost"),
-    )
+# what people call keys of OPTIONAL
+SYNONYMS = (
+    dict.fromkeys(("system_message", "system_text", "sys_prompt", "meta_instruction", "meta_prompt"), "system")
+    | dict.fromkeys(("系统", "系统提示", "系统提示词"), "system")
+    | dict.fromkeys(("背景", "上下文"), "context")
+    | dict.fromkeys(("历史", "历史对话"), "history")
 )
 
 
@@ -63,7 +59,7 @@ def role_of(said: object) -> str | None:
     """A role by any of its names; None where it is unknown."""
     if not isinstance(said, str):
         return None
-    return ROLES.get(said) or ROLES.get(said.strip().lower())
+    return ROLES.get(said) or ROLES.get(said.strip(" \t\r\n\u3000\ufeff:：").lower())
 
 
 def as_text(value: object, name: str, required: bool = True) -> str:
@@ -113,14 +109,35 @@ def holds_text(value: object) -> bool:
 @lru_cache(maxsize=1024)
 def meant_by(key: str, known: frozenset[str]) -> str:
     """The known key that `key` is a misspelling of, or is itself; "" where there is none."""
+    if key in SYNONYMS:
+        return SYNONYMS[key]
     near = difflib.get_close_matches(key.strip().lower(), known, n=1, cutoff=0.85)
     return near[0] if near and abs(len(near[0]) - len(key)) <= 2 else ""
 
 
+def nearest(keys: Collection[str], shapes: Iterable[frozenset[str]]) -> frozenset[str]:
+    """The shape whose keys these are most like, in any letter case; an empty one where none is like them."""
+
+    def alike(need: str) -> float:
+        found = max((difflib.SequenceMatcher(None, need, str(key).strip().lower()).ratio() for key in keys), default=0)
+        return found if found > 0.6 else 0
+
+    def likeness(needs: frozenset[str]) -> float:
+        return sum(map(alike, needs)) / len(needs)
+
+    best = max(shapes, key=likeness)
+    return best if likeness(best) >= (0.5 if len(best) > 1 else 0.85) else frozenset()
+
+
 def mark_of(value: object, name: str, yes: bool = True) -> bool:
-    """Whether a mark (true, false, 1 or 0; null is no mark) says that an answer is learnt; `yes`: what true says."""
-    if value is None:
+    """Whether a mark (true, false, 1 or 0, also as text) says that an answer is learnt; `yes`: what true says.
+
+    null and "" are no mark.
+    """
+    if value is None or value == "":
         return True
+    if isinstance(value, str):
+        value = MARK_TEXTS.get(value.strip().lower(), value)
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value) is yes
     raise FormatError("mark", f"{name} 应为 must be true, false, 1 or 0, found {str(value)[:40]!r}")
@@ -157,14 +174,17 @@ class Fields:
             raise FormatError("not-a-list", f"{key} 应为列表 must be a list, found {type(value).__name__}")
         return value
 
-    def objects(self, key: str, expected: str) -> Iterator[Fields]:
-        """The objects in the list under a key, as Fields; FormatError, with what is expected, for anything else."""
+    def objects(self, key: str, expected: str, known: frozenset[str]) -> Iterator[Fields]:
+        """The objects in the list under a key, as Fields; FormatError, with what is expected, for anything else.
+
+        known: the keys they have.
+        """
         for value in self.items(key):
             if not isinstance(value, dict):
                 raise FormatError("not-an-utterance", f"{key}: 应有 {expected} expected, found {str(value)[:60]!r}")
             inside = Fields(value, key)
             yield inside
-            self.inner += inside.unread()
+            self.inner += inside.unread(known)
 
     def unread(self, known: frozenset[str] = frozenset()) -> list[str]:
         """The keys that hold something and were not read; one of an object inside is "messages.name".
@@ -179,12 +199,18 @@ class Fields:
             return self.inner
         names = {key: f"{self.name}.{key}" if self.name else str(key) for key in left}
         for key, name in names.items():
-            kind, why = MATTERS.get(str(key).lower(), ("", ""))
+            kind, why = matter_of(str(key), inside=bool(self.name))
             if kind:
                 raise FormatError(kind, f"{name}: {why}")
             meant = meant_by(str(key), known | OPTIONAL) if holds_text(self.row[key]) else ""
+            meant = meant or (meant_by(str(key), frozenset(MARKS)) if self.name else "")
             if meant and key not in known | ELSEWHERE:
-                raise FormatError("unread", f"{name}: 没有读 is not read here; is {meant} meant? rename or remove it")
+                hint = (
+                    "join it to what is read, or remove it"
+                    if key == meant
+                    else f"is {meant} meant? rename or remove it"
+                )
+                raise FormatError("unread", f"{name}: 没有读 is not read here; {hint}")
         return [*names.values(), *self.inner]
 
     def utterances(self, key: str) -> list[Turn]:
@@ -192,23 +218,26 @@ class Fields:
         turns = [_plain_turn(message) for message in self.items(key)]
         if all(turns):
             return [turn for turn in turns if turn]
-        return [self._utterance(message) for message in self.objects(key, "role, content 或 from, value")]
+        return [self._utterance(message) for message in self.objects(key, "role, content 或 from, value", SPOKEN)]
 
     def _utterance(self, message: Fields) -> Turn:
         """The turn of one message; "" is its text where the content is null or empty."""
         name = message.name
-        speaker = next((key for key in SPEAKERS if key in message.row), None)
-        if speaker is None:
-            found = str(message.row)[:60]
+        row = {key: value for key, value in message.row.items() if value is not None}
+        speaker = next((key for key in SPEAKERS if key in row), None)
+        saying = [key for key in SAID if key in row]
+        if speaker is None or SPOKEN.isdisjoint(message.row.keys() - {*SPEAKERS}) and _says_something(message.row):
             raise FormatError(
-                "not-an-utterance", f"{name}: 应有 role, content 或 from, value expected, found {found!r}"
+                "not-an-utterance", f"{name}: 应有 role, content 或 from, value expected, found {str(row)[:60]!r}"
             )
+        if len([key for key in saying if holds_something(row[key])]) > 1:
+            raise FormatError("ambiguous-keys", f"{name}: {' 和 and '.join(saying)} 都有文字 both hold text; keep one")
         role = role_of(message.get(speaker))
         if role is None:
             raise FormatError(
                 "unknown-role", f"{name}: 未知角色 unknown role {message.row[speaker]!r}; known: {', '.join(ROLES)}"
             )
-        said = next((key for key in SAID if key in message.row), "content")
+        said = next((key for key in saying if holds_something(row[key])), saying[0] if saying else "content")
         value = message.get(said)
         if isinstance(value, list):
             value = message._parts(value, said)
@@ -228,11 +257,18 @@ class Fields:
         for value in parts:
             part = Fields(value if isinstance(value, dict) else {"type": type(value).__name__}, f"{self.name}.{name}")
             kind = part.get("type")
-            if kind != "text":
-                raise FormatError("not-text", f"{name}: 只读文字 only text parts are read, found {kind!r}")
+            if kind != "text" or "text" not in part.row:
+                found = repr(kind) if kind != "text" else f"text 没有 text without one: {str(part.row)[:60]}"
+                raise FormatError("not-text", f"{name}: 只读文字 only text parts are read, found {found}")
             texts.append(part.text("text", required=False))
             self.inner += part.unread()
         return "\n".join(texts)
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    """Whether a message has a text under a key of its own, which no reader knows."""
+    others = [key for key in message if key not in SPEAKERS and not matter_of(str(key), inside=True)[0]]
+    return any(type(message[key]) is str and message[key].strip() for key in others)
 
 
 def _plain_turn(message: object) -> Turn | None:
@@ -247,8 +283,20 @@ def _plain_turn(message: object) -> Turn | None:
 
 
 def _parsed(text: str) -> Any:
-    """The value of JSON text; the text itself where it is none."""
+    """The value of JSON text, or of a list as Python prints it (pandas' to_csv); the text itself where it is none."""
+    for read in (DECODER.decode, literal):
+        try:
+            return read(text)
+        except (ValueError, RecursionError):
+            continue
+    return text
+
+
+def literal(text: str) -> Any:
+    """The value of a literal as Python prints it, in single quotes; ValueError where it is none."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unknown escape, such as \\d, which Python keeps
+            return ast.literal_eval(text.strip())
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError("no literal of Python") from None

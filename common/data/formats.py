@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
-from common.data.fields import MATTERS, SPEAKERS, Fields, as_text, mark_of
-from common.data.turns import Conversation, FormatError, Repair, Turn, Unusable, fill_identity, in_order
+from common.data.defects import matter_of
+from common.data.fields import MARKS, SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
+from common.data.turns import (
+    Conversation,
+    FormatError,
+    Repair,
+    Turn,
+    Unusable,
+    ends_asking,
+    fill_identity,
+    in_order,
+    teaches,
+)
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
@@ -21,7 +32,6 @@ Row = dict[str, Any]
 Reader = Callable[[Fields], list[list[Turn]]]  # a row's conversations
 Shape = frozenset[str]  # the keys a row of it has
 OPENING = {"system", "system_prompt", "tools", "history"}
-PREFERENCE = {key for key, (kind, _) in MATTERS.items() if kind == "preference"}
 
 
 class Reading(NamedTuple):
@@ -87,23 +97,34 @@ def read_row(row: object, asked: bool = False) -> Reading:
     fields = Fields(row)
     conversations = read(fields)
     if asked:
-        mended = [in_order(turns, answered=not _ends_asking(turns)) for turns in conversations]
+        mended = [in_order(turns, answered=not ends_asking(turns)) for turns in conversations]
     else:
         mended = [in_order(_marked(fields, turns)) for turns in conversations]
     repaired = [repair for _, repairs in mended for repair in repairs]
-    if not asked and not (mark_of(fields.get("weight"), "weight") and all(_teaches(turns) for turns, _ in mended)):
+    if not asked and not (_is_learnt(fields) and all(teaches(turns) for turns, _ in mended)):
         raise FormatError("nothing-to-learn", "没有要学的回答 every answer of the row is marked as not to be learnt")
-    return Reading([turns for turns, _ in mended], fields.unread(shape), repaired)
+    unused = fields.unread(shape)
+    _check_asked(row, unused, conversations)
+    return Reading([turns for turns, _ in mended], unused, repaired)
 
 
-def _ends_asking(turns: Sequence[Turn]) -> bool:
-    """Whether the last turn that says something is no answer."""
-    return next((turn.role for turn in reversed(turns) if turn.text.strip()), "") != "assistant"
+def _check_asked(row: Row, unused: list[str], conversations: list[list[Turn]]) -> None:
+    """FormatError where a key that asks in another shape was not read, and no turn says what it asks."""
+    for key in ASKING.intersection(unused) - {"content"}:
+        text = str(row[key]).strip()
+        if not any(text in turn.text for turns in conversations for turn in turns):
+            raise FormatError(
+                "unread", f"{key}: 没有读 is not read here and its text would be lost; join it to what is read"
+            )
 
 
-def _teaches(turns: Sequence[Turn]) -> bool:
-    """Whether something in the turns is learnt."""
-    return any(turn.learn and turn.role in ("assistant", "text") for turn in turns)
+def _is_learnt(row: Fields) -> bool:
+    """Whether no mark of the whole row says that it is not learnt: `weight`, or a true or false under one of MARKS."""
+    return MARKS.keys().isdisjoint(row.row) or all(
+        mark_of(row.get(key), key, yes)
+        for key, yes in MARKS.items()
+        if key == "weight" or str(row.row.get(key)).lower() in ("true", "false")
+    )
 
 
 def _marked(row: Fields, turns: list[Turn]) -> list[Turn]:
@@ -129,7 +150,7 @@ def _marked(row: Fields, turns: list[Turn]) -> list[Turn]:
 def _shape_of(row: Row) -> tuple[Shape, Reader]:
     """The one shape whose keys the row has; a shape within another (input+output in alpaca) gives way to it."""
     keys = {key for key, value in row.items() if value is not None}
-    if {"A", "B", "answer"} <= keys:
+    if {"A", "B"} <= keys:
         raise FormatError(
             "multiple-choice",
             "选择题 a multiple-choice row: its options would be lost; it is for scoring, not for training",
@@ -138,11 +159,13 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
         raise FormatError(
             "a-whole-file", "整个文件是一个对象 the file is one object of columns; in pandas: to_json(orient='records')"
         )
-    if not PREFERENCE.isdisjoint(keys):
-        pair = sorted(PREFERENCE & keys)
-        raise FormatError(MATTERS[pair[0]][0], f"{_names(pair)}: {MATTERS[pair[0]][1]}")
+    pair = _pair(frozenset(keys))
+    if pair:
+        raise FormatError("preference", f"{_names(pair)}: {matter_of(pair[0])[1]}")
     widest = _widest(frozenset(keys), _asks(row))
     if len(widest) == 1:
+        if str(row.get("label")).lower() in ("true", "false"):
+            raise FormatError("preference", "label: KTO 的标记 whether the answer is good; keep the good ones")
         return widest[0], READERS[widest[0]]
     if widest:
         raise FormatError(
@@ -150,15 +173,24 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
             f"字段有歧义 ambiguous keys: {' or '.join(_names(needs) for needs in widest)}; remove what is not meant",
         )
     inside = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(row) == 1 and inside:
+    inside = [key for key in inside if len(row) == 1 or key in OF_ROWS]
+    if inside:
         raise FormatError(
-            "a-whole-file", f"各行在 the rows are in {inside[0]}: write that list alone, or an object of it a line"
+            "a-whole-file", f"各行在 the rows are in {_names(inside)}: write that list alone, or an object of it a line"
         )
+    if len(row) > 1 and all(isinstance(value, dict) for value in row.values()):
+        raise FormatError("a-whole-file", "每个值是一行 each value is a row: write the values as a list")
     null = sorted(key for key in row if key not in keys)
     found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
-    raise FormatError(
-        "unknown-keys", f"无法识别的字段 unknown keys: {found}; nearest known shape: {_names(_nearest_shape(row))}"
-    )
+    near = nearest(row, SHAPES)
+    hint = f"nearest known shape: {_names(near)}" if near else f"没有相近的 no nearest known shape; {KNOWN_BEST}"
+    raise FormatError("unknown-keys", f"无法识别的字段 unknown keys: {found}; {hint}")
+
+
+@lru_cache(maxsize=256)
+def _pair(keys: Shape) -> list[str]:
+    """The keys of a preference pair among these."""
+    return [key for key in keys if matter_of(str(key))[0] == "preference"]
 
 
 @lru_cache(maxsize=256)
@@ -169,16 +201,9 @@ def _widest(keys: Shape, asks: bool) -> list[Shape]:
 
 
 def _asks(row: Row) -> bool:
-    """Whether a key says, or beside a response seems to be meant to say (quary), that the row asks something."""
+    """Whether a key says, or beside a response seems to be meant to say (quary), that the row is more than a text."""
     meant = "response" in row and any(difflib.get_close_matches(str(key), ASKING, cutoff=0.75) for key in row)
-    return bool(row.keys() & ASKING) or meant
-
-
-def _nearest_shape(keys: Collection[str]) -> Shape:
-    def likeness(needs: Shape) -> float:
-        return sum(max((difflib.SequenceMatcher(None, n, str(k)).ratio() for k in keys), default=0) for n in needs)
-
-    return max(SHAPES, key=lambda needs: likeness(needs) / len(needs))
+    return bool(row.keys() & ASKING) or meant or "text" in row and bool(row.keys() & BESIDE_TEXT)
 
 
 def _names(keys: Iterable[str]) -> str:
@@ -189,7 +214,7 @@ def _opening(row: Fields) -> list[Turn]:
     """System text (and the tools on offer, which are part of it), then the history."""
     if OPENING.isdisjoint(row.row):
         return []
-    tools = row.text("tools", required=False)
+    tools = row.text("tools", required=False) if holds_something(row.get("tools")) else ""
     parts = [row.text("system", required=False), row.text("system_prompt", required=False)]
     parts.append("" if tools.strip() == "[]" else tools)
     system = "\n".join(part for part in parts if part.strip())
@@ -243,7 +268,11 @@ def _rounds(row: Fields) -> list[list[Turn]]:
     if any(isinstance(round_, dict) and round_.keys() & set(SPEAKERS) for round_ in row.items("conversation")):
         return [_opening(row) + row.utterances("conversation")]
     turns = _opening(row)
-    for round_ in row.objects("conversation", "human 和 assistant"):
+    for round_ in row.objects("conversation", "human 和 assistant", ROUND):
+        if not round_.row.keys() & ROUND and holds_something(round_.row):
+            raise FormatError(
+                "not-an-utterance", f"conversation: 应有 human 和 assistant expected, found {str(round_.row)[:60]!r}"
+            )
         if round_.get("system"):
             turns.append(Turn("system", round_.text("system")))
         question, answer = ("input", "output") if "input" in round_.row else ("human", "assistant")
@@ -276,6 +305,7 @@ SHAPES: dict[Shape, Reader] = {
     frozenset({"prompt", "response"}): _question_answer(("prompt",), "response"),
     frozenset({"prompt", "completion"}): _prompt_completion,
     frozenset({"问题", "答案"}): _question_answer(("问题",), "答案"),
+    frozenset({"问题", "回答"}): _question_answer(("问题",), "回答"),
     frozenset({"指令", "输出"}): _question_answer(("指令", "输入"), "输出"),
     frozenset({"输入", "输出"}): _question_answer(("输入",), "输出"),
     frozenset({"指令", "输入", "输出"}): _question_answer(("指令", "输入"), "输出"),
@@ -288,3 +318,7 @@ SHAPES: dict[Shape, Reader] = {
 TEXT_SHAPES: dict[Shape, Reader] = {frozenset({key}): _plain_text(key) for key in ("response", "text")}
 READERS = SHAPES | TEXT_SHAPES
 ASKING = {"instruction", "instruct", "input", "query", "question", "prompt", "content", "history"}
+BESIDE_TEXT = set("label labels summary output answer target completion role from".split())  # keys that it belongs to
+KNOWN_BEST = "name the keys question and answer, or as docs/data.md shows"
+OF_ROWS = set("data rows train test validation dev examples items records".split())  # keys of a whole file
+ROUND = frozenset({"system", "human", "assistant", "input", "output"})

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import ast
 import codecs
 import csv
-import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from common.data import formats
-from common.data.arrays import decoded, json_array
-from common.data.fields import MATTERS
+from common.data.arrays import BLOCK, DECODER, decoded, json_array
+from common.data.defects import matter_of
+from common.data.fields import SPOKEN, literal
 from common.errors import UserError
 from common.opened import COMMENT, COMMENT_LINE, HEAD, encoding_of, opened, said_of
 
-DECODER = json.JSONDecoder()
 LINE_ENDS = ("\n", "\r\n", "")
 BETWEEN = re.compile(r"(?:\s*,)?\s*")  # two objects
+UTF_16 = re.compile(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]", re.DOTALL)  # of ASCII, without a BOM
 QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""")
-KNOWN = frozenset().union(*formats.READERS) | MATTERS.keys()  # keys that a header line has
+KNOWN = frozenset().union(*formats.READERS)  # keys that a header line has
+SEPARATOR = re.compile(r"""["']?sep=(.)["']?\s*$""", re.IGNORECASE)
+OTHER_DELIMITERS = re.compile("[|，；:、]")
 
 
 class Record(NamedTuple):
@@ -53,14 +53,25 @@ def _records(file: BinaryIO, path: str) -> Iterator[Record]:
     file.seek(0)
     if head.startswith(b"PAR1"):
         return _parquet(file)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or UTF_16.match(head):
+        raise UserError(f"{path}:1: 编码是 UTF-16 the file is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
     said = said_of(file, head)
     if said:
         raise UserError(f"{path}: {said}")
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}:1: 编码是 UTF-16 the file is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
-    if _first_byte(file) == b"[":
+    if _first_byte(file) == b"[" and not _is_list_a_line(file):
         return (Record(line, value) for line, value in json_array(file, path))
     return _of_lines(_Lines(file, path))
+
+
+def _is_list_a_line(file: BinaryIO) -> bool:
+    """Whether a file's first line is a list of messages and its second a list; it is at its start afterwards."""
+    first, second = file.readline(BLOCK), file.readline(BLOCK)
+    file.seek(0)
+    try:
+        said = DECODER.decode(first.decode("utf-8-sig")) if second.lstrip().startswith(b"[") else []
+    except (ValueError, RecursionError):
+        return False
+    return bool(said) and all(isinstance(message, dict) and message.keys() & SPOKEN for message in said)
 
 
 def _first_byte(file: BinaryIO) -> bytes:
@@ -110,10 +121,13 @@ def _of_lines(lines: _Lines) -> Iterator[Record]:
         seen.append(line)
     row = seen[-1].lstrip()
     lines.push_back(seen)
-    if row.startswith("{"):
+    if row.startswith("{") or row.startswith("[") and len(seen) == 1:
         return _json_lines(lines)
     if first.lstrip().startswith("//") or row.startswith("[") and len(seen) > 1:
         raise UserError(f"{lines.path}:{lines.number + 1}: {COMMENT_LINE}")
+    if re.search(r"""\{\s*\\?['"]""", row):
+        why = "行首不是 { JSON that does not begin with {; delete what stands before it"
+        raise UserError(f"{lines.path}:{lines.number + len(seen)}: {why}: {row[:40]!r}")
     return _table(lines)
 
 
@@ -188,10 +202,8 @@ def _next_object(text: str, at: int) -> int:
 def _python_dict(text: str) -> Any:
     """The value of a dict as Python prints it, in single quotes."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an unknown escape, such as \\d, which Python keeps
-            return ast.literal_eval(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return literal(text)
+    except ValueError:
         raise ValueError(
             "Python 的字典 a Python dict that is no literal; write by json.dumps(row, ensure_ascii=False)"
         ) from None
@@ -204,14 +216,13 @@ def _table(lines: _Lines) -> Iterator[Record]:
     if not header_line.strip():
         raise UserError(f"{lines.path}: 文件是空的 the file is empty")
     delimiter = _delimiter(header_line)
-    if header_line.startswith("sep="):
+    if SEPARATOR.match(header_line):
         header_line = next(lines, "")
     lines.push_back([header_line])
     above = line = lines.number  # lines before the header
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        header = next(reader, [])
-        _check_header(header, f"{lines.path}:{line + 1}")
+        header = _header(next(reader, []), f"{lines.path}:{line + 1}")
         line = above + reader.line_num
         for cells in reader:
             where, line = line + 1, above + reader.line_num
@@ -221,28 +232,42 @@ def _table(lines: _Lines) -> Iterator[Record]:
                 reason = f"{len(header)} 列 columns expected, {len(cells)} found"
                 yield Record(where, cells, reason, kind="columns")
     except csv.Error as problem:
-        raise UserError(f"{lines.path}:{line + 1}: CSV 有误 broken CSV: {problem}") from None
+        old = "new-line character" in str(problem)
+        why = "行尾是 CR lines that end with CR alone; convert them: tr '\\r' '\\n'" if old else problem
+        raise UserError(f"{lines.path}:{line + 1}: CSV 有误 broken CSV: {why}") from None
 
 
 def _delimiter(line: str) -> str:
     """What sets the cells of a file with this first line apart; Excel may say it there as sep=; ."""
-    if line.startswith("sep=") and line.strip("\r\n")[4:5]:
-        return line[4]
+    said = SEPARATOR.match(line)
+    if said:
+        return said[1]
     if "\t" in line:
         return "\t"
     return ";" if ";" in line and "," not in line else ","
 
 
-def _check_header(header: list[str], where: str) -> None:
-    """UserError where a name occurs twice, or none is a key that any reader knows: the first line may be a row."""
+def _header(cells: list[str], where: str) -> list[str]:
+    """The names of the columns, those of columns without one made up.
+
+    UserError where a name occurs twice, or none is a key that any reader knows: the first line may be a row.
+    """
+    header = [cell.strip() or f"第 {number} 列 column {number}" for number, cell in enumerate(cells, 1)]
     if len(set(header)) < len(header):
         raise UserError(f"{where}: 列名重复 a column name occurs twice in the header: {header}")
-    if KNOWN.isdisjoint(name.strip().lower() for name in header):
+    if not _knows(header):
         found = ", ".join(header)[:80]
-        raise UserError(
-            f"{where}: 表头里没有认识的字段 only unknown keys in the header line: {found}; put one such as "
-            "instruction,output or question,answer above the rows"
-        )
+        apart = OTHER_DELIMITERS.split(header[0])
+        hint = "put one such as instruction,output or question,answer above the rows"
+        if len(apart) > 1 and _knows(apart):
+            hint = "以逗号、分号或制表符分列 set the cells apart by commas, semicolons or tabs"
+        raise UserError(f"{where}: 表头里没有认识的字段 only unknown keys in the header line: {found}; {hint}")
+    return header
+
+
+def _knows(header: list[str]) -> bool:
+    """Whether one of the names is a key that a reader knows, or that matters."""
+    return any(name.strip().lower() in KNOWN or matter_of(name)[0] for name in header)
 
 
 def _parquet(file: BinaryIO) -> Iterator[Record]:

@@ -150,3 +150,13 @@ def _with_ends(turns: list[Turn], answered: bool, repairs: dict[str, None]) -> l
     elif not answered and turns[-1].role != "user":
         raise FormatError("last-turn", "最后一轮应是 the last one must be the user's")
     return turns
+
+
+def ends_asking(turns: Sequence[Turn]) -> bool:
+    """Whether the last turn that says something is no answer."""
+    return next((turn.role for turn in reversed(turns) if turn.text.strip()), "") != "assistant"
+
+
+def teaches(turns: Sequence[Turn]) -> bool:
+    """Whether something in the turns is learnt."""
+    return any(turn.learn and turn.role in ("assistant", "text") for turn in turns)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
 
 NOTHING_ASKED = "没有提问 there is no question to ask"
-ANSWERS = set("output response summary answer std_answer target completion 答案 输出 textbox_answer".split())  # keys
+# keys
+ANSWERS = set("output response summary answer std_answer target completion 答案 回答 输出 textbox_answer".split())
 UNSAID = "\0"  # stands for an answer while a row without one is read
 
 

@@ -57,8 +57,16 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "enable_thinking": (False,),
     "chat_template_kwargs": ({}, {"enable_thinking": False}),
 }
+CHOICES = {"tools": "tool_choice", "functions": "function_call"}  # what is offered: the field whose "none" forbids it
 IGNORED = "metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls reasoning_effort".split()
-ECHOED = ("id", "name", "reasoning_content", "refusal", "annotations")  # of an answer that a client sends back
+ECHOED = (
+    "id",
+    "name",
+    "reasoning_content",
+    "reasoning",
+    "refusal",
+    "annotations",
+)  # of an answer that a client sends back
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -98,6 +106,8 @@ def read_messages(messages: Any) -> list[Turn]:
             "messages 应为非空列表 must be a list that is not empty", param="messages", code="invalid_type"
         )
     turns = [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    if turns[-1].role == "user" and not turns[-1].text.strip():
+        raise _bad_message(f"messages[{len(messages) - 1}].content", "是空的 is empty")
     try:
         return list(in_order(turns, answered=False)[0])
     except FormatError as problem:
@@ -112,13 +122,10 @@ def _read_message(message: Any, where: str) -> Turn:
         raise _bad_message(f"{where}.role", f"应为 must be one of {', '.join(ROLES)}, found {excerpt(role)}")
     for name, value in message.items():
         if name not in ("role", "content", *ECHOED) and value:
-            raise _bad_message(f"{where}.{name[:64]}", "不支持 is not supported")
+            raise _bad_message(f"{where}.{name[:64]}", "不支持 is not supported; leave it out")
     if "name" in message and not isinstance(message["name"], str | None):
         raise _bad_message(f"{where}.name", "应为文字 must be text")
-    text = "" if role == "assistant" and content is None else _read_content(content, f"{where}.content")
-    if role == "user" and not text.strip():
-        raise _bad_message(f"{where}.content", "是空的 is empty")
-    return Turn(ROLES[role], text)
+    return Turn(ROLES[role], "" if content is None else _read_content(content, f"{where}.content"))
 
 
 def _read_content(content: Any, where: str) -> str:
@@ -165,7 +172,7 @@ def _read_prompt(prompt: Any, batcher: Batcher) -> list[int]:
 def _read_body(body: dict[str, Any], fields: Mapping[str, Field], others: tuple[str, ...]) -> dict[str, Any]:
     """The checked fields. Those of ONLY and IGNORED may be there too; a value that ONLY does not list is refused."""
     for name, allowed in ONLY.items():
-        not_used = name == "tools" and body.get("tool_choice") == "none"
+        not_used = name in CHOICES and body.get(CHOICES[name]) == "none"
         if body.get(name) is not None and body[name] not in allowed and not not_used:
             good = " 或 or ".join(map(json.dumps, allowed))
             why = f"{name} 不支持 is not supported here; leave it out, or send {good}"

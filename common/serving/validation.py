@@ -68,8 +68,9 @@ def read_fields(
     """
     for name in body:
         if name not in fields and name not in others and not (null and body[name] is None):
-            near = difflib.get_close_matches(name, [*fields, *others], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            meant = name.lower().replace("-", "_")
+            near = difflib.get_close_matches(meant, [*fields, *others], n=1, cutoff=0.85)
+            hint = f"; did you mean {near[0]!r}?" if near else "; leave it out"
             raise RequestRefusedError(f"未知字段 unknown field {excerpt(name)}{hint}", param=name, code="unknown_field")
     found = {}
     for name, field in fields.items():
