@@ -54,7 +54,8 @@ class SFTConfig:
     max_steps: int = -1  # stop after so many optimizer steps; -1: epochs decide
     micro_batch_size: int = 4  # rows in one forward pass on one device
     batch_size: int = 16  # rows in one optimizer step over all devices and accumulation
-    weight_decay: float = 0.0  # AdamW's
+    optim: str = "adamw_torch_fused"  # optimizer, by transformers' name
+    weight_decay: float = 0.0  # the optimizer's
     adam_beta1: float = 0.9  # AdamW's memory of gradients
     adam_beta2: float = 0.999  # AdamW's memory of their squares
     max_grad_norm: float = 1.0  # gradients are clipped to this norm

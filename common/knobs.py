@@ -21,8 +21,8 @@ SHAPING = frozenset(
 # what else decides what is learnt; equal for a resume
 LEARNING = frozenset(
     "dtype data_path val_set_size learning_rate lr_scheduler_type warmup_ratio epochs max_steps micro_batch_size "
-    "batch_size weight_decay adam_beta1 adam_beta2 max_grad_norm label_smoothing_factor neftune_noise_alpha packing "
-    "early_stopping_patience seed lora_alpha lora_dropout use_rslora".split()
+    "batch_size optim weight_decay adam_beta1 adam_beta2 max_grad_norm label_smoothing_factor neftune_noise_alpha "
+    "packing early_stopping_patience seed lora_alpha lora_dropout use_rslora".split()
 )
 
 # may change between a stop and a resume; the base itself is compared by its hash, wherever it lies
@@ -92,6 +92,45 @@ BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belo
 }
 
 
+class Optimizer(NamedTuple):
+    """What a value of `optim` keeps and needs."""
+
+    moments: int  # bytes kept of each trained weight, at most
+    package: str = ""  # module that transformers takes it from, where it is none of torch's or its own
+    install: str = ""  # what pip calls that package
+    ignores: tuple[str, ...] = ()  # knobs that do not reach it
+    projects: bool = False  # keeps less of whole matrices, and of those of LoRA no less than others do
+
+
+_BETAS = ("adam_beta1", "adam_beta2")
+_BNB = ("bitsandbytes", '"bitsandbytes>=0.50,<0.51"')
+_GALORE = ("galore_torch", "galore-torch", ("weight_decay", *_BETAS), True)
+# left out of transformers' names: those whose gradients are gone before the guard sees them (lomo, layerwise), that
+# train other weights than are to be saved (schedule_free), and that belong to other devices
+OPTIMIZERS = {
+    "adamw_torch_fused": Optimizer(8),
+    "adamw_torch": Optimizer(8),
+    "adafactor": Optimizer(1, ignores=_BETAS),
+    "sgd": Optimizer(0, ignores=_BETAS),
+    "adagrad": Optimizer(4, ignores=_BETAS),
+    "rmsprop": Optimizer(4, ignores=_BETAS),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), Optimizer(3, *_BNB)),
+    "paged_adamw_32bit": Optimizer(8, *_BNB),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), Optimizer(4, *_BNB)),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), Optimizer(2, *_BNB)),
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), Optimizer(12, *_BNB)),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), Optimizer(4, *_BNB)),
+    **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_32bit"), Optimizer(4, *_BNB, _BETAS)),
+    "rmsprop_bnb_8bit": Optimizer(2, *_BNB, _BETAS),
+    "adamw_torch_8bit": Optimizer(3, "torchao", "torchao"),
+    "adamw_torch_4bit": Optimizer(2, "torchao", "torchao"),
+    "stable_adamw": Optimizer(8, "optimi", "torch-optimi"),
+    "grokadamw": Optimizer(12, "grokadamw", "grokadamw", _BETAS),
+    "apollo_adamw": Optimizer(8, "apollo_torch", "apollo-torch", ("weight_decay",), True),
+    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor"), Optimizer(8, *_GALORE)),
+}
+
+
 class Range(NamedTuple):
     """Which values a knob or flag may have, and how that is said."""
 
@@ -128,6 +167,7 @@ RANGES = {  # any value of its type where a knob is not named
     "deepspeed": Range(lambda v: not v or os.path.isfile(os.path.expanduser(v)), "a JSON file that is there"),
     "port": Range(lambda v: 0 <= v <= 65535, "a port number"),
     "seed": Range(lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
+    "optim": Range(lambda v: v in OPTIMIZERS, f"one of {' '.join(OPTIMIZERS)}"),
     "report_to": Range(lambda v: set(v) <= {"tensorboard", "wandb"}, "tensorboard, wandb or both"),
     "data_path": Range(lambda v: len(v) > 0, "at least one file"),
     "target_modules": Range(lambda v: len(v) > 0, "at least one module"),

@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from common.cli import parse
 from common.config import TrainFlags
 from common.errors import UserError
+from common.knobs import OPTIMIZERS
 from common.model import loading, loss, verify
 from common.runs import manifest, run
 from common.runs.checkpoints import last_whole_checkpoint
@@ -430,6 +432,41 @@ def test_a_loss_that_does_not_fall_is_named_once(capsys, losses, told):
 def test_a_run_that_learns_nothing_says_so(flags, capsys):
     train.main(flags("out", "--max_steps", 22, "--logging_steps", 1, "--learning_rate", 1e-12))
     assert capsys.readouterr().out.count("第 20 步，损失没有下降") == 1
+
+
+def test_the_default_optimizer_is_transformers_own(tmp_path):
+    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": 1}
+    args = trainer.arguments(Config(model_save_dir=str(tmp_path)), plan, False, False)
+    assert args.optim == TrainingArguments(str(tmp_path), use_cpu=True).optim
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+
+
+def test_an_optimizer_without_its_package_is_refused_before_anything(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--optim grokadamw: 没有安装 needs grokadamw: pip install grokadamw"):
+        train.main(flags("out", "--optim", "grokadamw"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("optim", "kept"), [("sgd", set()), ("lion_8bit", {"step", "__bnb_optimizer_quant_state__"})])
+def test_another_optimizer_trains(flags, tmp_path, optim, kept):
+    if optim == "lion_8bit":
+        pytest.importorskip("bitsandbytes")
+    train.main(flags("out", "--max_steps", 2, "--optim", optim, "--lora_r", 128))
+    state = torch.load(tmp_path / "out/checkpoint-2/optimizer.pt", weights_only=False)["state"]
+    assert set().union(*state.values()) - {"momentum_buffer"} == kept
+
+
+def test_a_run_from_before_there_was_a_choice_resumes(flags, tmp_path, capsys):
+    train.main(flags("out", "--max_steps", 2))
+    file = tmp_path / "out/run_manifest.json"
+    old = json.loads(file.read_text(encoding="utf-8")) | {"state": "training"}
+    assert old["config"].pop("optim") == "adamw_torch_fused"
+    file.write_text(json.dumps(old), encoding="utf-8")
+    with pytest.raises(UserError, match="optim: adamw_torch_fused → sgd"):
+        train.main(flags("out", "--max_steps", 2, "--optim", "sgd"))
+    train.main(flags("out", "--max_steps", 2))
+    assert f"resuming from {tmp_path}/out/checkpoint-2" in capsys.readouterr().out
 
 
 def test_reports_go_to_tensorboard(flags, tmp_path):

@@ -18,6 +18,7 @@ from common import distributed
 from common.data.dataset import lengths_of
 from common.device import device, resolve_dtype
 from common.errors import UserError
+from common.knobs import OPTIMIZERS
 from common.launch import world_size
 from common.model.adapter import saved_alone
 from common.model.frozen_layers import lean
@@ -209,9 +210,7 @@ def arguments(cfg: SFTConfig, plan: dict[str, int], validate: bool, checkpointin
         learning_rate=cfg.learning_rate,
         **_schedule(cfg, plan),
         warmup_steps=plan["warmup_steps"],
-        weight_decay=cfg.weight_decay,
-        adam_beta1=cfg.adam_beta1,
-        adam_beta2=cfg.adam_beta2,
+        **_optimizer(cfg),
         neftune_noise_alpha=cfg.neftune_noise_alpha or None,
         max_grad_norm=cfg.max_grad_norm,
         activation_checkpointing=checkpointing,
@@ -242,6 +241,17 @@ def arguments(cfg: SFTConfig, plan: dict[str, int], validate: bool, checkpointin
     if on_cpu and distributed.strategy(cfg) == "FSDP2":  # accelerate knows FSDP on cards only, and would copy the model
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return args
+
+
+def _optimizer(cfg: SFTConfig) -> dict[str, Any]:
+    """The optimizer as transformers' arguments."""
+    return {
+        "optim": cfg.optim,
+        "optim_target_modules": "all-linear" if OPTIMIZERS[cfg.optim].projects else None,
+        "weight_decay": cfg.weight_decay,
+        "adam_beta1": cfg.adam_beta1,
+        "adam_beta2": cfg.adam_beta2,
+    }
 
 
 def _schedule(cfg: SFTConfig, plan: dict[str, int]) -> dict[str, Any]:
