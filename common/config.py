@@ -22,6 +22,8 @@ Scheduler = Literal[
     "inverse_sqrt",
 ]
 
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -32,6 +34,7 @@ class SFTConfig:
     repo_id: str = ""  # hub id of the base, used where path_model_pretrain is not given
     model_save_dir: str = "model_sft"  # folder for the adapter, checkpoints, logs and pictures
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the GPU has it, or float32
+    attn_implementation: Attention = "auto"  # how attention is computed; auto: as transformers chooses for the model
     prompt_style: str = "chat"  # how turns become ids: chat is the model's official template
     # data
     data_path: tuple[str, ...] = (str(DATA / "product_train.jsonl"),)  # files, folders or URLs; path#N samples N rows

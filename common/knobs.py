@@ -29,7 +29,7 @@ LEARNING = frozenset(
 FREE = frozenset(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
     "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
-    "min_p repetition_penalty num_beams eval_batch_size host port deepspeed".split()
+    "min_p repetition_penalty num_beams eval_batch_size host port deepspeed attn_implementation".split()
 )
 
 ALIASES = {  # names people type by habit
@@ -65,6 +65,7 @@ HABITS = {  # other tools' flags that are more or less than a knob here: what to
     "max_length": LENGTHS,
     "max_seq_length": LENGTHS,
     "per_device_eval_batch_size": "--eval_batch_size",
+    "flash_attn": "--attn_implementation flash_attention_2",
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype float16",
     "torch_dtype": "--dtype",

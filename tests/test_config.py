@@ -388,7 +388,7 @@ HABITUAL = {  # flags of LLaMA-Factory, TRL and ms-swift: what train.py says of 
     "checkpoint_dir": "--model_save_dir",
     "resume_from_checkpoint": "--resume",
     "max_samples": "",
-    "flash_attn": "",
+    "flash_attn": "--attn_implementation flash_attention_2",
     "per_device_eval_batch_size": "--eval_batch_size",
     "load_in_4bit": "--tuning qlora",
     "use_peft": "",
