@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 from common.config import LORA, ROOT, Names, SFTConfig
-from common.knobs import ALIASES, BELONGS, HABITS, OPTIMIZERS, PATH_LISTS, PATHS, RANGES, STEPS
+from common.knobs import ALIASES, BELONGS, DORA_8, HABITS, OPTIMIZERS, PATH_LISTS, PATHS, RANGES, STEPS
 from common.launch import let_first_speak, world_size
 
 CLOSE = 0.8  # how alike a flag and the one suggested are, of 1: no suggestion is better than a wrong one
@@ -111,6 +111,8 @@ def _check_tuning(config: SFTConfig, error: Fail) -> None:
         )
     if config.use_pissa and config.bits:
         error("--use_pissa 需要未量化的基座 splits the base's weights, which qlora has quantised: use --tuning lora")
+    if config.use_dora and config.bits == 8:
+        error(DORA_8)
     if config.use_pissa and config.use_dora:
         error("--use_pissa 与 --use_dora 不能同用 cannot go together: DoRA's magnitudes would be of the split base")
 

@@ -598,6 +598,7 @@ def test_neftune_changes_training_alone(fit, target):
         (["--freeze_trainable_layers", 2], "--freeze_trainable_layers 对 --tuning lora 不起作用"),
         (["--tuning", "qlora", "--use_pissa"], "--use_pissa 需要未量化的基座"),
         (["--use_dora", "--use_pissa"], "--use_pissa 与 --use_dora 不能同用"),
+        (["--use_dora", "--tuning", "qlora", "--quantization_bit", 8], "--use_dora 与 --quantization_bit 8 不能同用"),
         (["--tuning", "qlora", "--quantization_bit", 3], "quantization_bit.*invalid choice: 3"),
     ],
 )
