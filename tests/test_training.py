@@ -66,6 +66,18 @@ def same_adapter(one, other):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("tuning", ["lora", "freeze"])
+def test_what_a_run_leaves_may_be_read_as_the_umask_says(flags, tmp_path, tuning):
+    before = os.umask(0o027)
+    try:
+        train.main(flags("out", "--max_steps", 2, "--tuning", tuning))
+    finally:
+        os.umask(before)
+    weights = sorted((tmp_path / "out").rglob("*.safetensors"))
+    assert {file.parent.name for file in weights} == {"out", "checkpoint-2"}
+    assert {oct(file.stat().st_mode & 0o777) for file in weights} == {oct(0o640)}
+
+
 def test_a_run_leaves_every_file(flags, tmp_path, capsys):
     train.main(flags("out", "--max_steps", 6, "--save_steps", 3, "--eval_rows", 2, "--max_new_tokens", 4))
     folder = tmp_path / "out"

@@ -121,6 +121,7 @@ def save_tuned(net: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
     with saved_alone(net):
         net.save_pretrained(draft, **({"state_dict": state} if state else {}))
+    files.share_weights(draft)
     check = verify.verify_adapter if hasattr(net, "peft_config") else verify.verify_whole
     check(net, draft, state)
     tokenizer.save_pretrained(draft)

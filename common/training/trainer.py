@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from common import distributed
+from common import distributed, files
 from common.data.dataset import lengths_of
 from common.device import device, resolve_dtype
 from common.errors import UserError
@@ -297,6 +297,7 @@ class SupervisedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         with saved_alone(self.model):
             super()._save(output_dir, state_dict)
+        files.share_weights(output_dir or self.args.output_dir)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         self.guard.norm = super()._get_grad_norm(model, grad_norm)
