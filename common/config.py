@@ -70,7 +70,7 @@ class SFTConfig:
     save_steps: int = 200  # steps between two checkpoints and validation losses
     save_total_limit: int = 3  # newest checkpoints kept; the best by validation loss is kept besides
     early_stopping_patience: int = 0  # stop after so many validation losses without a new best, save the best; 0: off
-    report_to: tuple[str, ...] = ()  # tensorboard, wandb: each an optional package
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb, swanlab, trackio: each an optional package
     seed: int = 42  # of weights, order and samples
     deepspeed: str = ""  # DeepSpeed's JSON file (configs/deepspeed/zero2.json); train.py is then started by torchrun
     # what is trained

@@ -138,6 +138,9 @@ OPTIMIZERS = {
 }
 
 
+REPORTS = ("tensorboard", "wandb", "swanlab", "trackio")  # each by the name of its package
+
+
 class Range(NamedTuple):
     """Which values a knob or flag may have, and how that is said."""
 
@@ -175,7 +178,7 @@ RANGES = {  # any value of its type where a knob is not named
     "port": Range(lambda v: 0 <= v <= 65535, "a port number"),
     "seed": Range(lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
     "optim": Range(lambda v: v in OPTIMIZERS, f"one of {' '.join(OPTIMIZERS)}"),
-    "report_to": Range(lambda v: set(v) <= {"tensorboard", "wandb"}, "tensorboard, wandb or both"),
+    "report_to": Range(lambda v: set(v) <= set(REPORTS), f"some of {' '.join(REPORTS)}"),
     "data_path": Range(lambda v: len(v) > 0, "at least one file"),
     "target_modules": Range(lambda v: len(v) > 0, "at least one module"),
     "tasks": Range(lambda v: set(v) <= set(TASKS), f"some of {' '.join(TASKS)}"),

@@ -467,7 +467,7 @@ def test_in_train_it_is_where_the_run_starts(tmp_path, monkeypatch):
         ("--top_p 0", ["--top_p 0", "at most 1"]),
         ("--model_name a b c", ["--model_name", "a Chinese and another"]),
         ("--top_p 1.1", ["--top_p 1.1"]),
-        ("--report_to mlflow", ["--report_to mlflow", "tensorboard, wandb or both"]),
+        ("--report_to mlflow", ["--report_to mlflow", "some of tensorboard wandb swanlab trackio"]),
         ("--optim adam", ["--optim adam", "adamw_torch_fused", "adamw_8bit", "apollo_adamw"]),
         ("--optim sgd --adam_beta1 0.8", ["--adam_beta1", "--optim sgd", "no effect"]),
         ("--optim galore_adamw", ["--optim galore_adamw", "--tuning full or freeze"]),

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -487,13 +489,48 @@ def test_reports_go_to_tensorboard(flags, tmp_path):
     assert list((tmp_path / "out/runs").rglob("events.out.tfevents.*"))
 
 
-def test_a_report_without_its_package_is_refused_before_anything(flags, tmp_path, capsys, monkeypatch):
+class Settings(dict):
+    def update(self, values, **options):
+        super().update(values)
+
+
+class Tracker(types.ModuleType):
+    """In the place of swanlab and of trackio: keeps what transformers' callback logs there."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.__spec__, self.logged, self.config = ModuleSpec(name, None), [], Settings()
+        self.context_vars = types.SimpleNamespace(current_space_id=types.SimpleNamespace(get=lambda: None))
+
+    def init(self, **options):
+        self.options = options
+
+    def get_run(self):
+        return None
+
+    def log(self, values, **more):
+        self.logged.append(values)
+
+    def finish(self):
+        self.options = None
+
+
+@pytest.mark.parametrize("name", ["swanlab", "trackio"])
+def test_reports_go_to_other_trackers(flags, monkeypatch, name):
+    tracker = Tracker(name)
+    monkeypatch.setitem(sys.modules, name, tracker)
+    train.main(flags("out", "--max_steps", 2, "--logging_steps", 1, "--report_to", name))
+    assert sum("train/loss" in values for values in tracker.logged) == 2
+    assert tracker.config["learning_rate"] == 0.01
+
+
+@pytest.mark.parametrize("package", ["wandb", "swanlab", "trackio"])
+def test_a_report_without_its_package_is_refused_before_anything(flags, tmp_path, capsys, monkeypatch, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        train.main(flags("out", "--report_to", "wandb"))
-    assert (
-        "--report_to wandb: 没有安装 the package is not installed; remedy: pip install wandb" in capsys.readouterr().err
-    )
+        train.main(flags("out", "--report_to", package))
+    told = f"--report_to {package}: 没有安装 the package is not installed; remedy: pip install {package}"
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
