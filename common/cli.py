@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 from common.config import LORA, ROOT, Names, SFTConfig
-from common.knobs import ALIASES, BELONGS, HABITS, PATH_LISTS, PATHS, RANGES, STEPS
+from common.knobs import ALIASES, BELONGS, DORA_8, HABITS, OPTIMIZERS, PATH_LISTS, PATHS, RANGES, STEPS
 from common.launch import let_first_speak, world_size
 
 CLOSE = 0.8  # how alike a flag and the one suggested are, of 1: no suggestion is better than a wrong one
@@ -101,8 +101,18 @@ def _check_tuning(config: SFTConfig, error: Fail) -> None:
                 f"--{name} 对 --tuning {config.tuning} 不起作用 has no effect with it: "
                 f"it belongs to --tuning {' or '.join(BELONGS[name])}"
             )
+    optimizer = OPTIMIZERS[config.optim]
+    for name in sorted(config.given.intersection(optimizer.ignores)):
+        error(f"--{name} 对 --optim {config.optim} 不起作用 has no effect with it: leave it out")
+    if optimizer.projects and config.tuning in LORA:
+        error(
+            f"--optim {config.optim} 对 --tuning {config.tuning} 不起作用 saves nothing with it: it keeps less of "
+            "whole matrices, trained by --tuning full or freeze"
+        )
     if config.use_pissa and config.bits:
         error("--use_pissa 需要未量化的基座 splits the base's weights, which qlora has quantised: use --tuning lora")
+    if config.use_dora and config.bits == 8:
+        error(DORA_8)
     if config.use_pissa and config.use_dora:
         error("--use_pissa 与 --use_dora 不能同用 cannot go together: DoRA's magnitudes would be of the split base")
 

@@ -22,6 +22,8 @@ Scheduler = Literal[
     "inverse_sqrt",
 ]
 
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -32,6 +34,7 @@ class SFTConfig:
     repo_id: str = ""  # hub id of the base, used where path_model_pretrain is not given
     model_save_dir: str = "model_sft"  # folder for the adapter, checkpoints, logs and pictures
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the GPU has it, or float32
+    attn_implementation: Attention = "auto"  # how attention is computed; auto: as transformers chooses for the model
     prompt_style: str = "chat"  # how turns become ids: chat is the model's official template
     # data
     data_path: tuple[str, ...] = (str(DATA / "product_train.jsonl"),)  # files, folders or URLs; path#N samples N rows
@@ -54,7 +57,8 @@ class SFTConfig:
     max_steps: int = -1  # stop after so many optimizer steps; -1: epochs decide
     micro_batch_size: int = 4  # rows in one forward pass on one device
     batch_size: int = 16  # rows in one optimizer step over all devices and accumulation
-    weight_decay: float = 0.0  # AdamW's
+    optim: str = "adamw_torch_fused"  # optimizer, by transformers' name
+    weight_decay: float = 0.0  # the optimizer's
     adam_beta1: float = 0.9  # AdamW's memory of gradients
     adam_beta2: float = 0.999  # AdamW's memory of their squares
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -66,7 +70,7 @@ class SFTConfig:
     save_steps: int = 200  # steps between two checkpoints and validation losses
     save_total_limit: int = 3  # newest checkpoints kept; the best by validation loss is kept besides
     early_stopping_patience: int = 0  # stop after so many validation losses without a new best, save the best; 0: off
-    report_to: tuple[str, ...] = ()  # tensorboard, wandb: each an optional package
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb, swanlab, trackio: each an optional package
     seed: int = 42  # of weights, order and samples
     deepspeed: str = ""  # DeepSpeed's JSON file (configs/deepspeed/zero2.json); train.py is then started by torchrun
     # what is trained

@@ -164,7 +164,11 @@ def wait() -> None:
 
 
 def _prepare_deepspeed(cfg: SFTConfig) -> None:
-    """UserError where DeepSpeed is not installed, or no launcher started this process."""
+    """UserError where DeepSpeed is not installed, no launcher started this process, or two optimizers are named."""
+    if "optim" in cfg.given and "optimizer" in _json(cfg.deepspeed):
+        raise UserError(
+            f"--optim {cfg.optim}: {cfg.deepspeed} 里已有 names an optimizer too, which would win; take one of them out"
+        )
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("--deepspeed: 没有安装 DeepSpeed is not installed: pip install -r requirements-deepspeed.txt")
     if "RANK" not in os.environ:

@@ -199,8 +199,7 @@ def save(net: PreTrainedModel, tuned: Tuned, draft: Path, prompt: Family) -> Non
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tuned.stop_ids, pad_token_id=pad_id
     )
     net.save_pretrained(draft, max_shard_size=SHARD)
-    for file in draft.glob("*.safetensors"):  # written for their owner alone, but a server is often another user
-        file.chmod((draft / "config.json").stat().st_mode)
+    files.share_weights(draft)
     tokenizer.chat_template = templates.chat_template(tokenizer, prompt, style)
     if tokenizer.chat_template is None:
         print(f"没有聊天模板 no chat template is written: none can express prompt_style {style}")

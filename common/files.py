@@ -49,6 +49,16 @@ def line_of(record: dict[str, Any]) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def share_weights(folder: str | Path) -> None:
+    """Let those read the weights just saved in `folder` who may read its config, as the umask says.
+
+    safetensors writes its files for their owner alone, but a server is often another user.
+    """
+    mode = next(Path(folder).glob("*config.json")).stat().st_mode
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(mode)
+
+
 def file_hash(path: str) -> str:
     """sha256 of a file's bytes, hex; UserError where it cannot be opened."""
     digest = hashlib.sha256()

@@ -21,15 +21,15 @@ SHAPING = frozenset(
 # what else decides what is learnt; equal for a resume
 LEARNING = frozenset(
     "dtype data_path val_set_size learning_rate lr_scheduler_type warmup_ratio epochs max_steps micro_batch_size "
-    "batch_size weight_decay adam_beta1 adam_beta2 max_grad_norm label_smoothing_factor neftune_noise_alpha packing "
-    "early_stopping_patience seed lora_alpha lora_dropout use_rslora".split()
+    "batch_size optim weight_decay adam_beta1 adam_beta2 max_grad_norm label_smoothing_factor neftune_noise_alpha "
+    "packing early_stopping_patience seed lora_alpha lora_dropout use_rslora".split()
 )
 
 # may change between a stop and a resume; the base itself is compared by its hash, wherever it lies
 FREE = frozenset(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
     "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
-    "min_p repetition_penalty num_beams eval_batch_size host port deepspeed".split()
+    "min_p repetition_penalty num_beams eval_batch_size host port deepspeed attn_implementation".split()
 )
 
 ALIASES = {  # names people type by habit
@@ -65,6 +65,7 @@ HABITS = {  # other tools' flags that are more or less than a knob here: what to
     "max_length": LENGTHS,
     "max_seq_length": LENGTHS,
     "per_device_eval_batch_size": "--eval_batch_size",
+    "flash_attn": "--attn_implementation flash_attention_2",
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype float16",
     "torch_dtype": "--dtype",
@@ -90,6 +91,54 @@ BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belo
         LORA,
     ),
 }
+
+
+DORA_8 = (  # with peft 0.21 and bitsandbytes 0.50 an 8-bit weight has lost its scales by the second forward pass
+    "--use_dora 与 --quantization_bit 8 不能同用 cannot go together, training would break off at once: "
+    "--quantization_bit 4, or without DoRA"
+)
+
+
+class Optimizer(NamedTuple):
+    """What a value of `optim` keeps and needs."""
+
+    moments: int  # bytes kept of each trained weight, at most
+    package: str = ""  # module that transformers takes it from, where it is none of torch's or its own
+    install: str = ""  # what pip calls that package
+    ignores: tuple[str, ...] = ()  # knobs that do not reach it
+    projects: bool = False  # keeps less of whole matrices, and of those of LoRA no less than others do
+
+
+_BETAS = ("adam_beta1", "adam_beta2")
+_BNB = ("bitsandbytes", '"bitsandbytes>=0.50,<0.51"')
+_GALORE = ("galore_torch", "galore-torch", ("weight_decay", *_BETAS), True)
+# left out of transformers' names: those whose gradients are gone before the guard sees them (lomo, layerwise), that
+# train other weights than are to be saved (schedule_free), and that belong to other devices
+OPTIMIZERS = {
+    "adamw_torch_fused": Optimizer(8),
+    "adamw_torch": Optimizer(8),
+    "adafactor": Optimizer(1, ignores=_BETAS),
+    "sgd": Optimizer(0, ignores=_BETAS),
+    "adagrad": Optimizer(4, ignores=_BETAS),
+    "rmsprop": Optimizer(4, ignores=_BETAS),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), Optimizer(3, *_BNB)),
+    "paged_adamw_32bit": Optimizer(8, *_BNB),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), Optimizer(4, *_BNB)),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), Optimizer(2, *_BNB)),
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), Optimizer(12, *_BNB)),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), Optimizer(4, *_BNB)),
+    **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_32bit"), Optimizer(4, *_BNB, _BETAS)),
+    "rmsprop_bnb_8bit": Optimizer(2, *_BNB, _BETAS),
+    "adamw_torch_8bit": Optimizer(3, "torchao", "torchao"),
+    "adamw_torch_4bit": Optimizer(2, "torchao", "torchao"),
+    "stable_adamw": Optimizer(8, "optimi", "torch-optimi"),
+    "grokadamw": Optimizer(12, "grokadamw", "grokadamw", _BETAS),
+    "apollo_adamw": Optimizer(8, "apollo_torch", "apollo-torch", ("weight_decay",), True),
+    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor"), Optimizer(8, *_GALORE)),
+}
+
+
+REPORTS = ("tensorboard", "wandb", "swanlab", "trackio")  # each by the name of its package
 
 
 class Range(NamedTuple):
@@ -128,7 +177,8 @@ RANGES = {  # any value of its type where a knob is not named
     "deepspeed": Range(lambda v: not v or os.path.isfile(os.path.expanduser(v)), "a JSON file that is there"),
     "port": Range(lambda v: 0 <= v <= 65535, "a port number"),
     "seed": Range(lambda v: 0 <= v < 2**32, "0 to 2**32 - 1"),
-    "report_to": Range(lambda v: set(v) <= {"tensorboard", "wandb"}, "tensorboard, wandb or both"),
+    "optim": Range(lambda v: v in OPTIMIZERS, f"one of {' '.join(OPTIMIZERS)}"),
+    "report_to": Range(lambda v: set(v) <= set(REPORTS), f"some of {' '.join(REPORTS)}"),
     "data_path": Range(lambda v: len(v) > 0, "at least one file"),
     "target_modules": Range(lambda v: len(v) > 0, "at least one module"),
     "tasks": Range(lambda v: set(v) <= set(TASKS), f"some of {' '.join(TASKS)}"),

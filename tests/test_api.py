@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from common.cli import parse
 from common.data.turns import Turn
 from common.engine.batcher import Batcher
 from common.engine.request import Ask, Part
 from common.errors import UserError
 from common.inference.answerer import Sampling
-from common.serving import app
+from common.serving import app, text_generate
 from common.serving.server import Server
 from common.serving.validation import LIMIT
+from gemma_sft.ft_gemma.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 URL = "/nlg/text_generate"
@@ -215,6 +217,17 @@ def test_a_port_in_use_is_a_user_error(client):
 
 
 # --- good requests --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "default", "most"), [([], 128, 4096), ([300], 300, 4096), ([5000], 5000, 5000)])
+def test_the_operators_length_is_the_fields_default(fake, words, default, most):
+    cfg = parse(Config, None, ["--max_new_tokens", *map(str, words)] if words else [])
+    client = app.create_app(app.Service("m", "tuned", fake, fields=text_generate.fields_of(cfg))).test_client()
+    assert post(client, {"instruction": "有"}).status_code == 200
+    assert fake.asked[0][1].max_new_tokens == default
+    schema = client.get("/openapi.json").json["paths"][URL]["post"]["requestBody"]["content"]["application/json"]
+    field = schema["schema"]["properties"]["max_new_tokens"]
+    assert (field["default"], field["maximum"]) == (default, most)
 
 
 def test_defaults_are_the_originals(client, fake):

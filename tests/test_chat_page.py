@@ -172,6 +172,27 @@ def test_a_reload_keeps_nothing(page):
     assert page.locator(".turn").count() == 0
 
 
+def test_the_services_own_length_is_the_pages(page_of, service, monkeypatch):
+    assert page_of().input_value("#max_tokens") == "256"
+    monkeypatch.setattr(service, "defaults", Sampling(max_new_tokens=1500))
+    page = page_of()
+    assert (page.input_value("#max_tokens"), page.locator("#max_tokens").get_attribute("max")) == ("1500", "1500")
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_hint_fits_a_narrow_phone(page_of, language):
+    page = page_of(viewport={"width": 320, "height": 640})
+    if language == "en":
+        page.click("#language")
+    hint = """() => {
+        const box = document.getElementById('question'), pen = document.createElement('canvas').getContext('2d')
+        const style = getComputedStyle(box)
+        pen.font = style.font
+        return pen.measureText(box.placeholder).width / (box.clientWidth - 2 * parseFloat(style.paddingLeft))
+    }"""
+    assert 0.1 < page.evaluate(hint) < 1
+
+
 def test_a_key_and_an_error(page, service, monkeypatch):
     monkeypatch.setattr(service, "api_key", "k")
     send(page, "有")

@@ -386,6 +386,7 @@ def shaped(gemma):
         (["--modules_to_save", "all-norm"], "--modules_to_save all-norm: 适配器的是 the adapter in {parent} has none"),
         (["--tuning", "full"], "--adapter_name_or_path 与 --tuning full 不能同用"),
         (["--tuning", "freeze"], "--adapter_name_or_path 与 --tuning freeze 不能同用"),
+        (["--tuning", "qlora", "--quantization_bit", 8], "--use_dora 与 --quantization_bit 8 不能同用"),
         (["--use_pissa", "--use_dora", "false"], "--adapter_name_or_path 与 --use_pissa 不能同用"),
         (["--model_save_dir", "{parent}"], "就在 is in --model_save_dir"),
     ],

@@ -2,12 +2,15 @@
 
 import gc
 import json
+import warnings
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
+from common.knobs import OPTIMIZERS
 from common.model import loading
 from common.model.loss import supervised
 from common.training import batches, memory, tuning
@@ -44,6 +47,27 @@ def test_the_estimate_of_a_long_batch_comes_from_short_ones(net, monkeypatch):
     assert found.states == 12 * 5120, "gradients and two moments in fp32 of the LoRA weights"
     assert found.logits == 3 * 4 * 128 * 314
     assert found.total(False) == found.states + found.logits + found.activations
+
+
+def test_moments_are_counted_by_optimizer(net):
+    found = memory.estimate(net, batch(1, 8), batch(1, 16), rows=1, length=8, moments=OPTIMIZERS["sgd"].moments)
+    assert found.states == 4 * 5120, "gradients alone"
+
+
+@pytest.mark.parametrize("name", [name for name, optim in OPTIMIZERS.items() if optim.package in ("", "bitsandbytes")])
+def test_what_an_optimizer_keeps_is_what_it_is_said_to_keep(tmp_path, name):
+    if OPTIMIZERS[name].package:
+        pytest.importorskip("bitsandbytes")
+    layer = torch.nn.Linear(256, 256, bias=False)
+    args = TrainingArguments(str(tmp_path), optim=name, use_cpu=True)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, layer)
+    optimizer = kind(layer.parameters(), **options)
+    layer(torch.ones(1, 256)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
+        optimizer.step()
+    kept = sum(v.nbytes for v in optimizer.state[layer.weight].values() if isinstance(v, torch.Tensor))
+    assert OPTIMIZERS[name].moments - 1 < kept / layer.weight.numel() <= OPTIMIZERS[name].moments + 0.001
 
 
 def test_trying_changes_nothing(net):

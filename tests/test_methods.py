@@ -403,6 +403,27 @@ def test_a_pack_as_tensors():
     assert "attention_mask" not in batch
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_computed_as_asked(family, tmp_path, monkeypatch):
+    seen = []
+    load_whole = loading.load_whole
+    monkeypatch.setattr(loading, "load_whole", lambda *args, **more: seen.append(load_whole(*args, **more)) or seen[-1])
+    words = ["--model_save_dir", str(tmp_path), "--attn_implementation", "eager"]
+    recipe(family, "train").main([*words, "--print_targets"])
+    cfg = parse(recipe(family, "config").Config, None, words)
+    recipe(family, "predict").load_answer(cfg, base=True)
+    assert [net.config._attn_implementation for net in seen] == ["eager", "eager"]
+    assert loading.load_base(cfg.base, "float32").config._attn_implementation == "sdpa"
+
+
+def test_flash_attention_that_cannot_be_had_is_one_line(small_gemma, monkeypatch):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="flash_attention_2 需要 needs flash-attn: pip install flash-attn"):
+        loading.load_base(small_gemma, "bfloat16", attention="flash_attention_2")
+    with pytest.raises(UserError, match="does not compute in float32: --dtype bfloat16"):
+        loading.load_base(small_gemma, "float32", attention="flash_attention_2")
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["gemma_sft.ft_gemma", "qwen2_sft.ft_qwen2"])
 def test_packed_rows_have_the_loss_they_have_alone(family, attention):
@@ -577,6 +598,7 @@ def test_neftune_changes_training_alone(fit, target):
         (["--freeze_trainable_layers", 2], "--freeze_trainable_layers 对 --tuning lora 不起作用"),
         (["--tuning", "qlora", "--use_pissa"], "--use_pissa 需要未量化的基座"),
         (["--use_dora", "--use_pissa"], "--use_pissa 与 --use_dora 不能同用"),
+        (["--use_dora", "--tuning", "qlora", "--quantization_bit", 8], "--use_dora 与 --quantization_bit 8 不能同用"),
         (["--tuning", "qlora", "--quantization_bit", 3], "quantization_bit.*invalid choice: 3"),
     ],
 )

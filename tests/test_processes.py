@@ -145,6 +145,13 @@ def test_deepspeed_that_is_not_there_is_named(flags, monkeypatch):
         distributed.join(parse(Config, None, flags("none", *ZERO2)))
 
 
+def test_two_optimizers_are_one_too_many(flags, tmp_path):
+    (tmp_path / "own.json").write_text('{"optimizer": {"type": "AdamW"}}', encoding="utf-8")
+    argv = flags("none", "--deepspeed", tmp_path / "own.json", "--optim", "sgd")
+    with pytest.raises(UserError, match="--optim sgd: .*own.json 里已有 names an optimizer too"):
+        distributed.join(parse(Config, None, argv))
+
+
 @needs_deepspeed
 def test_deepspeed_needs_a_launcher(flags):
     with pytest.raises(UserError, match="torchrun --nproc_per_node 2"):

@@ -10,17 +10,21 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from common.cli import parse
 from common.config import TrainFlags
 from common.errors import UserError
+from common.knobs import OPTIMIZERS
 from common.model import loading, loss, verify
 from common.runs import manifest, run
 from common.runs.checkpoints import last_whole_checkpoint
@@ -62,6 +66,18 @@ def adapter(folder):
 def same_adapter(one, other):
     first, second = adapter(one), adapter(other)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "freeze"])
+def test_what_a_run_leaves_may_be_read_as_the_umask_says(flags, tmp_path, tuning):
+    before = os.umask(0o027)
+    try:
+        train.main(flags("out", "--max_steps", 2, "--tuning", tuning))
+    finally:
+        os.umask(before)
+    weights = sorted((tmp_path / "out").rglob("*.safetensors"))
+    assert {file.parent.name for file in weights} == {"out", "checkpoint-2"}
+    assert {oct(file.stat().st_mode & 0o777) for file in weights} == {oct(0o640)}
 
 
 def test_a_run_leaves_every_file(flags, tmp_path, capsys):
@@ -432,19 +448,89 @@ def test_a_run_that_learns_nothing_says_so(flags, capsys):
     assert capsys.readouterr().out.count("第 20 步，损失没有下降") == 1
 
 
+def test_the_default_optimizer_is_transformers_own(tmp_path):
+    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": 1}
+    args = trainer.arguments(Config(model_save_dir=str(tmp_path)), plan, False, False)
+    assert args.optim == TrainingArguments(str(tmp_path), use_cpu=True).optim
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+
+
+def test_an_optimizer_without_its_package_is_refused_before_anything(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--optim grokadamw: 没有安装 needs grokadamw: pip install grokadamw"):
+        train.main(flags("out", "--optim", "grokadamw"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("optim", "kept"), [("sgd", set()), ("lion_8bit", {"step", "__bnb_optimizer_quant_state__"})])
+def test_another_optimizer_trains(flags, tmp_path, optim, kept):
+    if optim == "lion_8bit":
+        pytest.importorskip("bitsandbytes")
+    train.main(flags("out", "--max_steps", 2, "--optim", optim, "--lora_r", 128))
+    state = torch.load(tmp_path / "out/checkpoint-2/optimizer.pt", weights_only=False)["state"]
+    assert set().union(*state.values()) - {"momentum_buffer"} == kept
+
+
+def test_a_run_from_before_there_was_a_choice_resumes(flags, tmp_path, capsys):
+    train.main(flags("out", "--max_steps", 2))
+    file = tmp_path / "out/run_manifest.json"
+    old = json.loads(file.read_text(encoding="utf-8")) | {"state": "training"}
+    assert old["config"].pop("optim") == "adamw_torch_fused"
+    file.write_text(json.dumps(old), encoding="utf-8")
+    with pytest.raises(UserError, match="optim: adamw_torch_fused → sgd"):
+        train.main(flags("out", "--max_steps", 2, "--optim", "sgd"))
+    train.main(flags("out", "--max_steps", 2))
+    assert f"resuming from {tmp_path}/out/checkpoint-2" in capsys.readouterr().out
+
+
 def test_reports_go_to_tensorboard(flags, tmp_path):
     pytest.importorskip("tensorboard")
     train.main(flags("out", "--max_steps", 2, "--report_to", "tensorboard"))
     assert list((tmp_path / "out/runs").rglob("events.out.tfevents.*"))
 
 
-def test_a_report_without_its_package_is_refused_before_anything(flags, tmp_path, capsys, monkeypatch):
+class Settings(dict):
+    def update(self, values, **options):
+        super().update(values)
+
+
+class Tracker(types.ModuleType):
+    """In the place of swanlab and of trackio: keeps what transformers' callback logs there."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.__spec__, self.logged, self.config = ModuleSpec(name, None), [], Settings()
+        self.context_vars = types.SimpleNamespace(current_space_id=types.SimpleNamespace(get=lambda: None))
+
+    def init(self, **options):
+        self.options = options
+
+    def get_run(self):
+        return None
+
+    def log(self, values, **more):
+        self.logged.append(values)
+
+    def finish(self):
+        self.options = None
+
+
+@pytest.mark.parametrize("name", ["swanlab", "trackio"])
+def test_reports_go_to_other_trackers(flags, monkeypatch, name):
+    tracker = Tracker(name)
+    monkeypatch.setitem(sys.modules, name, tracker)
+    train.main(flags("out", "--max_steps", 2, "--logging_steps", 1, "--report_to", name))
+    assert sum("train/loss" in values for values in tracker.logged) == 2
+    assert tracker.config["learning_rate"] == 0.01
+
+
+@pytest.mark.parametrize("package", ["wandb", "swanlab", "trackio"])
+def test_a_report_without_its_package_is_refused_before_anything(flags, tmp_path, capsys, monkeypatch, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        train.main(flags("out", "--report_to", "wandb"))
-    assert (
-        "--report_to wandb: 没有安装 the package is not installed; remedy: pip install wandb" in capsys.readouterr().err
-    )
+        train.main(flags("out", "--report_to", package))
+    told = f"--report_to {package}: 没有安装 the package is not installed; remedy: pip install {package}"
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

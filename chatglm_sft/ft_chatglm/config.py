@@ -15,6 +15,7 @@ class Config(SFTConfig):
 
     repo_id: str = "THUDM/chatglm-6b"  # hub id, used where given and path_model_pretrain is not
     model_save_dir: str = str(HERE / "model_sft")  # folder for the adapter, checkpoints, logs and pictures
+    attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"  # a prompt sees itself: flash attention has no mask
     prompt_style: Literal["chat"] = "chat"  # the original's own: bare question, or numbered rounds with history
     data_path: tuple[str, ...] = (str(DATA / "entity_train.jsonl"),)  # files or URLs to train on; path#N samples N
     eval_data_path: tuple[str, ...] = (str(DATA / "entity_heldout.jsonl"),)  # held-out rows scored after training

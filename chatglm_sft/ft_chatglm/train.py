@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg, parent = lineage.inherit(cfg, flags)
     places.show_base(cfg, flags)
     tokenizer = loading.load_tokenizer(cfg.base, prompt)
-    base = loading.load_base(cfg.base, cfg.dtype, cfg.bits)
+    base = loading.load_base(cfg.base, cfg.dtype, cfg.bits, cfg.attn_implementation)
     if flags.print_targets:
         return layers.show_targets(base)
     if flags.check:

@@ -47,13 +47,15 @@ class TrainedWith(NamedTuple):
         return cls(cfg.prompt_style, cfg.max_length_q, cfg.base, cfg.tuning, cfg.bits)
 
 
-def load_tuned(trained: TrainedWith, folder: str | Path, dtype: str) -> PreTrainedModel | PeftModel:
+def load_tuned(
+    trained: TrainedWith, folder: str | Path, dtype: str, attention: str = "auto"
+) -> PreTrainedModel | PeftModel:
     """The tuned model in `folder`, as `trained` says: base and adapter, or a whole model."""
     if trained.tuning not in LORA:
-        return load_base(folder, dtype)
+        return load_base(folder, dtype, attention=attention)
     check_adapter(folder)  # before a large base is loaded for nothing
     config_of(folder)
-    return attach(load_base(trained.path_model_pretrain, dtype, trained.bits), folder)
+    return attach(load_base(trained.path_model_pretrain, dtype, trained.bits, attention), folder)
 
 
 def attach(

@@ -76,8 +76,8 @@ def _said_by_config(path: str | Path, name: str) -> int | None:
     return getattr(_loaded(AutoConfig, path, "模型 model").get_text_config(), name, None)
 
 
-def load_base(path: str | Path, dtype: str, bits: int = 0) -> PreTrainedModel:
-    """The base model in evaluation mode; `dtype` is the knob's value.
+def load_base(path: str | Path, dtype: str, bits: int = 0, attention: str = "auto") -> PreTrainedModel:
+    """The base model in evaluation mode; `dtype` and `attention` are the values of the knobs.
 
     UserError where it cannot be loaded, or its files lack a weight, hold others, or values that are no numbers.
 
@@ -93,19 +93,36 @@ def load_base(path: str | Path, dtype: str, bits: int = 0) -> PreTrainedModel:
             f"--quantization_bit {stored}, or its unquantised original (export needs that one)"
         )
     weights.check_model(path)
+    options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    if attention == "flash_attention_2":
+        _check_flash(kind)
     if not bits:
-        model = load_whole(path, dtype=kind)
+        model = load_whole(path, dtype=kind, **options)
         if not (distributed.shards_weights() and rank()):  # nothing lies there yet
             check_finite(model, path)
         return (model if distributed.shards_weights() else model.to(device())).eval()
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('--tuning qlora 需要 needs bitsandbytes: pip install "bitsandbytes>=0.50,<0.51"')
-    options = {} if stored else {"quantization_config": _quantisation(bits, kind)}
+    options |= {} if stored else {"quantization_config": _quantisation(bits, kind)}
     model = load_whole(path, dtype=kind, device_map={"": device()}, **options)
     for module in model.modules():
         if hasattr(module, REPACKING):  # other weights, in evaluation and from then on, and not of every size
             setattr(module, REPACKING, False)
     return model.eval()
+
+
+def _check_flash(kind: torch.dtype) -> None:
+    """UserError where flash attention cannot compute in `kind`, or is not installed."""
+    if kind == torch.float32:
+        raise UserError(
+            "--attn_implementation flash_attention_2: 不能用 float32 does not compute in float32: --dtype bfloat16 or "
+            "float16, or --attn_implementation sdpa"
+        )
+    if not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):  # transformers takes either
+        raise UserError(
+            "--attn_implementation flash_attention_2 需要 needs flash-attn: pip install flash-attn "
+            "--no-build-isolation; sdpa 不用安装 needs nothing"
+        )
 
 
 def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import mmap
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from common import distributed
 from common.errors import UserError
 from common.inputs import files_of, show_files
+from common.knobs import OPTIMIZERS
 from common.opened import split_member
 
 if TYPE_CHECKING:
@@ -30,8 +32,16 @@ def check_training(cfg: SFTConfig, flags: TrainFlags) -> None:
 
     --print_targets reads no data and writes nothing; --check lists unreadable files in its report, and leaves no run.
     """
+    _check_package(cfg.optim)
     if not flags.print_targets:
         distributed.first(lambda: _check_training(cfg, flags.check))
+
+
+def _check_package(optim: str) -> None:
+    """UserError where the package that an optimizer comes from is not installed."""
+    optimizer = OPTIMIZERS[optim]
+    if optimizer.package and not importlib.util.find_spec(optimizer.package):
+        raise UserError(f"--optim {optim}: 没有安装 needs {optimizer.package}: pip install {optimizer.install}")
 
 
 def _check_training(cfg: SFTConfig, rehearsal: bool) -> None:

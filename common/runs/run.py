@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from common import distributed, files
+from common.config import SFTConfig
 from common.errors import UserError
 from common.files import write_json
 from common.knobs import FREE, SHAPING
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from common.config import SFTConfig
     from common.data.dataset import TrainingData
     from common.data.family import Family
 
@@ -121,6 +121,7 @@ def save_tuned(net: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
     with saved_alone(net):
         net.save_pretrained(draft, **({"state_dict": state} if state else {}))
+    files.share_weights(draft)
     check = verify.verify_adapter if hasattr(net, "peft_config") else verify.verify_whole
     check(net, draft, state)
     tokenizer.save_pretrained(draft)
@@ -200,7 +201,8 @@ def _check_same(earlier: dict[str, Any], manifest: dict[str, Any], checkpoint: P
 
 def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a resume, as one flat dict."""
-    knobs = {name: value for name, value in manifest["config"].items() if name not in FREE}
+    of_old = {"optim": SFTConfig.optim}  # runs from before there was a choice had this one
+    knobs = {name: value for name, value in (of_old | manifest["config"]).items() if name not in FREE}
     data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
     base, tokenizer, template = manifest["base"], manifest["tokenizer_sha256"], manifest["template"]["sha256"]
     shared = {"processes": manifest.get("processes", "1")}

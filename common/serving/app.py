@@ -23,7 +23,7 @@ from common.serving.middleware import Counts, Watch
 from common.serving.openai_responses import Shape
 from common.serving.openapi import document
 from common.serving.server import Server, drain, log_to_stderr, until_told
-from common.serving.validation import LIMIT, read_json
+from common.serving.validation import LIMIT, Field, read_json
 
 if TYPE_CHECKING:
     from common.config import ServeFlags
@@ -44,13 +44,15 @@ class Service:
     """What the app serves, and how. `batcher` is None until the model is loaded.
 
     run_name: what /health calls the run. model: the name served where a request names none. defaults: Sampling where
-    a request says nothing. seconds: a request's time limit. log_text: questions and answers go into the log.
+    a request says nothing. fields: of POST /nlg/text_generate, which has defaults of its own. seconds: a request's time
+    limit. log_text: questions and answers go into the log.
     """
 
     run_name: str
     model: str = "tuned"
     batcher: Batcher | None = None
     defaults: Sampling = field(default_factory=Sampling)
+    fields: dict[str, Field] = field(default_factory=lambda: text_generate.FIELDS)
     api_key: str = ""
     cors: str = ""
     seconds: float = 600
@@ -113,6 +115,7 @@ def run(load_answer: Callable[[Config, bool], Answerer | Remote], cfg: Config, f
         run_name=cfg.model_save_dir,
         model="base" if flags.base else "tuned",
         defaults=Sampling.of(cfg, num_beams=1),
+        fields=text_generate.fields_of(cfg),
         api_key=flags.api_key,
         cors=flags.cors,
         seconds=flags.request_seconds,
@@ -182,19 +185,21 @@ def _add_pages(app: Flask, service: Service, counts: Counts) -> None:
 
     @app.get("/openapi.json")
     def openapi() -> Response:
-        return json_response(document(text_generate.FIELDS, openai_requests.CHAT, openai_requests.COMPLETION))
+        return json_response(document(service.fields, openai_requests.CHAT, openai_requests.COMPLETION))
 
     @app.get("/docs")
     def docs() -> Response:
-        return _page("docs.html")
+        return _page((PAGES / "docs.html").read_text(encoding="utf-8"))
 
     @app.get("/")
     def chat_page() -> Response:
-        return _page("chat.html")
+        text, tokens = (PAGES / "chat.html").read_text(encoding="utf-8"), service.defaults.max_new_tokens
+        most = max(1024, tokens)
+        return _page(text.replace("{{most_tokens}}", str(most)).replace("{{max_tokens}}", str(tokens)))
 
 
-def _page(name: str) -> Response:
-    page = Response((PAGES / name).read_bytes(), mimetype="text/html")
+def _page(text: str) -> Response:
+    page = Response(text, mimetype="text/html")
     page.headers["Content-Security-Policy"] = CSP
     return page
 
@@ -232,7 +237,7 @@ def _add_answers(app: Flask, service: Service) -> None:
 def _text_of(service: Service) -> Response:
     """Answer the current request of POST /nlg/text_generate: one JSON string."""
     body, batcher = read_json(request), service.loaded
-    turns, sampling = text_generate.read_request(body)
+    turns, sampling = text_generate.read_request(body, service.fields)
     ids = batcher.encoder.whole_ids(turns)
     asked = "max_new_tokens" if "max_new_tokens" in body else ""
     ask = Ask(ids, openai_requests.fitted(sampling, len(ids), batcher.context, asked))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.data.turns import Turn
 from common.inference.answerer import Sampling
 from common.serving.failures import RequestRefusedError
 from common.serving.validation import Field, read_fields
+
+if TYPE_CHECKING:
+    from common.config import SFTConfig
 
 FIELDS = {
     "instruction": Field(str, "", about="the question, or what to do with text"),
@@ -23,9 +26,20 @@ FIELDS = {
 }
 
 
-def read_request(body: dict[str, Any]) -> tuple[list[Turn], Sampling]:
-    """The question and the Sampling in a body; RequestRefusedError names the field and what is allowed."""
-    given = read_fields(body, FIELDS)
+def fields_of(cfg: SFTConfig) -> dict[str, Field]:
+    """FIELDS, an operator's --max_new_tokens being the default of its field."""
+    if "max_new_tokens" not in cfg.given:
+        return FIELDS
+    tokens, field = cfg.max_new_tokens, FIELDS["max_new_tokens"]
+    return FIELDS | {"max_new_tokens": field._replace(default=tokens, most=max(tokens, field.most))}
+
+
+def read_request(body: dict[str, Any], fields: dict[str, Field]) -> tuple[list[Turn], Sampling]:
+    """The question and the Sampling in a body; RequestRefusedError names the field and what is allowed.
+
+    fields: those of `fields_of`.
+    """
+    given = read_fields(body, fields)
     question = "\n".join(part for part in (given.pop("instruction"), given.pop("text")) if part.strip())
     if not question:
         raise RequestRefusedError("instruction 和 text 都是空的 are both empty", param="instruction", code="empty")

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from common import distributed
 from common.data.dataset import lengths_of
 from common.device import device
+from common.knobs import OPTIMIZERS
 from common.model.loading import pad_id_of
 from common.model.loss import chunk_rows
 from common.training.batches import LengthGroupedSampler, collate
@@ -42,7 +43,7 @@ SPARE = 0.9  # of the free memory may be planned with: allocators need some room
 class Estimate:
     """Bytes a step needs beside the loaded model, and what recomputing activations would save of them."""
 
-    states: int  # gradients and AdamW's two moments
+    states: int  # gradients and what the optimizer keeps
     activations: int  # of the heaviest micro batch, all kept for the backward pass
     recomputed: int  # the same with gradient checkpointing
     logits: int  # one chunk of the loss
@@ -58,12 +59,14 @@ def estimate(
     larger: Mapping[str, torch.Tensor],
     rows: int,
     length: int,
+    moments: int = 8,
 ) -> Estimate:
     """The Estimate of a step on a micro batch of `rows` × `length` ids.
 
     small, larger: batches {input_ids, labels [B, T]} of different lengths, tried here: what they keep
     for the backward pass is fitted by B × (a T + b T²); b is attention's where it is not fused. The net must be in
-    training mode, not yet checkpointing, its loss the chunked one. Random numbers are left as they were.
+    training mode, not yet checkpointing, its loss the chunked one. Random numbers are left as they were. moments: bytes
+    the optimizer keeps of each trained weight; 8 are AdamW's two.
     """
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     tried = [(batch["input_ids"].shape, *kept_by(net, batch)) for batch in (small, larger)]
@@ -75,7 +78,7 @@ def estimate(
     workspace = activations // max(layers, 1)  # gradients of the layer under way
     vocabulary = net.config.get_text_config().vocab_size
     logits = 3 * 4 * chunk_rows(vocabulary, device().type) * vocabulary
-    return Estimate(12 * trainable, activations + workspace, recomputed + workspace, logits)
+    return Estimate((4 + moments) * trainable, activations + workspace, recomputed + workspace, logits)
 
 
 def kept_by(net: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
@@ -189,9 +192,16 @@ def shown(count: float) -> str:
 
 
 def estimate_memory(
-    net: PreTrainedModel | PeftModel, rows: TrainingData, tokenizer: PreTrainedTokenizerBase, heaviest: tuple[int, int]
+    net: PreTrainedModel | PeftModel,
+    rows: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    heaviest: tuple[int, int],
+    moments: int = 8,
 ) -> Estimate:
-    """Estimate of a step on `heaviest` (rows, length), tried on two pairs of shorter rows of `rows.train`."""
+    """Estimate of a step on `heaviest` (rows, length), tried on two pairs of shorter rows of `rows.train`.
+
+    moments: bytes the optimizer keeps of each trained weight.
+    """
     lengths = lengths_of(rows.train)
     order = numpy.argsort(lengths, kind="stable")
     short = order[lengths[order] <= PROBE].tolist() or order[:1].tolist()
@@ -200,7 +210,7 @@ def estimate_memory(
     for batch in tried:
         del batch["where"], batch["tokens"]
     small, larger = tried
-    return estimate(net, small, larger, *heaviest)
+    return estimate(net, small, larger, *heaviest, moments)
 
 
 class StepMemory(NamedTuple):
@@ -221,7 +231,8 @@ def step_memory(
     """The StepMemory of `cfg`, `heaviest` the heaviest micro batch (rows, length); None where it cannot be tried."""
     if distributed.shards_weights():
         return None
-    needs, available = estimate_memory(net.train(), rows, tokenizer, heaviest), free()
+    moments = OPTIMIZERS[cfg.optim].moments
+    needs, available = estimate_memory(net.train(), rows, tokenizer, heaviest, moments), free()
     too_much = needs.total(False) > SPARE * available
     asked = cfg.gradient_checkpointing
     return StepMemory(needs, available, too_much if asked == "auto" else asked == "true")

@@ -65,10 +65,10 @@ def compare(
     if not rows or rank():
         return
     if distributed.is_sharded(net):
-        net = load_tuned(TrainedWith.asked_for(cfg), work.folder, cfg.dtype)
+        net = load_tuned(TrainedWith.asked_for(cfg), work.folder, cfg.dtype, cfg.attn_implementation)
 
     def untuned() -> PreTrainedModel:
-        return load_base(cfg.base, cfg.dtype)
+        return load_base(cfg.base, cfg.dtype, attention=cfg.attn_implementation)
 
     context = context_of(cfg.base)
     answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned, context)

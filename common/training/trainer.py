@@ -14,10 +14,11 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from common import distributed
+from common import distributed, files
 from common.data.dataset import lengths_of
 from common.device import device, resolve_dtype
 from common.errors import UserError
+from common.knobs import OPTIMIZERS
 from common.launch import world_size
 from common.model.adapter import saved_alone
 from common.model.frozen_layers import lean
@@ -209,9 +210,7 @@ def arguments(cfg: SFTConfig, plan: dict[str, int], validate: bool, checkpointin
         learning_rate=cfg.learning_rate,
         **_schedule(cfg, plan),
         warmup_steps=plan["warmup_steps"],
-        weight_decay=cfg.weight_decay,
-        adam_beta1=cfg.adam_beta1,
-        adam_beta2=cfg.adam_beta2,
+        **_optimizer(cfg),
         neftune_noise_alpha=cfg.neftune_noise_alpha or None,
         max_grad_norm=cfg.max_grad_norm,
         activation_checkpointing=checkpointing,
@@ -242,6 +241,17 @@ def arguments(cfg: SFTConfig, plan: dict[str, int], validate: bool, checkpointin
     if on_cpu and distributed.strategy(cfg) == "FSDP2":  # accelerate knows FSDP on cards only, and would copy the model
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return args
+
+
+def _optimizer(cfg: SFTConfig) -> dict[str, Any]:
+    """The optimizer as transformers' arguments."""
+    return {
+        "optim": cfg.optim,
+        "optim_target_modules": "all-linear" if OPTIMIZERS[cfg.optim].projects else None,
+        "weight_decay": cfg.weight_decay,
+        "adam_beta1": cfg.adam_beta1,
+        "adam_beta2": cfg.adam_beta2,
+    }
 
 
 def _schedule(cfg: SFTConfig, plan: dict[str, int]) -> dict[str, Any]:
@@ -287,6 +297,7 @@ class SupervisedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         with saved_alone(self.model):
             super()._save(output_dir, state_dict)
+        files.share_weights(output_dir or self.args.output_dir)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         self.guard.norm = super()._get_grad_norm(model, grad_norm)
