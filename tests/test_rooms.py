@@ -115,7 +115,7 @@ def test_a_room_holds_few_modules_and_says_how_to_read_them():
 
 
 def test_the_two_ways_through_the_house_are_short_and_true():
-    """CONTRIBUTING.md: each step's file defines what the step names; a row takes 9 steps at most, a request 11, a file each."""
+    """CONTRIBUTING.md: each step's file defines what the step names; 9 steps for a row, 11 for a request."""
     parts = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n## One ")[1:]
     assert len(parts) == 2
     for way, most in zip((part.split("\n## ")[0] for part in parts), (9, 11), strict=True):
