@@ -74,7 +74,8 @@ BOILING = talk("水的沸点？", "一百度。")
         ({"问题": "水的沸点？", "回答": "一百度。"}, BOILING),
         ({"messages": str(asked("user", "assistant", "role", "content"))}, BOILING),  # as pandas' to_csv writes lists
         ({"query": "三", "response": "四", "history": "[['一', '二']]"}, talk("一", "二", "三", "四")),
-        ({"messages": asked("user", "assistant", "role", "content"), "tools": []}, BOILING),
+        ({"messages": asked("user", "assistant", "role", "content"), "tools": [], "system": {}}, BOILING),
+        ({"instruction": "译", "input": [], "output": "sky"}, talk("译", "sky")),
         ({"conversations": [said | {"role": None, "content": None} for said in asked("human", "gpt")]}, BOILING),
         ({"输入": "天", "输出": "sky"}, talk("天", "sky")),
         ({"question": "一加一", "answer": 2}, talk("一加一", "2")),
@@ -181,7 +182,7 @@ TALK = asked("user", "assistant", "role", "content")
             ["prompt", "prompt_id"],
         ),  # said once more
         ({"text": "长文", "title": "题", "url": "u"}, ["title", "url"]),
-        (BOIL | {"label": "物理"}, ["label"]),
+        (BOIL | {"label": "物理", "thinking": False}, ["label", "thinking"]),
     ],
 )
 def test_keys_that_nobody_read_are_told(row, unused):

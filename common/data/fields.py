@@ -115,8 +115,8 @@ def meant_by(key: str, known: frozenset[str]) -> str:
     return near[0] if near and abs(len(near[0]) - len(key)) <= 2 else ""
 
 
-def nearest(keys: Collection[str], shapes: Iterable[frozenset[str]]) -> frozenset[str]:
-    """The shape whose keys these are most like, in any letter case; an empty one where none is like them."""
+def nearest(keys: Collection[str], shapes: Iterable[frozenset[str]]) -> str:
+    """What is said of keys of no shape: the shape whose keys are most like them, or how keys are named."""
 
     def alike(need: str) -> float:
         found = max((difflib.SequenceMatcher(None, need, str(key).strip().lower()).ratio() for key in keys), default=0)
@@ -126,7 +126,9 @@ def nearest(keys: Collection[str], shapes: Iterable[frozenset[str]]) -> frozense
         return sum(map(alike, needs)) / len(needs)
 
     best = max(shapes, key=likeness)
-    return best if likeness(best) >= (0.5 if len(best) > 1 else 0.85) else frozenset()
+    if likeness(best) < (0.5 if len(best) > 1 else 0.85):
+        return "没有相近的 no nearest known shape; name the keys question and answer, or as docs/data.md shows"
+    return f"nearest known shape: {'+'.join(sorted(best))}"
 
 
 def mark_of(value: object, name: str, yes: bool = True) -> bool:
@@ -161,7 +163,7 @@ class Fields:
         """The text under a key; "" where there is none and it is not required."""
         self.read.add(key)
         value = self.row.get(key)
-        return "" if value is None and not required else as_text(value, key, required)
+        return "" if value in (None, [], {}) and not required else as_text(value, key, required)
 
     def items(self, key: str) -> list:
         """The list under a key, also where it is written as JSON text, as in CSV; [] where there is none."""
@@ -200,7 +202,7 @@ class Fields:
         names = {key: f"{self.name}.{key}" if self.name else str(key) for key in left}
         for key, name in names.items():
             kind, why = matter_of(str(key), inside=bool(self.name))
-            if kind:
+            if kind in ("mark", "preference") or kind and not isinstance(self.row[key], bool):
                 raise FormatError(kind, f"{name}: {why}")
             meant = meant_by(str(key), known | OPTIONAL) if holds_text(self.row[key]) else ""
             meant = meant or (meant_by(str(key), frozenset(MARKS)) if self.name else "")
@@ -250,6 +252,14 @@ class Fields:
             return True  # most utterances
         marks = [mark_of(self.get(key), f"{self.name}.{key}", yes) for key, yes in MARKS.items() if key in self.row]
         return all(marks)
+
+    def is_learnt_whole(self) -> bool:
+        """Whether no mark of a whole row says that it is context only: `weight`, or another that is true or false."""
+        return MARKS.keys().isdisjoint(self.row) or all(
+            mark_of(self.get(key), key, yes)
+            for key, yes in MARKS.items()
+            if key == "weight" or str(self.row.get(key)).lower() in ("true", "false")
+        )
 
     def _parts(self, parts: list, name: str) -> str:
         """The text of a content that is a list of text parts, a line each."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
 from common.data.defects import matter_of
-from common.data.fields import MARKS, SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
+from common.data.fields import SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
 from common.data.turns import (
     Conversation,
     FormatError,
@@ -101,7 +101,7 @@ def read_row(row: object, asked: bool = False) -> Reading:
     else:
         mended = [in_order(_marked(fields, turns)) for turns in conversations]
     repaired = [repair for _, repairs in mended for repair in repairs]
-    if not asked and not (_is_learnt(fields) and all(teaches(turns) for turns, _ in mended)):
+    if not asked and not (fields.is_learnt_whole() and all(teaches(turns) for turns, _ in mended)):
         raise FormatError("nothing-to-learn", "没有要学的回答 every answer of the row is marked as not to be learnt")
     unused = fields.unread(shape)
     _check_asked(row, unused, conversations)
@@ -116,15 +116,6 @@ def _check_asked(row: Row, unused: list[str], conversations: list[list[Turn]]) -
             raise FormatError(
                 "unread", f"{key}: 没有读 is not read here and its text would be lost; join it to what is read"
             )
-
-
-def _is_learnt(row: Fields) -> bool:
-    """Whether no mark of the whole row says that it is not learnt: `weight`, or a true or false under one of MARKS."""
-    return MARKS.keys().isdisjoint(row.row) or all(
-        mark_of(row.get(key), key, yes)
-        for key, yes in MARKS.items()
-        if key == "weight" or str(row.row.get(key)).lower() in ("true", "false")
-    )
 
 
 def _marked(row: Fields, turns: list[Turn]) -> list[Turn]:
@@ -182,9 +173,7 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
         raise FormatError("a-whole-file", "每个值是一行 each value is a row: write the values as a list")
     null = sorted(key for key in row if key not in keys)
     found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
-    near = nearest(row, SHAPES)
-    hint = f"nearest known shape: {_names(near)}" if near else f"没有相近的 no nearest known shape; {KNOWN_BEST}"
-    raise FormatError("unknown-keys", f"无法识别的字段 unknown keys: {found}; {hint}")
+    raise FormatError("unknown-keys", f"无法识别的字段 unknown keys: {found}; {nearest(row, SHAPES)}")
 
 
 @lru_cache(maxsize=256)
@@ -214,7 +203,7 @@ def _opening(row: Fields) -> list[Turn]:
     """System text (and the tools on offer, which are part of it), then the history."""
     if OPENING.isdisjoint(row.row):
         return []
-    tools = row.text("tools", required=False) if holds_something(row.get("tools")) else ""
+    tools = row.text("tools", required=False)
     parts = [row.text("system", required=False), row.text("system_prompt", required=False)]
     parts.append("" if tools.strip() == "[]" else tools)
     system = "\n".join(part for part in parts if part.strip())
@@ -319,6 +308,5 @@ TEXT_SHAPES: dict[Shape, Reader] = {frozenset({key}): _plain_text(key) for key i
 READERS = SHAPES | TEXT_SHAPES
 ASKING = {"instruction", "instruct", "input", "query", "question", "prompt", "content", "history"}
 BESIDE_TEXT = set("label labels summary output answer target completion role from".split())  # keys that it belongs to
-KNOWN_BEST = "name the keys question and answer, or as docs/data.md shows"
 OF_ROWS = set("data rows train test validation dev examples items records".split())  # keys of a whole file
 ROUND = frozenset({"system", "human", "assistant", "input", "output"})
