@@ -21,6 +21,7 @@ from common.data.turns import (
     ends_asking,
     fill_identity,
     in_order,
+    marked,
     teaches,
 )
 
@@ -99,7 +100,8 @@ def read_row(row: object, asked: bool = False) -> Reading:
     if asked:
         mended = [in_order(turns, answered=not ends_asking(turns)) for turns in conversations]
     else:
-        mended = [in_order(_marked(fields, turns)) for turns in conversations]
+        marks = [mark_of(mark, "loss_mask") for mark in fields.items("loss_mask")]
+        mended = [in_order(marked(turns, marks)) for turns in conversations]
     repaired = [repair for _, repairs in mended for repair in repairs]
     if not asked and not (fields.is_learnt_whole() and all(teaches(turns) for turns, _ in mended)):
         raise FormatError("nothing-to-learn", "没有要学的回答 every answer of the row is marked as not to be learnt")
@@ -116,26 +118,6 @@ def _check_asked(row: Row, unused: list[str], conversations: list[list[Turn]]) -
             raise FormatError(
                 "unread", f"{key}: 没有读 is not read here and its text would be lost; join it to what is read"
             )
-
-
-def _marked(row: Fields, turns: list[Turn]) -> list[Turn]:
-    """The turns with the marks of the row's `loss_mask`, one a turn (the system text may lack one) or one an answer."""
-    marks = [mark_of(mark, "loss_mask") for mark in row.items("loss_mask")]
-    if not marks:
-        return turns
-    places = range(len(turns))
-    answers = [number for number in places if turns[number].role == "assistant"]
-    ways = [places, places[turns[0].role == "system" :], answers] if turns else []
-    fitting = next((way for way in ways if len(way) == len(marks)), None)
-    if fitting is None:
-        raise FormatError(
-            "mark", f"loss_mask: {len(turns)} 轮 turns, {len(answers)} 个回答 answers, {len(marks)} 个标记 marks found"
-        )
-    learnt = dict(zip(fitting, marks, strict=True))
-    return [
-        turn._replace(learn=turn.learn and learnt.get(number, True)) if turn.role == "assistant" else turn
-        for number, turn in enumerate(turns)
-    ]
 
 
 def _shape_of(row: Row) -> tuple[Shape, Reader]:

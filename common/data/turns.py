@@ -86,6 +86,25 @@ def fold_system(turns: Sequence[Turn]) -> Sequence[Turn]:
     return [*rest[:at], folded, *rest[at + 1 :]]
 
 
+def marked(turns: list[Turn], marks: Sequence[bool]) -> list[Turn]:
+    """The turns with marks of which are learnt, one a turn (the system text may lack one) or one an answer, or none."""
+    if not marks:
+        return turns
+    places = range(len(turns))
+    answers = [number for number in places if turns[number].role == "assistant"]
+    ways = [places, places[turns[0].role == "system" :], answers] if turns else []
+    fitting = next((way for way in ways if len(way) == len(marks)), None)
+    if fitting is None:
+        raise FormatError(
+            "mark", f"loss_mask: {len(turns)} 轮 turns, {len(answers)} 个回答 answers, {len(marks)} 个标记 marks found"
+        )
+    learnt = dict(zip(fitting, marks, strict=True))
+    return [
+        turn._replace(learn=turn.learn and learnt.get(number, True)) if turn.role == "assistant" else turn
+        for number, turn in enumerate(turns)
+    ]
+
+
 # what is said of a repair
 JOINED = "相邻同角色的几轮合并 turns of one role in a row are joined"
 GREETING = "开头的回答只作上文 a greeting is context only"

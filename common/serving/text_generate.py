@@ -31,7 +31,7 @@ def fields_of(cfg: SFTConfig) -> dict[str, Field]:
     if "max_new_tokens" not in cfg.given:
         return FIELDS
     tokens, field = cfg.max_new_tokens, FIELDS["max_new_tokens"]
-    return FIELDS | {"max_new_tokens": field._replace(default=tokens, most=max(tokens, field.most))}
+    return FIELDS | {"max_new_tokens": field._replace(default=tokens, most=max(tokens, field.most or 0))}
 
 
 def read_request(body: dict[str, Any], fields: dict[str, Field]) -> tuple[list[Turn], Sampling]:
