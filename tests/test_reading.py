@@ -661,6 +661,7 @@ PRETTY = json.dumps([{"question": "问", "answer": "答"}] * 3, ensure_ascii=Fal
         ("a.csv", "question , answer\n问,答\n问,答\n问,答\n", [2, 3, 4]),
         ("a.csv", "question,answer,,\n问,答,,\n问,答,,\n问,答,,\n", [2, 3, 4]),
         ("a.jsonl", f"{MESSAGES}\n{MESSAGES}\n{MESSAGES}\n", [1, 2, 3]),
+        ("a.jsonl", f"{MESSAGES}\n\n{MESSAGES}\n\n\n{MESSAGES}\n", [1, 3, 6]),
         ("a.json", f"[{MESSAGES},\n{MESSAGES},\n{MESSAGES}]\n", [1, 2, 3]),
         ("a.jsonl", f"{QA},\n{QA},\n{QA}\n", [1, 2, 3]),
         ("a.jsonl", '{\n "question": "问",\n "answer": "答"\n}\n' * 3, [1, 5, 9]),

@@ -127,6 +127,8 @@ def test_system_by_any_name(role):
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}, *parts("一")]}]}, ["input_audio"]),
         ({"messages": [{"role": "user", "content": ["一"]}]}, ["content", "'str'"]),
         ({"messages": '[{"role": '}, ["messages", "must be a list", "str"]),
+        ({"messages": '[{"role": "user", "content": "一", "content": "二"}]'}, ["'content'", "occurs twice"]),
+        ({"role": "user", "content": "一"}, ["unknown keys", "a message alone", '{"messages": […]}']),
         ({"prompt": [{"role": "user", "content": "一"}], "completion": "二"}, ["completion", "must be a list"]),
         ({"question": "问", "answer": False}, ["answer", "bool 'False'"]),
         ({"question": "问", "answer": float("nan")}, ["answer", "float 'nan'"]),
@@ -230,7 +232,7 @@ def test_keys_that_nobody_read_are_told(row, unused):
         ({"messages": TALK, "instruction": "译"}, ["instruction", "join it to what is read, or remove it"]),
         ({"text": "很好吃", "label": "正面"}, ["unknown keys", "label+text"]),
         ({"text": "长文", "summary": "短"}, ["unknown keys", "content+summary"]),
-        ({"text": "你好", "role": "prompter", "message_id": "1"}, ["unknown keys", "role+text"]),
+        ({"text": "你好", "role": "prompter", "message_id": "1"}, ["unknown keys", "role+text", "a message alone"]),
     ],
 )
 def test_a_key_that_matters_is_an_error(row, words):

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from common.data.arrays import DECODER
+from common.data.arrays import DECODER, RepeatedError
 from common.data.defects import matter_of
 from common.data.turns import FormatError, Turn
 
@@ -125,6 +125,8 @@ def nearest(keys: Collection[str], shapes: Iterable[frozenset[str]]) -> str:
     def likeness(needs: frozenset[str]) -> float:
         return sum(map(alike, needs)) / len(needs)
 
+    if not set(SPEAKERS).isdisjoint(keys) and not set(SAID).isdisjoint(keys):
+        return '一条消息 a message alone; write a conversation a row, as {"messages": […]}'
     best = max(shapes, key=likeness)
     if likeness(best) < (0.5 if len(best) > 1 else 0.85):
         return "没有相近的 no nearest known shape; name the keys question and answer, or as docs/data.md shows"
@@ -297,6 +299,8 @@ def _parsed(text: str) -> Any:
     for read in (DECODER.decode, literal):
         try:
             return read(text)
+        except RepeatedError as problem:
+            raise FormatError("broken-json", str(problem)) from None
         except (ValueError, RecursionError):
             continue
     return text

@@ -64,11 +64,11 @@ def _records(file: BinaryIO, path: str) -> Iterator[Record]:
 
 
 def _is_list_a_line(file: BinaryIO) -> bool:
-    """Whether a file's first line is a list of messages and its second a list; it is at its start afterwards."""
-    first, second = file.readline(BLOCK), file.readline(BLOCK)
+    """Whether a file's first line is a list of messages and a list follows; it is at its start afterwards."""
+    first, behind = file.readline(BLOCK), file.read(HEAD).lstrip()
     file.seek(0)
     try:
-        said = DECODER.decode(first.decode("utf-8-sig")) if second.lstrip().startswith(b"[") else []
+        said = DECODER.decode(first.decode("utf-8-sig")) if behind.startswith(b"[") else []
     except (ValueError, RecursionError):
         return False
     return bool(said) and all(isinstance(message, dict) and message.keys() & SPOKEN for message in said)
