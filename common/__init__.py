@@ -12,6 +12,7 @@ cli stands beside them: only recipes import it.
 
 import logging
 import os
+import warnings
 
 # Large pages for what torch allocates on a CPU, so fewer page faults in training; read once, at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -21,3 +22,8 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 # Where it is installed peft imports bitsandbytes, which on some CPUs asks for a package of kernels not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# What libraries say and a user cannot mend: peft 0.21 asks a transformers model by its old property name; bitsandbytes
+# 0.50 tells of LLM.int8's own rounding, once for each layer and forward pass.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "inputs will be cast" not in record.msg)

@@ -75,6 +75,7 @@ def load(cfg: SFTConfig, prompt: Family) -> Tuned:
     manifest, trained, tokenizer = open_run(cfg, prompt)
     if trained.bits:
         print("合并到未量化的基座 merging into the unquantised base: not bit for bit what the adapter was trained on")
+    _say("加载 loading: 训练后的模型 the tuned model, in float32")
     net = load_tuned(trained._replace(bits=0), cfg.model_save_dir, "float32")
     adapter = getattr(net, "peft_config", {}).get("default")
     causal_of(net).generation_config = GenerationConfig()  # the checkpoint's own would mix with ours
@@ -87,6 +88,7 @@ def load(cfg: SFTConfig, prompt: Family) -> Tuned:
 
 def measure(tuned: Tuned) -> Expected:
     """The Expected answers and logits of a run, which the exported model has to repeat."""
+    _say(f"回答 answering: {len(tuned.prompts)} 个提示 prompts, to compare with")
     answers = [_greedy(tuned.net, tuned, ids) for ids in tuned.prompts]
     logits = [_logits(tuned.net, ids, new) for ids, new in zip(tuned.prompts, answers, strict=True)]
     return Expected(tuned, answers, logits)
@@ -100,6 +102,7 @@ def merge(tuned: Tuned) -> PreTrainedModel:
     """
     if not tuned.rank:
         return tuned.net
+    _say("合并 merging: 适配器并入基座 the adapter into the base")
     untie(causal_of(tuned.net))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's advice on tied heads, followed above
@@ -120,6 +123,7 @@ def untie(causal: PreTrainedModel) -> None:
 
 def check_merge(whole: PreTrainedModel, expected: Expected) -> None:
     """UserError where the merged fp32 model answers otherwise than base and adapter."""
+    _say("比较 comparing: 合并后的模型 the merged model, in float32")
     print(f"合并 merged: {compare(whole, expected, torch.float32)}")
 
 
@@ -181,7 +185,9 @@ def write(whole: PreTrainedModel, expected: Expected, folder: Path, cfg: SFTConf
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         draft = Path(scratch) / folder.name
+        _say(f"写入 writing: {folder}, in {str(dtype).removeprefix('torch.')}")
         save(whole.to(dtype), tuned, draft, prompt)
+        _say("重新加载 reloading: 与训练后的模型比较 and comparing with the tuned model")
         reloaded = load_whole(draft, dtype=dtype).to(device()).eval()
         verdict = compare(reloaded, expected, dtype)
         record = {"run": cfg.model_save_dir, "base": tuned.manifest["base"], "dtype": str(dtype), "check": verdict}
@@ -239,6 +245,11 @@ def _show_adapter(tuned: Tuned, adapter: Path) -> None:
     rank = next((rank for rank in VLLM_RANKS if rank >= tuned.rank), tuned.rank)
     serve = f"vllm serve {tuned.manifest['base']['path']} --enable-lora --max-lora-rank {rank}"
     print(f"  适配器单独 the adapter alone: {serve} --lora-modules {adapter.name}={adapter}")
+
+
+def _say(stage: str) -> None:
+    """Print what comes next, at once: with a large model it takes minutes."""
+    print(stage, flush=True)
 
 
 def _questions(cfg: SFTConfig, manifest: dict[str, Any]) -> list[Sequence[Turn]]:

@@ -76,6 +76,8 @@ def test_transformers_alone_gives_the_adapters_answers(family, trained, tmp_path
     shards = list((tmp_path / "whole").glob("model-*.safetensors"))
     assert len(shards) > 1 and all(shard.stat().st_mode & 0o044 for shard in shards)
     printed = capsys.readouterr().out
+    stages = "loading: answering: merging: comparing: writing: reloading:".split()
+    assert [word for word in printed.split() if word in stages] == stages
     assert printed.count("greedy answers equal 8/8") == 2 and "done: 完整模型 whole model (float32)" in printed
     prompts = [json.loads(line)["content"] for line in Path(QUESTIONS).read_text().splitlines()[:8]]
     command = [sys.executable, "-c", TRANSFORMERS_ALONE, str(tmp_path / "whole"), json.dumps(prompts)]

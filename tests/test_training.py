@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -487,6 +488,17 @@ def test_reports_go_to_tensorboard(flags, tmp_path):
     pytest.importorskip("tensorboard")
     train.main(flags("out", "--max_steps", 2, "--report_to", "tensorboard"))
     assert list((tmp_path / "out/runs").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("more", [[], ["--tuning", "qlora", "--quantization_bit", 8]])
+def test_libraries_say_nothing_that_nobody_can_mend(flags, forked, tmp_path, more):
+    if more:
+        pytest.importorskip("bitsandbytes")
+    done = forked("train.py", *flags("out", "--max_steps", 2, "--gradient_checkpointing", "true", *more))
+    assert done.returncode == 0, done.stderr
+    bars = ("Loading weights", "Writing model", "编码 tokenising", "训练 training")
+    told = [line.strip() for line in re.split(r"[\r\n]", done.stderr)]
+    assert [line for line in told if line and not line.startswith(bars)] == []
 
 
 class Settings(dict):

@@ -12,11 +12,12 @@ from common.serving.validation import Field, read_fields
 if TYPE_CHECKING:
     from common.config import SFTConfig
 
+MOST_TOKENS = 4096
 FIELDS = {
     "instruction": Field(str, "", about="the question, or what to do with text"),
     "text": Field(str, "", about="put on the next line"),
     "penalty_alpha": Field(float, 1.0, 0, 10, "accepted; contrastive search is gone from transformers"),
-    "max_new_tokens": Field(int, 128, 1, 4096, "most tokens of the answer"),
+    "max_new_tokens": Field(int, 128, 1, MOST_TOKENS, "most tokens of the answer"),
     "temperature": Field(float, 0.8, 0.01, 10, "of sampling"),
     "do_sample": Field(bool, True, about="false: greedy, or beams"),
     "num_beams": Field(int, 1, 1, 8, "beams"),
@@ -30,8 +31,8 @@ def fields_of(cfg: SFTConfig) -> dict[str, Field]:
     """FIELDS, an operator's --max_new_tokens being the default of its field."""
     if "max_new_tokens" not in cfg.given:
         return FIELDS
-    tokens, field = cfg.max_new_tokens, FIELDS["max_new_tokens"]
-    return FIELDS | {"max_new_tokens": field._replace(default=tokens, most=max(tokens, field.most or 0))}
+    tokens = cfg.max_new_tokens
+    return FIELDS | {"max_new_tokens": FIELDS["max_new_tokens"]._replace(default=tokens, most=max(tokens, MOST_TOKENS))}
 
 
 def read_request(body: dict[str, Any], fields: dict[str, Field]) -> tuple[list[Turn], Sampling]:
