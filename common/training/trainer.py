@@ -297,7 +297,8 @@ class SupervisedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         with saved_alone(self.model):
             super()._save(output_dir, state_dict)
-        files.share_weights(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            files.share_weights(output_dir or self.args.output_dir)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         self.guard.norm = super()._get_grad_norm(model, grad_norm)
