@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.data.family import Family
 
-# cosine: gemma-3-270m, whose <end_of_turn> has a neighbour at 0.995, goes on after its answers when tuned briefly;
-# Qwen2.5-Coder-0.5B, <|im_end|> at 0.944, ends them before it is tuned
+# cosine: a pretrained base whose end of an answer had a neighbour at 0.995 went on after its answers when tuned briefly;
+# a base tuned on its template, the end at 0.944, ended them (docs/methods.md has the measurements)
 ALIKE = 0.95
 CHUNK = 8192  # rows of the vocabulary in fp32 at once
 ONE_OF_EACH = [Turn("system", "?"), *[Turn("user", "?"), Turn("assistant", "!")] * 2]

@@ -73,7 +73,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 
 def _is_whole(manifest: object) -> bool:
     """Whether what was read is an object with the parts that all its users take from it."""
-    if not isinstance(manifest, dict) or "state" not in manifest:
+    if not isinstance(manifest, dict):
         return False
     base, config, template = (manifest.get(name, {}) for name in ("base", "config", "template"))
     return all(isinstance(part, dict) for part in (base, config, template)) and "path" in base
