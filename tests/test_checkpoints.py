@@ -391,9 +391,9 @@ def shaped(gemma):
         (["--model_save_dir", "{parent}"], "就在 is in --model_save_dir"),
     ],
 )
-def test_what_the_adapter_decides_is_not_changed(gemma, shaped, flags, told, line_of):
+def test_what_the_adapter_decides_is_not_changed(gemma, shaped, flags, told, line_of, tmp_path):
     flags = [str(flag).format(parent=shaped) for flag in flags]
-    given = gemma.flags("refused", "--adapter_name_or_path", shaped, *flags)
+    given = gemma.flags(tmp_path.name, "--adapter_name_or_path", shaped, *flags)
     assert told.format(parent=shaped) in line_of(gemma.recipe("train").main, *given)
     assert (shaped / "adapter_model.safetensors").is_file()
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.data.family import Family
 
-# cosine: a pretrained base whose end of an answer had a neighbour at 0.995 went on after its answers when tuned briefly;
+# cosine: a pretrained base whose end of an answer had a neighbour at 0.995 went on after its answers, tuned briefly;
 # a base tuned on its template, the end at 0.944, ended them (docs/methods.md has the measurements)
 ALIKE = 0.95
 CHUNK = 8192  # rows of the vocabulary in fp32 at once
