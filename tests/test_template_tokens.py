@@ -213,6 +213,21 @@ def test_switched_off_it_is_the_base_and_merged_it_is_the_same(kind):
     assert (whole.lm_head.weight is whole.get_input_embeddings().weight) == (kind == "tied")
 
 
+def test_rows_learn_faster_and_do_not_decay():
+    net = tuning.make_trainable(small("own head"), config("x"), [5, 6])
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    rows = [parameter for name, parameter in net.named_parameters() if "trainable_tokens_delta" in name]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
+    tuning.hasten_rows(optimizer, net)
+    first, last = optimizer.param_groups
+    assert [id(p) for p in last["params"]] == [id(p) for p in rows] and len(first["params"]) == len(trained) - 2
+    assert (first["lr"], first["weight_decay"]) == (1e-3, 0.1) and (last["lr"], last["weight_decay"]) == (5e-3, 0.0)
+    plain = tuning.make_trainable(small("own head"), config("x"))
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-3)
+    tuning.hasten_rows(optimizer, plain)
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.fixture
 def saved(alike, tmp_path):
     """The folder of an adapter with token rows."""

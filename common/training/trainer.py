@@ -279,6 +279,13 @@ class SupervisedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Iterable[int]:
         return self.sampler
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        first = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if first:
+            tuning.hasten_rows(optimizer, self.model)
+        return optimizer
+
     def compute_loss(
         self,
         model: torch.nn.Module,
