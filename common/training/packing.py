@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
+from common.data.dataset import lengths_of
 from common.data.render import IGNORED
+from common.device import resolve_dtype
 from common.errors import UserError
 from common.model.layers import causal_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from common.config import SFTConfig
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # shares of the norm: rounding errors
 
@@ -121,3 +125,14 @@ def _hidden(net: PreTrainedModel | PeftModel, pack: Sequence[dict[str, Any]], dt
         states = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state
     net.train(was_training)
     return states[0].float()
+
+
+def training_data(net: PreTrainedModel | PeftModel, rows: Any, cfg: SFTConfig) -> tuple[Any, Any]:
+    """(rows or packs, ids of each). With packing, the first pack is tried: its rows must not see each other."""
+    if not cfg.packing:
+        return rows.with_format("numpy"), lengths_of(rows)
+    capacity = cfg.max_length_q + cfg.max_length_a
+    packs = Packs(rows, capacity, cfg.seed)
+    print(f"打包 packing: {len(rows)} 行 rows → {len(packs)} 个序列 sequences of {capacity} ids at most")
+    check_apart(net, packs, resolve_dtype(cfg.dtype))
+    return packs, packs.lengths

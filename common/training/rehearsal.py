@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from common.errors import UserError
 from common.model.frozen_layers import lean
 from common.model.loss import supervised
-from common.training import batches, memory, trainer
+from common.training import batches, memory, packing, trainer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,7 +49,7 @@ def rehearse(
 def _rehearse(
     net: PreTrainedModel | PeftModel, rows: TrainingData, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, Any]]:
-    data, lengths = trainer.training_data(net, rows.train, cfg)
+    data, lengths = packing.training_data(net, rows.train, cfg)
     plan, sampler = trainer.make_plan(cfg, len(data)), batches.sampler_of(lengths, cfg)
     micro = sampler.by_weight(cfg.micro_batch_size, min(-(-plan["total_steps"] // plan["steps_per_epoch"]), PASSES))
     heaviest, ordinary = micro[-1], spread(micro)

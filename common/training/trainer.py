@@ -15,7 +15,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from common import distributed, files
-from common.data.dataset import lengths_of
 from common.device import device, resolve_dtype
 from common.errors import UserError
 from common.knobs import OPTIMIZERS
@@ -85,7 +84,7 @@ def _fit(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Train `net`, whose forward returns the loss: what `fit` returns, without the numbers of parameters."""
-    data, lengths = training_data(net, rows.train, cfg)
+    data, lengths = packing.training_data(net, rows.train, cfg)
     plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
     padding = sampler.padding(cfg.micro_batch_size)
     show_plan(cfg, plan, padding)
@@ -122,17 +121,6 @@ def _best(state: TrainerState, cfg: SFTConfig) -> dict[str, Any]:
         return {}
     saved = state.best_global_step if cfg.early_stopping_patience else state.global_step
     return {"best_step": state.best_global_step, "best_eval_loss": state.best_metric, "adapter_of_step": saved}
-
-
-def training_data(net: PreTrainedModel | PeftModel, rows: Any, cfg: SFTConfig) -> tuple[Any, Any]:
-    """(rows or packs, ids of each). With packing, the first pack is tried: its rows must not see each other."""
-    if not cfg.packing:
-        return rows.with_format("numpy"), lengths_of(rows)
-    capacity = cfg.max_length_q + cfg.max_length_a
-    packs = packing.Packs(rows, capacity, cfg.seed)
-    print(f"打包 packing: {len(rows)} 行 rows → {len(packs)} 个序列 sequences of {capacity} ids at most")
-    packing.check_apart(net, packs, resolve_dtype(cfg.dtype))
-    return packs, packs.lengths
 
 
 def make_trainer(
