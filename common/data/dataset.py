@@ -271,7 +271,7 @@ def _sample_of(
     if isinstance(row, Unusable):
         return row
     pieces = prompt.render(tokenizer, row.turns, cfg.prompt_style)
-    whole.append((len(render.joined(pieces[:-1])), len(pieces[-1].ids)))
+    whole.append((sum(len(piece.ids) for piece in pieces[:-1]), len(pieces[-1].ids)))
     try:
         limits = cfg.max_length_q, cfg.max_length_a
         sample = render.training_sample(

@@ -93,7 +93,7 @@ def training_sample(
     rendered. Raises TooLongError.
     """
     pieces, cut = pieces or prompt.render(tokenizer, turns, style), False
-    if len(joined(pieces[:-1])) > max_length_q:
+    if sum(len(piece.ids) for piece in pieces[:-1]) > max_length_q:
         asked, cut = fit_turns(
             lambda asked: len(joined(prompt.render(tokenizer, asked, style))), turns[:-1], max_length_q
         )
