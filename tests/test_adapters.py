@@ -46,14 +46,14 @@ def answerer(base, *folders):
 def test_each_name_answers_as_its_run_alone(small_gemma, runs):
     greedy = Sampling(max_new_tokens=16)
     alone = {"base": answerer(small_gemma), "tuned": answerer(small_gemma, runs[0])}
-    alone |= {name: answerer(small_gemma, run) for name, run in zip("abc", runs[1:], strict=True)}
+    alone |= {name: answerer(small_gemma, run) for name, run in zip(("a.b", "1", "c"), runs[1:], strict=True)}
     expected = {
         name: [one([[Turn("user", question)]], greedy)[0].text for question in QUESTIONS] for name, one in alone.items()
     }
     assert len({tuple(texts) for texts in expected.values()}) == 5
     answer = answerer(small_gemma, runs[0])
-    names = adapters.load(answer, [f"a={runs[1]}", f"b={runs[2]}", f"c={runs[3]}"])
-    assert names == {"tuned": "default", "base": None, "a": "a", "b": "b", "c": "c"}
+    names = adapters.load(answer, [f"a.b={runs[1]}", f"1={runs[2]}", f"c={runs[3]}"])
+    assert list(names) == ["tuned", "base", "a.b", "1", "c"] and names["base"] is None
     batcher = Batcher(answer, names)
     ids = [batcher.encoder.whole_ids([Turn("user", question)]) for question in QUESTIONS]
     tickets = [(name, batcher.submit(name, [Ask(one, greedy)])) for one in ids for name in names]
@@ -66,7 +66,7 @@ def test_each_name_answers_as_its_run_alone(small_gemma, runs):
 
 def test_adapters_beside_the_base_alone(small_gemma, runs):
     answer = answerer(small_gemma)
-    assert adapters.load(answer, [f"a={runs[1]}"], "base") == {"base": None, "a": "a"}
+    assert adapters.load(answer, [f"a={runs[1]}"], "base") == {"base": None, "a": "adapter_1"}
 
 
 @pytest.mark.parametrize("spec", ["a", "=x", "base=x", "tuned=x", "a b=x", "default=x", "a/b=x"])

@@ -167,17 +167,16 @@ def rows_file(tmp_path):
     return path
 
 
+@pytest.fixture
+def given(family, tmp_path):
+    """Flags that every recipe takes: the base, and folders of its own."""
+    folders = ["--model_save_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"]
+    return ["--path_model_pretrain", family[1], *folders]
+
+
 @pytest.mark.parametrize("kind", BASES)
-def test_bases(family, ends_well, rows_file, tmp_path, kind):
+def test_bases(family, ends_well, rows_file, given, tmp_path, kind):
     BASES[kind](family[1])
-    given = [
-        "--path_model_pretrain",
-        family[1],
-        "--model_save_dir",
-        tmp_path / "out",
-        "--cache_dir",
-        tmp_path / "cache",
-    ]
     assert str(family[1]) in ends_well("train", *given, "--data_path", rows_file)
     assert str(family[1]) in ends_well("predict", *given, "--base", "--query", "1")
     assert str(family[1]) in ends_well("evaluation", *given, "--base", "--data_path", rows_file)
@@ -185,17 +184,9 @@ def test_bases(family, ends_well, rows_file, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", DATA)
-def test_data(family, ends_well, tmp_path, kind):
+def test_data(ends_well, given, tmp_path, kind):
     path = tmp_path / "rows"
     path.write_bytes(DATA[kind])
-    given = [
-        "--path_model_pretrain",
-        family[1],
-        "--model_save_dir",
-        tmp_path / "out",
-        "--cache_dir",
-        tmp_path / "cache",
-    ]
     assert str(path) in ends_well("train", *given, "--data_path", path)
     assert str(path) in ends_well("evaluation", *given, "--base", "--data_path", path)
 

@@ -33,8 +33,9 @@ def load(answer: Answerer, specs: Sequence[str], alone: str = "tuned") -> dict[s
                 f"--adapters {spec}: 应为 must be name=folder, with a name not yet taken ({', '.join(models)})"
             )
         _check(answer, folder)
-        answer.net = adapter.attach(answer.net, folder, name)
-        models[name] = name
+        own = f"adapter_{len(models)}"  # peft takes no dot, and finds "1" in layers.1 too
+        answer.net = adapter.attach(answer.net, folder, own)
+        models[name] = own
     return models
 
 
