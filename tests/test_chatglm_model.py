@@ -22,6 +22,7 @@ from chatglm_sft.models.chatglm.layout import (
     keep_from_blocked,
 )
 from chatglm_sft.models.chatglm.modeling_chatglm import ChatGLMMLP, inverse_frequencies, rotary_tables
+from common.versions import CACHE
 
 SHARED = Path(__file__).parents[1] / "../shared/fixtures"
 FIXTURES = SHARED / "chatglm"
@@ -215,8 +216,8 @@ def test_hidden_states_attentions_and_cache(golden, prefix, alpha_depth):
         assert_close(states.transpose(0, 1), golden[f"{prefix}single.hidden_states.{i}"], atol=1e-4, rtol=0)
     for i, probabilities in enumerate(out.attentions):
         assert_close(probabilities, golden[f"{prefix}single.attentions.{i}"], atol=1e-5, rtol=0)
-    assert isinstance(out.past_key_values, DynamicCache)
-    for i, layer in enumerate(out.past_key_values.layers):
+    assert isinstance(out[CACHE], DynamicCache)
+    for i, layer in enumerate(out[CACHE].layers):
         for name, states in (("key", layer.keys), ("value", layer.values)):
             assert_close(states.permute(2, 0, 1, 3), golden[f"{prefix}single.past.{i}.{name}"], atol=1e-4, rtol=0)
 
@@ -544,18 +545,19 @@ def test_cache_errors_say_what_to_pass():
     model, ids = tiny_model(), torch.tensor([rows()[0]])
     first = model(ids[:, :9], use_cache=True)
     with pytest.raises(ValueError, match="with a filled cache pass position_ids"):
-        model(ids[:, 9:], past_key_values=first.past_key_values)
-    early = model(ids[:, :9], use_cache=True).past_key_values
+        model(ids[:, 9:], cache=first[CACHE])
+    early = model(ids[:, :9], use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="a prompt must be read in one call"):
-        model(ids[:, :9], past_key_values=early, position_ids=build_position_ids(ids[:, :9], None, model.config))
+        model(ids[:, :9], cache=early, position_ids=build_position_ids(ids[:, :9], None, model.config))
     with pytest.raises(ValueError, match="static caches are not supported"):
         model.generate(ids[:, :9], cache_implementation="static", **GREEDY)
     with pytest.raises(ValueError, match="prefill_chunk_size is not supported"):
         model.generate(ids[:, :9], prefill_chunk_size=4, **GREEDY)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @torch.no_grad()
-def test_several_cached_tokens_at_once_equal_the_uncached_forward():
+def test_several_cached_tokens_at_once_equal_the_uncached_forward(name):
     model, examples = tiny_model(), rows(((7, 6), (9, 6)))
     ids = pad_rows(examples, "left")
     mask = (ids != PAD).long()
@@ -567,7 +569,7 @@ def test_several_cached_tokens_at_once_equal_the_uncached_forward():
         ids[:, cut:],
         attention_mask=mask,
         position_ids=positions[..., cut:],
-        past_key_values=first.past_key_values,
+        **{name: first[CACHE]},
     )
     assert_close(rest.logits, whole[:, cut:], atol=1e-5, rtol=0)
 
@@ -582,13 +584,18 @@ def test_logits_to_keep_and_the_trunk():
     assert model.base_model is model.transformer
     states = model.base_model(ids, use_cache=False).last_hidden_state
     assert_close(model.get_output_embeddings()(states), whole, atol=1e-5, rtol=0)
-    assert model(ids, use_cache=False).past_key_values is None
+    assert CACHE not in model(ids, use_cache=False)
 
 
 def gradients(model, inputs):
     model.zero_grad()
     model(**inputs, use_cache=False).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def recompute(model, options=None):
+    """Let the model's layers compute their activations again, by the method's name from 5.23 or the one before."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options)
 
 
 def training_batch():
@@ -616,7 +623,7 @@ def test_sdpa_and_eager_give_the_same_gradients():
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     model, batch = tiny_model().train(), training_batch()
     plain = gradients(model, batch)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute(model, {"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     calls = []
@@ -652,7 +659,7 @@ def test_lora_on_query_key_value_trains_saves_and_reloads(tmp_path):
     tiny_model().save_pretrained(base)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["query_key_value"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).train()
-    model.activation_checkpointing_enable()
+    recompute(model)
     model.enable_input_require_grads()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(p.numel() for p in trainable) == 2 * 4 * (32 + 96)

@@ -14,6 +14,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from common.versions import CACHE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -75,9 +77,9 @@ class KVBatch:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: self.cache},
         )
         return output.logits[:, -1].float()
 

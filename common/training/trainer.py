@@ -37,6 +37,7 @@ from common.training.callbacks import (
 )
 from common.training.guards import Guard, StallWatch
 from common.training.memory import needs_checkpointing
+from common.versions import name_taken
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -201,7 +202,7 @@ def arguments(cfg: SFTConfig, plan: dict[str, int], validate: bool, checkpointin
         **_optimizer(cfg),
         neftune_noise_alpha=cfg.neftune_noise_alpha or None,
         max_grad_norm=cfg.max_grad_norm,
-        activation_checkpointing=checkpointing,
+        **{name_taken(TrainingArguments, "activation_checkpointing", "gradient_checkpointing"): checkpointing},
         bf16=resolve_dtype(cfg.dtype) == torch.bfloat16,
         fp16=resolve_dtype(cfg.dtype) == torch.float16,
         deepspeed=cfg.deepspeed or None,

@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from common.versions import CACHE
+
 # Fields only ChatGLM2/3 configs have. Both generations call themselves "chatglm".
 CHATGLM2_FIELDS = {"padded_vocab_size", "ffn_hidden_size", "kv_channels", "multi_query_attention", "rmsnorm"}
 
@@ -18,7 +20,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",

@@ -20,10 +20,12 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+from common.versions import CACHE, slice_logits_to_keep
 
 from .configuration_chatglm import ChatGLMConfig
 from .layout import (
@@ -67,6 +69,13 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (slices * cos + torch.cat([-second, first], -1) * sin).flatten(-2)
 
 
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, under whichever of its two names it was given: transformers' until 5.23, and since 5.24."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: pass one of them")
+    return past_key_values if cache is None else cache
+
+
 def eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_
 ) -> tuple[Tensor, Tensor]:
@@ -100,6 +109,7 @@ class ChatGLMAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -107,8 +117,8 @@ class ChatGLMAttention(nn.Module):
         heads = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2)
         query, key, value = heads.chunk(3, -1)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := one_cache(cache, past_key_values)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, probabilities = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
@@ -156,7 +166,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _input_embed_layer = "word_embeddings"
     _no_split_modules = ["ChatGLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     # The official checkpoint stores one per layer; they are recomputed here, see `inverse_frequencies`.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
@@ -186,6 +196,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, S, D] after the final norm.
@@ -196,6 +207,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         position_ids: [B, 2, S] ([B, S] in 1-D mode); built from the ids when absent, required with a filled cache.
         inputs_embeds: [B, S, D] in place of the embedded ids. The ids may come along, for masks and positions only;
             without them pass position_ids (and, in 1-D mode, a blocked mask).
+        cache: the keys and values of earlier tokens; past_key_values is its other name.
 
         Raises ValueError where the layout of a row cannot be known.
         """
@@ -203,12 +215,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("pass input_ids, inputs_embeds, or both (then the ids only give masks and positions)")
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and past_key_values.is_compileable:
+        cache = one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None and cache.is_compileable:
             raise ValueError("static caches are not supported: use transformers.DynamicCache, the default")
 
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = 0 if cache is None else cache.get_seq_length()
         length = inputs_embeds.shape[1]
         keep, blocked = self._read_mask(attention_mask, length, past_length)
         position_ids = self._read_positions(input_ids, position_ids, keep, length, past_length)
@@ -224,11 +237,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 hidden_states,
                 attention_mask=visible,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(self.final_layernorm(hidden_states), past_key_values)
+        return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE: cache})
 
     def _read_mask(self, mask: Tensor | None, length: int, past_length: int) -> tuple[Tensor | None, Tensor | None]:
         """The caller's mask as (`keep` [B, K], blocked [B, 1, S, K]), either None where unknown."""
@@ -317,6 +330,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B, S, V] and, with `labels` [B, S], the mean cross entropy over labels that are not -100.
@@ -329,9 +343,9 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=one_cache(cache, past_key_values),
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -341,9 +355,9 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
@@ -366,9 +380,12 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 4:
             mask = kwargs["attention_mask"] = keep_from_blocked(mask).long()
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is not None:
-            fixed_layout = kwargs.keys() & {"inputs_embeds", "position_ids", "past_key_values"}
+            fixed_layout = kwargs.keys() & {"inputs_embeds", "position_ids", CACHE}
             if mask is not None and mask.shape == input_ids.shape and not fixed_layout:
                 input_ids, kwargs["attention_mask"] = move_pads_left(input_ids, mask)
             kwargs["input_ids"] = input_ids
@@ -391,7 +408,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         if input_ids.shape != mask.shape:
             raise ValueError(
                 f"generate() needs the whole sequences as input_ids, got {list(input_ids.shape)} with an "
-                f"attention_mask {list(mask.shape)}: pass them also beside inputs_embeds or past_key_values"
+                f"attention_mask {list(mask.shape)}: pass them also beside inputs_embeds or a cache"
             )
         if "prompt_position_ids" not in model_kwargs:
             model_kwargs["prompt_position_ids"] = build_position_ids(input_ids, mask.bool(), self.config)
