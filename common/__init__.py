@@ -5,7 +5,7 @@ ones (tests/test_rooms.py holds this):
 
 launch, device  <  errors  <  opened  <  inputs  <  config, files, workers  <  knobs  <  distributed  <  data
     <  model, templates  <  runs
-    <  inference  <  evaluation, engine  <  training, serving, export
+    <  inference  <  evaluation, engine  <  training, serving, export  <  checking
 
 cli stands beside them: only recipes import it.
 """

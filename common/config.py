@@ -68,6 +68,7 @@ class SFTConfig:
     gradient_checkpointing: Literal["auto", "true", "false"] = "auto"  # recompute activations; auto: only if needed
     logging_steps: int = 5  # steps between two lines of trainer_log.jsonl
     save_steps: int = 200  # steps between two checkpoints and validation losses
+    sample_rows: int = 4  # validation rows answered at each validation, into samples.jsonl and the log; 0: none
     save_total_limit: int = 3  # newest checkpoints kept; the best by validation loss is kept besides
     early_stopping_patience: int = 0  # stop after so many validation losses without a new best, save the best; 0: off
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, swanlab, trackio: each an optional package

@@ -24,6 +24,7 @@ FLOORS = [
     {"inference"},
     {"evaluation", "engine"},
     {"training", "serving", "export"},
+    {"checking"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = [path.name for path in COMMON.iterdir() if path.is_dir() and path.name != "__pycache__"]
