@@ -7,7 +7,7 @@ launch, device  <  errors  <  opened  <  inputs  <  config, files, workers  <  k
     <  model, templates  <  runs
     <  inference  <  evaluation, engine  <  training, serving, export  <  checking
 
-cli stands beside them: only recipes import it.
+knob_files and cli stand beside them, over knobs: only recipes import cli.
 """
 
 import logging

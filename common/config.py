@@ -1,4 +1,4 @@
-"""Knobs: a frozen dataclass whose comments are its help texts, read from defaults < config.py < --config file < flags.
+"""Knobs: a frozen dataclass whose comments are its help texts, read from defaults < config.py < recipe < file < flags.
 
 Nothing heavy is imported here, so that `--help` answers at once.
 """
@@ -102,6 +102,7 @@ class SFTConfig:
     port: int = 8000  # and its port
 
     given: frozenset = field(default=frozenset(), repr=False, metadata={"hidden": True})
+    recipe: str = field(default="", metadata={"hidden": True})  # that of TrainFlags, for the manifest
 
     EMBEDDED_DIR: ClassVar[Path] = ROOT  # a family's small base model
     EMBEDDED: ClassVar[dict] = {}  # values for it, where the user set nothing
@@ -128,6 +129,7 @@ class SFTConfig:
 class TrainFlags:
     """What train.py takes beside the knobs."""
 
+    recipe: str = ""  # values for a task and a size: identity, products, entities or chat with -laptop, -24gb or -8gpu
     resume: str = "auto"  # auto: go on from the last whole checkpoint; never: start anew; or a checkpoint's folder
     resume_anyway: bool = False  # resume although data or options changed since; what changed is kept in the manifest
     adapter_name_or_path: str = ""  # start from this LoRA adapter: a run, its checkpoint, or another tool's
