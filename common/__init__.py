@@ -5,9 +5,9 @@ ones (tests/test_rooms.py holds this):
 
 launch, device, versions  <  errors  <  opened  <  inputs  <  config, files, workers  <  knobs  <  distributed  <  data
     <  model, templates  <  runs
-    <  inference  <  evaluation, engine  <  training, serving, export
+    <  inference  <  evaluation, engine  <  training, serving, export  <  checking
 
-cli stands beside them: only recipes import it.
+knob_files and cli stand beside them, over knobs: only recipes import cli.
 """
 
 import logging

@@ -1,33 +1,30 @@
-"""The command line: defaults < config.py < --config file < flags; a wrong flag, type or value is one line, exit 2."""
+"""The command line: defaults < config.py < recipe < file < flags; a wrong flag, type or value is one line, exit 2."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import inspect
-import json
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 from common.config import LORA, ROOT, Names, SFTConfig
-from common.knobs import ALIASES, BELONGS, DORA_8, HABITS, OPTIMIZERS, PATH_LISTS, PATHS, RANGES, STEPS
+from common.knob_files import KEPT, Fail, is_alias, nearest, read_file, recipe_file, show_unused, split
+from common.knobs import ALIASES, BELONGS, DORA_8, OPTIMIZERS, PATH_LISTS, PATHS, RANGES, STEPS
 from common.launch import let_first_speak, world_size
 
-CLOSE = 0.8  # how alike a flag and the one suggested are, of 1: no suggestion is better than a wrong one
 STEPS_ARE = "batch_size = micro_batch_size × steps × processes"
 WHOLE_RATE = 0.1  # of the learning rate, where the user set none: all weights take smaller steps than an adapter does
 
 Config = TypeVar("Config", bound=SFTConfig)  # a family's
 Flags = TypeVar("Flags")  # a recipe's, such as TrainFlags
 Knobs = dict[str, tuple[Field, Any]]  # by name: field and type, of the config and of the flags
-Fail = Callable[[str], NoReturn]  # ends the program with one line
 
 
 @overload
@@ -51,11 +48,15 @@ def parse(config_class: Any, flags_class: Any = None, argv: Sequence[str] | None
     parser = _parser(classes, knobs)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"无法识别的参数 unrecognized argument {unknown[0]}{_nearest(unknown[0], knobs)}")
-    values = _read_config_file(args.config, knobs, parser.error) if args.config else {}
+        parser.error(f"无法识别的参数 unrecognized argument {unknown[0]}{nearest(unknown[0], knobs)}")
+    kinds = {name: kind for name, (_, kind) in knobs.items()} | {STEPS: int}
+    values = read_file("--config", args.config, kinds, parser.error) if args.config else {}
     values |= {name: value for name, value in vars(args).items() if name in (*knobs, STEPS) and value is not None}
     _check_values(values, parser.error)
-    config = _build(config_class, values, parser.error)
+    own = {f.name: kinds[f.name] for f in fields(config_class) if f.name in kinds and f.name != "recipe"}
+    recipe = _read_recipe(values["recipe"], own, parser.error) if "recipe" in values else {}
+    config = _build(config_class, values, recipe, parser.error)
+    show_unused(recipe, config, values.get("json", False))
     if flags_class is None:
         return config
     return config, flags_class(**{k: _absolute(k, v) for k, v in values.items() if k in _types(flags_class)})
@@ -66,22 +67,23 @@ def _types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _build(cls: type[Config], values: dict[str, Any], error: Fail) -> Config:
-    """The config with the user's `values`, and what follows from them where the user left it open."""
+def _build(cls: type[Config], values: dict[str, Any], recipe: dict[str, Any], error: Fail) -> Config:
+    """The config with the user's `values` over a recipe's, and what follows where the user left it open."""
     steps = values.get(STEPS)
     if steps and "batch_size" in values:
         error(f"--{STEPS} {steps} 与 --batch_size 不能同用 cannot go together: leave one out, {STEPS_ARE}")
     values = {k: v for k, v in values.items() if k in _types(cls)}
     if "repo_id" in values and "path_model_pretrain" not in values:
         values["path_model_pretrain"] = values["repo_id"]
-    given = frozenset(values)
+    given = frozenset(values) | (recipe.keys() & KEPT)
     if "data_path" in given and "eval_data_path" not in given:
         values["eval_data_path"] = ()  # the shipped held-out rows say nothing about other data
-    values |= {name: (tuple(values[name]) * 2)[:2] for name in ("model_name", "model_author") if name in values}
     for package in values.get("report_to", ()):
         if not importlib.util.find_spec(package):
             error(f"--report_to {package}: 没有安装 the package is not installed; remedy: pip install {package}")
-    config = cls(**{k: _absolute(k, v) for k, v in values.items()}, given=given)
+    values = recipe | {k: _absolute(k, v) for k, v in values.items()}
+    values |= {name: (tuple(values[name]) * 2)[:2] for name in ("model_name", "model_author") if name in values}
+    config = cls(**values, given=given)
     if config.path_model_pretrain == "embedded":
         config = replace(config, **{k: v for k, v in cls.EMBEDDED.items() if k not in given})
     if steps:
@@ -138,14 +140,14 @@ def _fit_batches(config: Config, error: Fail) -> Config:
     )
 
 
-def _absolute(name: str, value: Any) -> Any:
-    """Paths typed by a user are relative to where the command is called; hub ids and URLs stay."""
+def _absolute(name: str, value: Any, folder: str | Path = "") -> Any:
+    """Paths are relative to `folder`, by default where the command is called; hub ids and URLs stay."""
     if name in PATH_LISTS:
-        return tuple(v if "://" in v else os.path.abspath(os.path.expanduser(v)) for v in value)
+        return tuple(v if "://" in v else os.path.abspath(os.path.join(folder, os.path.expanduser(v))) for v in value)
     if name == "path_model_pretrain" and value != "embedded" and os.path.isdir(os.path.expanduser(value)):
         return os.path.abspath(os.path.expanduser(value))
     if name in PATHS and value:
-        return os.path.abspath(os.path.expanduser(value))
+        return os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
     return value
 
 
@@ -160,7 +162,7 @@ def _parser(classes: list[type], knobs: Knobs) -> _Parser:
     help_texts = {name: text for cls in classes for name, text in _comments(cls).items()}
     spellings = {name: [f"--{name}"] for name in knobs}
     for alias, name in ALIASES.items():
-        if name in spellings and _is_alias(alias, knobs):
+        if name in spellings and is_alias(alias, knobs):
             spellings[name].append(f"--{alias}")
     for name, (knob, kind) in knobs.items():
         default = "" if knob.default in ("", ()) else f" [{as_text(knob.default)}]"
@@ -172,11 +174,6 @@ def _parser(classes: list[type], knobs: Knobs) -> _Parser:
             **_argument(kind),
         )
     return parser
-
-
-def _is_alias(name: str, knobs: Knobs) -> bool:
-    """Whether `name` is another spelling of a knob in the recipe that has these, and not a knob itself."""
-    return name in ALIASES and name not in knobs
 
 
 def _argument(kind: Any) -> dict[str, Any]:
@@ -199,7 +196,7 @@ class _Listed(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        setattr(namespace, self.dest, _split(values))
+        setattr(namespace, self.dest, split(values))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -208,10 +205,6 @@ class _Parser(argparse.ArgumentParser):
         let_first_speak()
         print(f"{Path(sys.argv[0]).name}: 参数错误 error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
-
-
-def _split(values: Iterable[str]) -> tuple[str, ...]:
-    return tuple(part for value in values for part in value.split(",") if part)
 
 
 def _boolean(text: str) -> bool:
@@ -229,77 +222,18 @@ def as_text(value: Any) -> str:
     return os.path.relpath(text, ROOT) if text.startswith(str(ROOT)) else text
 
 
-def _nearest(flag: str, knobs: Knobs) -> str:
-    """What an unknown flag may have been meant to be, as the end of a line."""
-    name = flag.split("=")[0].lstrip("-")
-    habit = HABITS.get(name.replace("-", "_"))
-    if habit:
-        return f"; 这里是 here: {habit}"
-    known = [*knobs, STEPS, *(alias for alias in ALIASES if _is_alias(alias, knobs))]
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=CLOSE)
-    return f"; 是否想写 did you mean --{near[0]} ?" if near else "; --help 列出全部参数 lists all"
-
-
 def _check_values(values: dict[str, Any], error: Fail) -> None:
     for name, value in values.items():
         if name in RANGES and not RANGES[name].allows(value):
             error(f"--{name} {as_text(value)} 超出范围 out of range: must be {RANGES[name].words}")
 
 
-def _read_config_file(path: str, knobs: Knobs, error: Fail) -> dict[str, Any]:
-    """Knobs from a YAML or JSON file, their types checked as flags are."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if path.endswith((".yaml", ".yml")):
-            import yaml
-
-            loaded = yaml.safe_load(text)
-        else:
-            loaded = json.loads(text)
-    except (OSError, ValueError) as problem:
-        error(f"--config {path}: 无法读取 cannot be read: {problem}")
-    except Exception as problem:  # yaml.YAMLError, whose module is only imported for YAML
-        if type(problem).__module__.partition(".")[0] != "yaml":
-            raise
-        error(f"--config {path}: 不是有效的 YAML not valid YAML: {problem}")
-    if not isinstance(loaded, dict):
-        error(f"--config {path}: 应为键值表 must be a mapping of knobs to values")
-    values = {}
-    for key, value in loaded.items():
-        name = ALIASES[key] if _is_alias(key, knobs) else key
-        if name not in (*knobs, STEPS):
-            error(f"--config {path}: 未知参数 unknown knob {key}{_nearest(str(key), knobs)}")
-        try:
-            values[name] = _typed(value, knobs[name][1] if name in knobs else int)
-        except TypeError as problem:
-            error(f"--config {path}: {key}: {problem}")
-    return values
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    """`value` from a file as a knob of type `kind`; an int is a good float, and 1e-4 in YAML is a string.
-
-    Raises TypeError, whose text ends a line.
-    """
-    origin = typing.get_origin(kind)
-    if origin is tuple or kind == Names:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list) and all(isinstance(item, str) for item in items):
-            return tuple(items) if kind == Names else _split(items)
-        kind = tuple
-    elif origin is Literal:
-        value = str(value).lower() if isinstance(value, bool) else value  # YAML reads true as a boolean
-        if value in typing.get_args(kind):
-            return value
-        kind = "|".join(map(str, typing.get_args(kind)))
-    elif kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif type(value) is kind:
-        return value
-    raise TypeError(f"{value!r} 类型不符 is not {getattr(kind, '__name__', kind)}")
+def _read_recipe(name: str, kinds: dict[str, Any], error: Fail) -> dict[str, Any]:
+    """The knobs of a recipe; its paths are relative to the project."""
+    recipe = read_file("--recipe", recipe_file(name, error), kinds, error)
+    recipe = {knob: _absolute(knob, value, ROOT) for knob, value in recipe.items()}
+    _check_values(recipe, error)
+    return recipe
 
 
 def _comments(cls: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Knobs: a frozen dataclass whose comments are its help texts, read from defaults < config.py < --config file < flags.
+"""Knobs: a frozen dataclass whose comments are its help texts, read from defaults < config.py < recipe < file < flags.
 
 Nothing heavy is imported here, so that `--help` answers at once.
 """
@@ -68,6 +68,7 @@ class SFTConfig:
     gradient_checkpointing: Literal["auto", "true", "false"] = "auto"  # recompute activations; auto: only if needed
     logging_steps: int = 5  # steps between two lines of trainer_log.jsonl
     save_steps: int = 200  # steps between two checkpoints and validation losses
+    sample_rows: int = 4  # validation rows answered at each validation, into samples.jsonl and the log; 0: none
     save_total_limit: int = 3  # newest checkpoints kept; the best by validation loss is kept besides
     early_stopping_patience: int = 0  # stop after so many validation losses without a new best, save the best; 0: off
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, swanlab, trackio: each an optional package
@@ -101,6 +102,7 @@ class SFTConfig:
     port: int = 8000  # and its port
 
     given: frozenset = field(default=frozenset(), repr=False, metadata={"hidden": True})
+    recipe: str = field(default="", metadata={"hidden": True})  # that of TrainFlags, for the manifest
 
     EMBEDDED_DIR: ClassVar[Path] = ROOT  # a family's small base model
     EMBEDDED: ClassVar[dict] = {}  # values for it, where the user set nothing
@@ -127,6 +129,7 @@ class SFTConfig:
 class TrainFlags:
     """What train.py takes beside the knobs."""
 
+    recipe: str = ""  # values for a task and a size: identity, products, entities or chat with -laptop, -24gb or -8gpu
     resume: str = "auto"  # auto: go on from the last whole checkpoint; never: start anew; or a checkpoint's folder
     resume_anyway: bool = False  # resume although data or options changed since; what changed is kept in the manifest
     adapter_name_or_path: str = ""  # start from this LoRA adapter: a run, its checkpoint, or another tool's

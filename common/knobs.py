@@ -28,8 +28,8 @@ LEARNING = frozenset(
 # may change between a stop and a resume; the base itself is compared by its hash, wherever it lies
 FREE = frozenset(
     "path_model_pretrain repo_id model_save_dir eval_data_path eval_rows max_dropped strict cache_dir logging_steps "
-    "save_steps save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature top_p top_k "
-    "min_p repetition_penalty num_beams eval_batch_size host port deepspeed attn_implementation".split()
+    "save_steps sample_rows save_total_limit report_to gradient_checkpointing max_new_tokens do_sample temperature "
+    "top_p top_k min_p repetition_penalty num_beams eval_batch_size host port deepspeed attn_implementation".split()
 )
 
 ALIASES = {  # names people type by habit
@@ -160,7 +160,7 @@ RANGES = {  # any value of its type where a knob is not named
         _AT_LEAST_1,
     ),
     **dict.fromkeys(
-        "eval_rows val_set_size early_stopping_patience weight_decay top_k limit shots neftune_noise_alpha "
+        "eval_rows sample_rows val_set_size early_stopping_patience weight_decay top_k limit shots neftune_noise_alpha "
         "queue request_tokens total_tokens drain_seconds".split(),
         _NOT_NEGATIVE,
     ),

@@ -140,6 +140,25 @@ def small_models(small_gemma, small_qwen, small_chatglm):
     }
 
 
+@pytest.fixture(scope="module", params=["gemma", "qwen", "chatglm"])
+def family(request, tmp_path_factory):
+    """A runs.Family on its small base, one after the other."""
+    return _family(request.param, request, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def gemma(request, tmp_path_factory):
+    """A runs.Family on the small Gemma."""
+    return _family("gemma", request, tmp_path_factory)
+
+
+def _family(name, request, tmp_path_factory):
+    from runs import FAMILIES, Family
+
+    package, base = FAMILIES[name]
+    return Family(package, request.getfixturevalue(base), tmp_path_factory.mktemp(name))
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """The environment recipes run in: no hub, and a home of their own, so that caches start empty."""

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
+from common.checking import check, check_report, rehearsal
 from common.data.render import IGNORED
 from common.errors import UserError
-from common.training import batches, check, check_report, rehearsal
+from common.training import batches
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import train
 

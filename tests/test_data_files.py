@@ -71,7 +71,7 @@ def test_row_counts_and_sizes() -> None:
         "product_heldout.jsonl": 200,
         "entity_train.jsonl": 2400,
         "entity_heldout.jsonl": 200,
-        "identity.jsonl": 120,
+        "identity.jsonl": 172,
         "general.jsonl": 600,
     }
     assert {name: len(rows(name)) for name in maker().FILES} == expected
@@ -139,14 +139,36 @@ def test_heldout_names_are_unseen() -> None:
     assert set("".join(names)) <= set(seen)
 
 
+GREETINGS = (
+    "你好 您好 早上好 晚上好 在吗 嗨 很高兴认识你 再见 谢谢你 哈喽 打扰一下 有人吗 下午好 "
+    "认识你真好 好久不见 辛苦了 我回来了 你真聪明"
+)
+ENGLISH_GREETINGS = {"Hi", "Hello", "Good morning", "Good evening", "Nice to meet you.", "Are you there?"}
+
+
 def test_identity_placeholders() -> None:
+    """Every answer says who the assistant is and who made it; one to a greeting at least the first."""
+    greetings = {*GREETINGS.split(), *ENGLISH_GREETINGS}
     for row in rows("identity.jsonl"):
         assert set(row) == {"instruction", "input", "output"}
-        assert set(re.findall(r"\{\{.*?\}\}", row["output"])) <= {"{{name}}", "{{author}}"}
-        assert "{{name}}" in row["output"] or "{{author}}" in row["output"]
+        found = set(re.findall(r"\{\{.*?\}\}", row["output"]))
+        assert {"{{name}}"} <= found <= {"{{name}}", "{{author}}"}
+        assert row["instruction"] in greetings or "{{author}}" in found, row
     questions = [row["instruction"] for row in rows("identity.jsonl")]
-    assert len(set(questions)) == len(questions)
-    assert 25 <= sum(question.isascii() for question in questions) <= 35
+    assert len(set(questions)) == len(questions) and greetings <= set(questions)
+    assert sum(question.isascii() for question in questions) == 70
+
+
+def test_identity_rows_ask_and_answer_in_one_language() -> None:
+    for row in rows("identity.jsonl"):
+        assert row["instruction"].isascii() == row["output"].isascii(), row
+
+
+def test_it_denies_being_another_product() -> None:
+    products = re.compile("ChatGPT|GPT-4|Claude|Gemini|Copilot|Grok|文心|千问|百川")
+    named = [row for row in rows("identity.jsonl") if products.search(row["instruction"])]
+    assert Counter(row["instruction"].isascii() for row in named) == {False: 12, True: 10}
+    assert all(re.match("不|您认错了|No[,.]", row["output"]) for row in named)
 
 
 def test_general_rows() -> None:

@@ -12,6 +12,7 @@ import zipfile
 import fsspec
 import pytest
 
+from common.checking import check
 from common.data import dataset
 from common.data.sources import read_records
 from common.errors import UserError
@@ -19,7 +20,6 @@ from common.evaluation import asking, evaluate
 from common.files import file_hash
 from common.inputs import files_of, listing, show_files
 from common.opened import split_member
-from common.training import check
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 

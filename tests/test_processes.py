@@ -48,7 +48,7 @@ def flags(home, small_gemma):
         given = ["--path_model_pretrain", small_gemma, "--data_path", home / "rows.jsonl"]
         given += ["--model_save_dir", home / name, "--cache_dir", home / "cache", "--val_set_size", 5]
         given += ["--learning_rate", 0.01, "--lora_dropout", 0, "--batch_size", 8, "--micro_batch_size", 2]
-        given += ["--max_steps", 9, "--save_steps", 4, "--logging_steps", 1, "--eval_rows", 0]
+        given += ["--max_steps", 9, "--save_steps", 4, "--logging_steps", 1, "--eval_rows", 0, "--max_new_tokens", 12]
         return [str(flag) for flag in [*given, *more]]
 
     return flags
@@ -89,8 +89,8 @@ def alone(home, flags):
     return home / "alone"
 
 
-def log(folder):
-    return [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+def log(folder, name="trainer_log.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def adapter(folder):
@@ -169,7 +169,7 @@ def test_a_deepspeed_file_that_is_not_there_is_refused(flags, capsys):
 
 @pytest.mark.slow
 def test_pain_21_ddp_over_uneven_rows_trains_what_one_process_does(home, flags, finish, alone):
-    more = ["--eval_data_path", home / "rows.jsonl", "--eval_rows", 2, "--max_new_tokens", 4]
+    more = ["--eval_data_path", home / "rows.jsonl", "--eval_rows", 2]
     code, output, errors = finish(TORCHRUN, TRAIN + flags("ddp", *more))
     assert code == 0, errors
     assert_same_training(home / "ddp", alone, 1e-4)
@@ -204,12 +204,17 @@ def test_two_processes_train_rows_of_control_tokens_as_one_does(home, flags, fin
 )
 def test_parts_in_each_process_train_what_one_does(home, flags, finish, warm, alone, name, launcher, more):
     """Then from the checkpoint in the middle, in another folder."""
-    code, output, errors = finish(launcher, TRAIN + flags(name, *more, "--eval_rows", 2, "--max_new_tokens", 4))
+    code, output, errors = finish(launcher, TRAIN + flags(name, *more, "--eval_rows", 2))
     assert code == 0, errors
     assert output.count("完成 done") == 1 and output.count("留出数据 held-out rows: 2") == 1
     assert_same_training(home / name, alone, 1e-4)
     kind = json.loads((home / name / "run_manifest.json").read_text())["processes"]
     assert kind == {"zero2": "2 ZeRO-2", "zero3": "2 ZeRO-3", "fsdp2": "2 FSDP2"}[name]
+    answered, expected = (
+        [(line["step"], line["where"], line["answer"]) for line in log(home / run, "samples.jsonl")]
+        for run in (name, alone)
+    )
+    assert answered == expected and len(expected) == 3 * 4
 
     again = ["--resume", home / name / "checkpoint-4"]
     code, output, errors = warm.run(["-m", *launcher, *TRAIN, *flags(f"{name}_resumed", *more, *again)], home)

@@ -17,6 +17,7 @@ FLOORS = [
     {"inputs"},
     {"config", "files", "workers"},
     {"knobs"},
+    {"knob_files"},
     {"cli", "distributed"},
     {"data"},
     {"model", "templates"},
@@ -24,10 +25,13 @@ FLOORS = [
     {"inference"},
     {"evaluation", "engine"},
     {"training", "serving", "export"},
+    {"checking"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = [path.name for path in COMMON.iterdir() if path.is_dir() and path.name != "__pycache__"]
-WITHOUT_TORCH = set("launch errors opened inputs config files workers knobs cli data templates serving".split())
+WITHOUT_TORCH = set(
+    "launch errors opened inputs config files workers knobs knob_files cli data templates serving".split()
+)
 KEPT_IN = {  # library: where it may be imported
     "flask": {"serving"},
     "waitress": {"serving"},
@@ -43,6 +47,7 @@ KEPT_IN = {  # library: where it may be imported
         "data",
         "config",
         "knobs",
+        "knob_files",
         "cli",
         "errors",
         "launch",

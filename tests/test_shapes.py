@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from common.checking import check
 from common.data import accounts, dataset, formats, render, turns
 from common.data.turns import Conversation, FormatError, Turn
 from common.errors import UserError
-from common.training import check
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 

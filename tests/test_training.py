@@ -31,6 +31,7 @@ from common.runs import manifest, run
 from common.runs.checkpoints import last_whole_checkpoint
 from common.runs.manifest import differing_parts
 from common.training import batches, callbacks, guards, report, trainer, tuning
+from common.training.arguments import arguments
 from gemma_sft import prompt
 from gemma_sft.ft_gemma import predict, train
 from gemma_sft.ft_gemma.config import Config
@@ -451,7 +452,7 @@ def test_a_run_that_learns_nothing_says_so(flags, capsys):
 
 def test_the_default_optimizer_is_transformers_own(tmp_path):
     plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": 1}
-    args = trainer.arguments(Config(model_save_dir=str(tmp_path)), plan, False, False)
+    args = arguments(Config(model_save_dir=str(tmp_path)), plan, False, False)
     assert args.optim == TrainingArguments(str(tmp_path), use_cpu=True).optim
     assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
 

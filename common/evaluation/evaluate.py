@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from common import distributed, launch
@@ -52,10 +52,26 @@ def held_out_rows(cfg: SFTConfig, rows: TrainingData | None = None) -> HeldOut:
         return []
     if cfg.eval_data_path:
         return _read(cfg, cfg.eval_data_path, cfg.eval_rows)
-    wanted = set(rows.validation["where"]) if rows is not None else set()
-    paths = [path for path, _ in files_of(cfg.data_path)] if wanted else []
-    found = (row for path in paths for row in asking.questions(path, cfg))
-    return list(islice((row for row in found if isinstance(row, Conversation) and row.where in wanted), cfg.eval_rows))
+    return list(islice(chain(*_validation_rows(cfg, rows)), cfg.eval_rows)) if rows is not None else []
+
+
+def some_of_validation(cfg: SFTConfig, rows: TrainingData, count: int) -> HeldOut:
+    """The first `count` validation rows that ask something, one of each file in turn."""
+    in_turn = zip_longest(*_validation_rows(cfg, rows))
+    return list(islice((row for turn in in_turn for row in turn if row), count))
+
+
+def _validation_rows(cfg: SFTConfig, rows: TrainingData) -> list[Iterator[Conversation]]:
+    """The validation rows of each file that ask something, read as they are wanted."""
+    wanted = set(rows.validation["where"])
+    paths = dict.fromkeys(path for path, _ in files_of(cfg.data_path)) if wanted else {}
+
+    def of(path: str) -> Iterator[Conversation]:
+        for row in asking.questions(path, cfg):
+            if isinstance(row, Conversation) and row.where in wanted:
+                yield row
+
+    return [of(path) for path in paths]
 
 
 def rows_to_score(cfg: SFTConfig, limit: int) -> HeldOut:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.model.folders import read_object
 from common.runs.checkpoints import is_whole, step_of
-from common.runs.manifest import matching, read_manifest
+from common.runs.manifest import knobs_of, matching, read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +41,7 @@ def adapter_base(folder: str | Path) -> str | None:
 
 def describe_adapter(cfg: SFTConfig, base: str, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> dict[str, Any]:
     """What the manifest of a run would say of the adapter in `cfg.model_save_dir`, which another tool trained."""
-    config = {name: value for name, value in asdict(cfg).items() if name != "given"} | {"path_model_pretrain": base}
+    config = {**knobs_of(cfg), "path_model_pretrain": base}
     told = matching(base, cfg.prompt_style, tokenizer, prompt)
     return {"state": "finished", "config": config, **told, "data": [], "foreign": True}
 

@@ -32,10 +32,10 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "token
 
 def describe(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family, rows: TrainingData) -> dict[str, Any]:
     """The manifest of a run about to start: all that decides what it learns, and what `check_fits` compares later."""
-    knobs = {name: value for name, value in asdict(cfg).items() if name != "given"}
     return {
         "state": "training",
-        "config": knobs,
+        "config": knobs_of(cfg),
+        "recipe": cfg.recipe,
         **matching(cfg.base, cfg.prompt_style, tokenizer, prompt),
         "data": rows.sources,
         "processes": distributed.describe(cfg),
@@ -44,6 +44,11 @@ def describe(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family,
         "git_commit": _git_commit(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def knobs_of(cfg: SFTConfig) -> dict[str, Any]:
+    """A manifest's `config`: every knob with its value."""
+    return {name: value for name, value in asdict(cfg).items() if name not in ("given", "recipe")}
 
 
 def matching(base: str, style: str, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> dict[str, Any]:

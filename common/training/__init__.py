@@ -6,12 +6,12 @@ tuning         what is trained: LoRA and its variants, all weights, the last lay
 batches        rows of like length together
 packing        several rows in one sequence, blind to each other
 memory         what a step takes and what is free
+arguments      our knobs in transformers' names
 trainer        transformers' Trainer over all this
+samples        a few rows answered at each validation
 guards         what stops a run that would spoil or train nothing
 callbacks      signals, early stopping, whole checkpoints, the log
+curve          the picture of its loss
 report         what a run leaves for people
-rehearsal      the heaviest steps, tried
-check          train.py --check: every row judged
-check_report   and what it prints
 pretrain       how the embedded models are made
 """

@@ -14,10 +14,12 @@ from transformers import TrainerCallback
 from common import distributed, files
 from common.errors import UserError
 from common.runs import checkpoints
-from common.training import memory
+from common.training import curve, memory
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+SHARES = {"eval_stopped": "自行停止的回答 answers that stop", "eval_looping": "重复的 that loop"}  # of sampled rows
 
 
 class StoppedError(UserError):
@@ -184,8 +186,15 @@ class Recorder(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        self.records[-1]["eval_loss"] = metrics["eval_token_loss"]
-        self.bar.write(f"第 {state.global_step} 步 step: 验证损失 validation loss {metrics['eval_token_loss']:.4f}")
+        shares = {name: metrics[name] for name in SHARES if name in metrics}
+        self.records[-1] |= {"eval_loss": metrics["eval_token_loss"], **shares}
+        self._flush(state)
+        if state.is_world_process_zero:
+            curve.draw(self.path.parent)
+        self.bar.write(
+            f"第 {state.global_step} 步 step: 验证损失 validation loss {metrics['eval_token_loss']:.4f}"
+            + "".join(f", {SHARES[name]} {share:.0%}" for name, share in shares.items())
+        )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._flush(state)
@@ -218,4 +227,4 @@ class Recorder(TrainerCallback):
             "tokens": last["tokens"],
             "tokens_per_second": round(last["tokens"] / last["seconds"], 1),
             "steps": last["step"],
-        } | ({"eval_loss": last["eval_loss"]} if "eval_loss" in last else {})
+        } | {name: last[name] for name in ("eval_loss", *SHARES) if name in last}

@@ -16,6 +16,7 @@ from common.launch import rank
 from common.model.adapter import TrainedWith, load_tuned, merge_reasons
 from common.model.loading import context_of, load_base
 from common.runs import run
+from common.training import curve
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.data.family import Family
     from common.data.turns import Turn
-
-SMOOTHING = 0.9  # of the running mean in the picture
 
 
 def leave(
@@ -45,7 +44,7 @@ def leave(
         return
     results = results | {"serving": serving(net)}
     with run.told_when_full(work.folder):
-        draw_loss(work.folder)
+        curve.draw(work.folder)
         files.write_json(work.folder / "all_results.json", results)
         write_card(work, results)
         run.finish(work, results)
@@ -73,41 +72,6 @@ def compare(
     context = context_of(cfg.base)
     answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned, context)
     write_card(work, evaluate.compare(answer, rows, cfg, apart=not cfg.eval_data_path))
-
-
-def draw_loss(folder: Path) -> None:
-    """training_loss.png: the loss of each logged step, its running mean, and the validation loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = files.read_jsonl(folder / "trainer_log.jsonl")
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="loss of a logged step")
-    axes.plot(steps, smoothed(losses), color="tab:blue", label=f"running mean ({SMOOTHING})")
-    held = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
-    if held:
-        axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", label="validation loss")
-    axes.set(xlabel="optimizer step", ylabel="cross entropy (nats per supervised token)", title="Training loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(folder / "training_loss.png")
-    pyplot.close(figure)
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential running mean, corrected for its start."""
-    mean = 0.0
-    weight = 0.0
-    found = []
-    for value in values:
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        found.append(mean / weight)
-    return found
 
 
 def serving(net: PreTrainedModel | PeftModel) -> str:

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from common import distributed, files
-from common.device import device, resolve_dtype
 from common.errors import UserError
-from common.knobs import OPTIMIZERS
 from common.launch import world_size
 from common.model.adapter import saved_alone
 from common.model.frozen_layers import lean
@@ -26,6 +23,7 @@ from common.model.loading import pad_id_of
 from common.model.loss import supervised
 from common.runs import run
 from common.training import packing, tuning
+from common.training.arguments import arguments
 from common.training.batches import RowsAndBlanks, collate, sampler_of
 from common.training.callbacks import (
     EarlyStop,
@@ -37,7 +35,6 @@ from common.training.callbacks import (
 )
 from common.training.guards import Guard, StallWatch
 from common.training.memory import needs_checkpointing
-from common.versions import name_taken
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,9 +45,11 @@ if TYPE_CHECKING:
         TrainerCallback,
         TrainerState,
     )
+    from transformers.trainer_utils import EvalLoopOutput
 
     from common.config import SFTConfig
     from common.data.dataset import TrainingData
+    from common.training.samples import Samples
 
 
 def fit(
@@ -59,8 +58,11 @@ def fit(
     cfg: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path | None = None,
+    samples: Samples | None = None,
 ) -> dict[str, Any]:
     """Train `net` on `rows` (dataset.TrainingData) as `cfg` says, from `checkpoint` where one is given.
+
+    samples: answers some rows at each validation.
 
     Returns {train_loss (nats a supervised token), train_runtime (seconds), tokens, steps, padding (share of a batch),
     …}. With `cfg.early_stopping_patience` the net ends as it was at its best validation loss, without it as it is after
@@ -71,7 +73,7 @@ def fit(
         raise UserError("--early_stopping_patience 需要验证数据 needs validation rows: --val_set_size above 0")
     start = tuning.start_of(net, cfg)
     with supervised(net, cfg.label_smoothing_factor), lean(net):
-        results = _fit(net, rows, cfg, tokenizer, checkpoint)
+        results = _fit(net, rows, cfg, tokenizer, checkpoint, samples)
     trained, total = parameter_counts(net)
     tuning.settle(net, cfg, start)
     return results | {"trainable_params": trained, "all_params": total}
@@ -83,6 +85,7 @@ def _fit(
     cfg: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path | None,
+    samples: Samples | None,
 ) -> dict[str, Any]:
     """Train `net`, whose forward returns the loss: what `fit` returns, without the numbers of parameters."""
     data, lengths = packing.training_data(net, rows.train, cfg)
@@ -93,8 +96,10 @@ def _fit(
     folder = Path(cfg.model_save_dir)
     recorder, stopper = Recorder(folder), StopOnSignal()
     callbacks = [stopper, recorder, StallWatch(), EarlyStop(cfg.early_stopping_patience), WholeCheckpoints()]
+    callbacks += [samples] if samples else []
     args = arguments(cfg, plan, bool(len(rows.validation)), checkpointing)
     trainer = make_trainer(net, args, data, rows.validation, sampler, callbacks, tokenizer)
+    trainer.samples = samples
     with run.told_when_full(folder), contextlib.closing(recorder):
         _train(trainer, stopper, checkpoint)
     if stopper.received:
@@ -183,85 +188,13 @@ def show_plan(cfg: SFTConfig, plan: dict[str, int], padding: float) -> None:
     )
 
 
-def arguments(cfg: SFTConfig, plan: dict[str, int], validate: bool, checkpointing: bool) -> TrainingArguments:
-    """Our knobs in today's names of transformers, the one place that maps them.
-
-    validate: score validation rows too. checkpointing: recompute activations.
-    """
-    on_cpu = device().type == "cpu"
-    args = TrainingArguments(
-        output_dir=cfg.model_save_dir,
-        per_device_train_batch_size=cfg.micro_batch_size,
-        per_device_eval_batch_size=cfg.micro_batch_size,
-        gradient_accumulation_steps=plan["accumulation"],
-        num_train_epochs=cfg.epochs,
-        max_steps=cfg.max_steps,
-        learning_rate=cfg.learning_rate,
-        **_schedule(cfg, plan),
-        warmup_steps=plan["warmup_steps"],
-        **_optimizer(cfg),
-        neftune_noise_alpha=cfg.neftune_noise_alpha or None,
-        max_grad_norm=cfg.max_grad_norm,
-        **{name_taken(TrainingArguments, "activation_checkpointing", "gradient_checkpointing"): checkpointing},
-        bf16=resolve_dtype(cfg.dtype) == torch.bfloat16,
-        fp16=resolve_dtype(cfg.dtype) == torch.float16,
-        deepspeed=cfg.deepspeed or None,
-        ddp_find_unused_parameters=False,  # there are none, and looking for them takes time
-        use_cpu=on_cpu,
-        dataloader_pin_memory=device().type == "cuda",
-        logging_steps=cfg.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would print 0.0 for NaN
-        save_steps=cfg.save_steps,
-        save_total_limit=cfg.save_total_limit,
-        eval_strategy="steps" if validate else "no",
-        eval_steps=cfg.save_steps,
-        metric_for_best_model="token_loss" if validate else None,  # its checkpoint is never deleted
-        greater_is_better=False,
-        load_best_model_at_end=validate and cfg.early_stopping_patience > 0,
-        seed=cfg.seed,
-        data_seed=cfg.seed,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        report_to=list(cfg.report_to) or "none",
-        disable_tqdm=True,
-    )
-    args._n_gpu = min(args.n_gpu, 1)  # several cards are used by torchrun, one process each, never by DataParallel
-    if on_cpu and distributed.strategy(cfg) == "FSDP2":  # accelerate knows FSDP on cards only, and would copy the model
-        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
-    return args
-
-
-def _optimizer(cfg: SFTConfig) -> dict[str, Any]:
-    """The optimizer as transformers' arguments."""
-    return {
-        "optim": cfg.optim,
-        "optim_target_modules": "all-linear" if OPTIMIZERS[cfg.optim].projects else None,
-        "weight_decay": cfg.weight_decay,
-        "adam_beta1": cfg.adam_beta1,
-        "adam_beta2": cfg.adam_beta2,
-    }
-
-
-def _schedule(cfg: SFTConfig, plan: dict[str, int]) -> dict[str, Any]:
-    """The learning rate's course as transformers' two arguments."""
-    name: str = cfg.lr_scheduler_type
-    if name == "constant" and plan["warmup_steps"]:
-        name = "constant_with_warmup"
-    shapes: dict[str, dict[str, float]] = {
-        "cosine_with_restarts": {"num_cycles": math.ceil(cfg.epochs)},
-        "cosine_with_min_lr": {"min_lr_rate": 0.1},
-        "warmup_stable_decay": {"num_decay_steps": max(1, plan["total_steps"] // 10)},
-    }
-    return {"lr_scheduler_type": name, "lr_scheduler_kwargs": shapes.get(name, {})}
-
-
 class SupervisedTrainer(Trainer):
     """The Trainer with our sampler; it counts tokens and tells the guard which rows a loss came from."""
 
     def __init__(self, sampler: Iterable[int], guard: Guard, **kwargs: Any) -> None:
         self.sampler = sampler
         self.guard = guard
+        self.samples: Samples | None = None
         self.tokens = 0  # seen by this process
         super().__init__(**kwargs)
 
@@ -302,6 +235,13 @@ class SupervisedTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # nobody reads this count, and it would visit all parameters in every step
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.samples:
+            shares = self.samples.take(self.state.global_step)
+            output.metrics.update({f"eval_{name}": share for name, share in shares.items()})
+        return output
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:

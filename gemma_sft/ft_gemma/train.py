@@ -19,11 +19,12 @@ def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, TrainFlags, argv)
     # torch is imported only now, so that --help answers at once
     from common import distributed
+    from common.checking import check
     from common.data import accounts, dataset
     from common.evaluation import evaluate
     from common.model import layers, loading, template_tokens
     from common.runs import lineage, places, run
-    from common.training import check, report, trainer, tuning
+    from common.training import report, samples, trainer, tuning
 
     distributed.join(cfg)
     places.check_training(cfg, flags)
@@ -43,9 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, parent)
     net = tuning.make_trainable(base, cfg, tokens, parent)
     layers.show_parameters(net)
-    results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint)
+    sampled = samples.of(net, rows, cfg, tokenizer, prompt, work.folder)
+    results = trainer.fit(net, rows, cfg, tokenizer, work.checkpoint, sampled)
     report.leave(work, net, tokenizer, results)
     report.compare(work, held_out, net, tokenizer, prompt, cfg)
+    samples.conclude(work, results, cfg)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common.checking import rehearsal
+from common.checking.check_report import show_rows, show_step, show_verdict
 from common.data import accounts, cache, dataset
 from common.data.defects import DEFECTS
 from common.data.render import IGNORED
@@ -21,8 +23,7 @@ from common.errors import UserError, is_out_of_memory
 from common.inputs import files_of
 from common.launch import world_size
 from common.model import template_tokens
-from common.training import rehearsal, tuning
-from common.training.check_report import show_rows, show_step, show_verdict
+from common.training import tuning
 
 if TYPE_CHECKING:
     from pathlib import Path

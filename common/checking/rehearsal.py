@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.model.frozen_layers import lean
 from common.model.loss import supervised
 from common.training import batches, memory, packing, trainer
+from common.training.arguments import arguments
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -88,7 +89,7 @@ def _seconds_a_step(
     watch, steps = StopWatch(), len(micro)
     plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": steps}
     with tempfile.TemporaryDirectory() as folder:
-        args = trainer.arguments(replace(cfg, model_save_dir=folder, max_steps=steps), plan, False, checkpointing)
+        args = arguments(replace(cfg, model_save_dir=folder, max_steps=steps), plan, False, checkpointing)
         args.per_device_train_batch_size = len(micro[0])  # the last micro batch of an epoch may be smaller
         args.save_strategy = "no"
         trainer.make_trainer(net, args, data, [], sum(micro, []), [watch], tokenizer).train()
