@@ -158,7 +158,7 @@ class Project:
 
     def _start(self, line, output, errors, fork):
         """The process of a line, where nothing is installed and the environment may be written before the command."""
-        line = line.removeprefix("pip install -r requirements.txt && ")  # .ci/run installs
+        line = line.removeprefix("pip install -r requirements.txt -c constraints.txt && ")  # .ci/run installs
         words, environment = shlex.split(self.here(line)), {}
         while re.match(r"[A-Z_]+=", words[0]):
             name, _, value = words.pop(0).partition("=")

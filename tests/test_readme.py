@@ -31,7 +31,7 @@ def folder(project, default_run):
 
 
 def test_the_first_command_is_the_default_run():
-    assert DEFAULT_RUN == "pip install -r requirements.txt && python gemma_sft/ft_gemma/train.py"
+    assert DEFAULT_RUN == "pip install -r requirements.txt -c constraints.txt && python gemma_sft/ft_gemma/train.py"
     assert TESTS in commands("README.md")
 
 
