@@ -94,7 +94,7 @@ class SFTConfig:
     top_p: float = 0.95  # nucleus
     top_k: int = 50  # candidates
     min_p: float = 0.0  # candidates below this share of the most probable one's chance are left out; 0: none
-    repetition_penalty: float = 1.0  # above 1: fewer repetitions
+    repetition_penalty: float = 1.0  # above 1: fewer repetitions; a run answers with its own
     num_beams: int = 1  # beams
     eval_batch_size: int = 32  # prompts generated together in evaluation and for --output
     # service

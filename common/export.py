@@ -189,6 +189,7 @@ def write(whole: PreTrainedModel, expected: Expected, folder: Path, cfg: SFTConf
         save(whole.to(dtype), tuned, draft, prompt)
         _say("重新加载 reloading: 与训练后的模型比较 and comparing with the tuned model")
         reloaded = load_whole(draft, dtype=dtype).to(device()).eval()
+        reloaded.generation_config = GenerationConfig()  # as for the model it is compared with
         verdict = compare(reloaded, expected, dtype)
         record = {"run": cfg.model_save_dir, "base": tuned.manifest["base"], "dtype": str(dtype), "check": verdict}
         files.write_json(draft / "export.json", record)
@@ -201,8 +202,12 @@ def save(net: PreTrainedModel, tuned: Tuned, draft: Path, prompt: Family) -> Non
     """Weights, config, generation config, tokenizer with the run's chat template, and the Modelfile, into `draft`."""
     tokenizer, style = tuned.tokenizer, tuned.manifest["template"]["style"]
     pad_id = pad_id_of(tokenizer, tuned.stop_ids[0])
+    penalty = tuned.manifest["config"].get("repetition_penalty", 1.0)
     net.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tuned.stop_ids, pad_token_id=pad_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tuned.stop_ids,
+        pad_token_id=pad_id,
+        **({"repetition_penalty": penalty} if penalty != 1 else {}),
     )
     net.save_pretrained(draft, max_shard_size=SHARD)
     files.share_weights(draft)

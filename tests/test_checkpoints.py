@@ -438,3 +438,17 @@ def test_a_template_that_has_changed_since_is_refused(gemma, foreign, monkeypatc
     monkeypatch.setattr(lineage.adopted, "find_manifest", lambda where: told if str(where) == str(folder) else None)
     with pytest.raises(UserError, match=re.escape("提示模板 prompt template 与训练时不同")):
         gemma.train("refused", "--adapter_name_or_path", folder, "--max_steps", 1, "--val_set_size", 0)
+
+
+def test_a_run_answers_with_the_penalty_it_was_trained_by(gemma):
+    """Also one of its checkpoints, and the model exported from it; a flag wins, and the base has the default."""
+    folder = gemma.train("penalised", *STEPS, "--val_set_size", 0, "--repetition_penalty", 1.25)
+
+    def penalty(place, *flags):
+        return chosen.choose(*gemma.parse(PredictFlags, "--model_save_dir", place, *flags)).repetition_penalty
+
+    assert penalty(folder) == penalty(folder, "--checkpoint", 1) == penalty(folder / "checkpoint-2") == 1.25
+    assert penalty(folder, "--repetition_penalty", 1.0) == 1.0 == penalty(folder, "--base")
+    merged = gemma.parent / "penalised_whole"
+    gemma.recipe("export").main(["--model_save_dir", str(folder), "--output_dir", str(merged)])
+    assert json.loads((merged / "generation_config.json").read_text())["repetition_penalty"] == 1.25

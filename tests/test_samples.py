@@ -120,7 +120,7 @@ def test_a_run_ends_with_a_word_on_answers_that_do_not(gemma, tmp_path, capsys, 
         assert said == ""
     else:
         assert f"回答不停止 answers do not stop: {told}" in said and said.count("\n") == 1
-        assert ("--repetition_penalty 1.1" in said) == ends[-1].get("looping", False)
+        assert ("--repetition_penalty 1.05" in said) == ends[-1].get("looping", False)
         assert ("--train_template_tokens true" in said) != ends[-1].get("looping", False)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common import distributed, files
 from common.config import SFTConfig
 from common.errors import UserError
+from common.runs.adopted import find_manifest
 from common.runs.checkpoints import by_step, is_whole
 from common.runs.manifest import read_manifest
 
@@ -23,6 +24,8 @@ Config = TypeVar("Config", bound=SFTConfig)  # a family's
 def choose(cfg: Config, flags: PredictFlags | EvaluationFlags | ServeFlags | ExportFlags) -> Config:
     """`cfg` with the folder that answers as `model_save_dir`: the run's own, or the checkpoint of `flags.checkpoint`.
 
+    The repetition penalty is the run's too, where the user gave none: its answers were scored with it.
+
     Errors and the line on stderr: `chosen_folder`. UserError too where a flag asks for no run at all.
     """
     other = _other_than_run(flags)
@@ -33,7 +36,9 @@ def choose(cfg: Config, flags: PredictFlags | EvaluationFlags | ServeFlags | Exp
     if other:
         return cfg
     folder = distributed.share(distributed.first(lambda: str(chosen_folder(cfg.model_save_dir, flags.checkpoint))))
-    return replace(cfg, model_save_dir=folder)
+    run = find_manifest(folder) if "repetition_penalty" not in cfg.given else None
+    penalty = (run or {}).get("config", {}).get("repetition_penalty", cfg.repetition_penalty)
+    return replace(cfg, model_save_dir=folder, repetition_penalty=penalty)
 
 
 def chosen_folder(folder: str | Path, wanted: str = "") -> Path:
