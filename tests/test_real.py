@@ -73,10 +73,14 @@ def test_its_merged_model_answers_with_the_same_texts(run, products):
     rows = read_jsonl(products / "predictions.jsonl")[:12]
     asked = run.home / "asked.jsonl"
     asked.write_text("".join(json.dumps({"instruction": row["question"], "output": ""}) + "\n" for row in rows))
-    for name in ("products", "merged"):
-        given = ["--model_save_dir", run.home / name, "--data_path", asked, "--output", run.home / f"{name}.jsonl"]
-        run(GEMMA, "predict.py", *given, "--repetition_penalty", 1.05)
-    answers = [[row["answer"] for row in read_jsonl(run.home / f"{name}.jsonl")] for name in ("products", "merged")]
+    whose = {
+        "products": ["--model_save_dir", products],
+        "merged": ["--base", "--path_model_pretrain", run.home / "merged"],
+    }
+    for name, flags in whose.items():
+        given = ["--data_path", asked, "--output", run.home / f"{name}.jsonl", "--repetition_penalty", 1.05]
+        run(GEMMA, "predict.py", *flags, *given)
+    answers = [[row["answer"] for row in read_jsonl(run.home / f"{name}.jsonl")] for name in whose]
     assert answers[0] == answers[1] and all(answers[0])
 
 
