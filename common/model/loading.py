@@ -190,9 +190,9 @@ def _of_text(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _leave_out(whole: PreTrainedModel, names: Iterable[str], path: str | Path) -> list[str]:
-    """Those of `names`, in its files, that are in no part of `whole` beside its text model; a line says which these are.
+    """Those of `names`, of weights in its files, that no part of `whole` beside its text model has.
 
-    The line is on stderr: stdout may be for an answer alone.
+    A line says which parts these are, on stderr: stdout may be for an answer alone.
     """
     config, kind = whole.config, type(whole.config.get_text_config())
     parts = {name: part for name, part in whole.named_children() if type(getattr(part, "config", None)) is not kind}
