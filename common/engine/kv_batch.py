@@ -131,8 +131,8 @@ class KVBatch:
         self.positions = self.positions[index]
         for layer in self.cache.layers:
             for kept, name, has_columns in _tensors(layer):
-                rows = kept[name][index.to(kept[name].device)]
-                kept[name] = rows[:, :, first:] if has_columns else rows
+                rows = index.to(kept[name].device)
+                kept[name] = kept[name][rows, :, first:] if has_columns else kept[name][rows]
 
     def _widen(self, width: int) -> None:
         """Pad mask and cache on the left to `width` columns."""
