@@ -223,6 +223,9 @@ def save(net: PreTrainedModel, tuned: Tuned, draft: Path, prompt: Family) -> Non
 def show_engines(tuned: Tuned, folder: Path, prompt: Family) -> None:
     """Print how the family's engines serve the folder, and whether the adapter alone can be served."""
     configs = [AutoConfig.from_pretrained(path) for path in (tuned.manifest["base"]["path"], folder)]
+    if configs[0].get_text_config() is not configs[0]:
+        print("  多模态模型里的语言模型 the text model of one of images or sound: 只在 only tried in transformers")
+        return
     untied = configs[0].tie_word_embeddings and not configs[1].tie_word_embeddings
     engines = prompt.UNTIED_ENGINES if untied else prompt.ENGINES
     name = folder.name

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from common.errors import UserError
 from common.inference.answerer import Sampling
 from common.model import loading
 from common.model.loss import supervised
+from common.training import packing
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -91,6 +93,12 @@ def test_the_loss_is_transformers_own(base):
         torch.testing.assert_close(net(input_ids=ids, labels=labels).loss, expected)
 
 
+def test_packed_rows_are_apart(base):
+    rows = [[{"input_ids": list(range(5, end)), "labels": list(range(5, end)), "where": "f"} for end in (25, 12, 30)]]
+    packs = types.SimpleNamespace(packs=rows, __getitems__=lambda numbers: [rows[number] for number in numbers])
+    packing.check_apart(loading.load_base(base, "float32"), packs, torch.float32)
+
+
 def test_it_learns_and_its_adapter_holds_every_layer(architecture, trained):
     folder, _ = trained
     log = [json.loads(line)["loss"] for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
@@ -119,13 +127,6 @@ def test_it_is_exported_with_its_self_test(architecture, trained, tmp_path):
 
 
 # ---------------------------------------------------------------- models that are refused in one line
-
-
-def test_a_model_of_images_too_is_refused_before_its_weights_are_read(tmp_path):
-    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-    transformers.Gemma3Config(text_config=SIZES, vision_config=sizes).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="not a model of text alone"):
-        loading.load_base(tmp_path, "float32")
 
 
 @pytest.fixture

@@ -123,7 +123,13 @@ PRIVATE = {  # a method that is ours or calls theirs: (its parameters, the modul
     ),
     "waitress.channel.HTTPChannel.error_task_class": ("channel request", "waitress.channel"),
 }
-OTHERS = {"_n_gpu", "_linear_pointwise", "support_avx512bf16_for_cpu", "__compatible_ops__"}  # tested one by one
+OTHERS = {
+    "_n_gpu",
+    "_linear_pointwise",
+    "support_avx512bf16_for_cpu",
+    "__compatible_ops__",
+    "_weight_conversions",
+}  # tested one by one
 
 
 @pytest.mark.parametrize("path", PRIVATE)

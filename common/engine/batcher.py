@@ -14,7 +14,7 @@ import torch
 from common.data.turns import Turn
 from common.engine import sampling
 from common.engine.beam_search import Beams
-from common.engine.kv_batch import KVBatch
+from common.engine.kv_batch import KVBatch, new_cache
 from common.engine.prompt_encoder import PromptEncoder
 from common.engine.request import Ask, ModelFailedError, Row, Ticket
 from common.model.layers import causal_of
@@ -71,6 +71,7 @@ class Batcher:
         self.clean = answer.prompt.clean
         self.encoder = PromptEncoder(answer)
         self.net = causal_of(answer.net)
+        new_cache(self.net.config)  # refused now, not with the first request
         self.peft = None if answer.net is self.net else answer.net
         self.adapter: str | None = "" if self.peft else None  # what the net is set to; "" is nothing yet
         context = getattr(self.net.config, "max_position_embeddings", None) or 2**31

@@ -7,19 +7,30 @@ A model whose positions or masks are its own says so by three attributes: `promp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
+from common.errors import UserError
 from common.versions import CACHE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from common.engine.request import Row
+
+# of a model's layers: none (another layer's is used), keys and values, states, both
+SHARED = (DummyLayer, DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 
 
 def prompt_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -30,6 +41,23 @@ def prompt_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> t
 def next_positions(position_ids: torch.Tensor) -> torch.Tensor:
     """Positions [B, 1] after the last of [B, S]."""
     return position_ids[:, -1:] + 1
+
+
+def new_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache for a model whose rows join and leave; UserError where a layer keeps what rows cannot share.
+
+    Layers of attention keep all keys, also where they look at the last ones only, so that rows can be padded. Those of
+    linear attention keep states, which have no columns: padding is not in them.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
+    other = {type(one).__name__ for one in cache.layers if type(one) not in SHARED}
+    if other:
+        raise UserError(
+            f"{config.model_type}: 服务还不能给这种模型 the service cannot batch rows of this model yet, whose layers "
+            f"keep {', '.join(sorted(other))}; predict.py and evaluation.py answer with it"
+        )
+    return cache
 
 
 class KVBatch:
@@ -47,7 +75,7 @@ class KVBatch:
         self.ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=net.device)
         self.mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=net.device)
         self.positions = getattr(net, "prompt_positions", prompt_positions)(self.ids, self.mask)
-        self.cache = DynamicCache()  # without the config: every layer keeps all keys, so that rows can be padded
+        self.cache = new_cache(net.config)
         self.read_to = 0
 
     def prefill(self, most: int) -> torch.Tensor | None:
@@ -92,8 +120,8 @@ class KVBatch:
         self.mask = torch.cat([self.mask, other.mask])
         self.positions = torch.cat([self.positions, other.positions])
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys = torch.cat([mine.keys, theirs.keys])
-            mine.values = torch.cat([mine.values, theirs.values])
+            for (kept, name, _), (more, _, _) in zip(_tensors(mine), _tensors(theirs), strict=True):
+                kept[name] = torch.cat([kept[name], more[name]])
 
     def keep(self, numbers: list[int]) -> None:
         """Let go of all rows but these; columns that only they had go as well."""
@@ -103,9 +131,9 @@ class KVBatch:
         self.mask = self.mask[index, first:]
         self.positions = self.positions[index]
         for layer in self.cache.layers:
-            kept = index.to(layer.keys.device)
-            layer.keys = layer.keys[kept, :, first:]
-            layer.values = layer.values[kept, :, first:]
+            for kept, name, has_columns in _tensors(layer):
+                rows = index.to(kept[name].device)
+                kept[name] = kept[name][rows, :, first:] if has_columns else kept[name][rows]
 
     def _widen(self, width: int) -> None:
         """Pad mask and cache on the left to `width` columns."""
@@ -113,5 +141,16 @@ class KVBatch:
         if missing:
             self.mask = pad(self.mask, (missing, 0))
             for layer in self.cache.layers:
-                layer.keys = pad(layer.keys, (0, 0, missing, 0))
-                layer.values = pad(layer.values, (0, 0, missing, 0))
+                for kept, name, has_columns in _tensors(layer):
+                    if has_columns:
+                        kept[name] = pad(kept[name], (0, 0, missing, 0))
+
+
+def _tensors(layer: Any) -> Iterator[tuple[dict[Any, torch.Tensor], Any, bool]]:
+    """(where it is kept, under which name, whether it is [B, heads, K, D] or [B, …]) of each tensor of a layer."""
+    attributes = vars(layer)
+    for name in ("keys", "values"):
+        if attributes.get(name) is not None:
+            yield attributes, name, True
+    for states in (attributes.get("conv_states", {}), attributes.get("recurrent_states", {})):
+        yield from ((states, number, False) for number, state in states.items() if state is not None)

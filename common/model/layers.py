@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,16 @@ def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, list[tuple[st
         if isinstance(module, torch.nn.Linear) and module is not head:
             found.setdefault(name.rpartition(".")[2], []).append((name, (module.out_features, module.in_features)))
     return found
+
+
+def layers_reached(model: PreTrainedModel, names: Collection[str]) -> tuple[int, int]:
+    """(decoder layers in which a module has one of these names, or ends with one; all decoder layers)."""
+    layers = model.get_decoder().layers
+    if "all-linear" in names:
+        return len(layers), len(layers)
+    ends = tuple(f".{name}" for name in names)
+    within = {module: name for name, module in model.named_modules() if f".{name}".endswith(ends)}
+    return sum(any(module in within for module in layer.modules()) for layer in layers), len(layers)
 
 
 def show_targets(model: PreTrainedModel | PeftModel) -> None:

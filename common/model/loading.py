@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import os
 import re
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from common import distributed
 from common.device import device, resolve_dtype
@@ -20,10 +32,16 @@ from common.model import folders, weights
 from common.model.complete import check_finite, check_names, report_hidden
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from common.data.family import Family
 
+# names that a text model has in the files of a model of images or sound too, and its own: old layout, and today's
+TEXT_NAMES = {
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^model\.language_model\.": "model.",
+}
 REPACKING = "support_avx512bf16_for_cpu"  # bitsandbytes 0.50 rounds 4-bit weights anew on a CPU that has bfloat16
 EDGE = 1 << 20  # bytes hashed at each end of a weight file: a whole 70B checkpoint would take minutes
 UNMADE = re.compile("not implemented for '(Byte|Char)'")  # of torch, for a quantised weight made at random
@@ -126,12 +144,75 @@ def _check_flash(kind: torch.dtype) -> None:
 
 
 def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
-    """The model at `path` as transformers loads it with `options`; UserError where its files do not fit it."""
+    """The model at `path` as transformers loads it with `options`; UserError where its files do not fit it.
+
+    Of a model of images or sound too only the text model is loaded, as one of text alone, and a line says what is not.
+    """
+    config = _loaded(AutoConfig, path, "模型 model")
+    whole = _whole_of(config, path)
+    if whole:
+        options |= {"config": _of_text(config), "key_mapping": TEXT_NAMES}
     with report_hidden():
         asked = {"output_loading_info": True, "ignore_mismatched_sizes": True} | options
         model, info = _loaded(AutoModelForCausalLM, path, "模型 model", **asked)
+    if whole:
+        # transformers would give what is saved the names these files have
+        model._weight_conversions = [one for one in model._weight_conversions if isinstance(one, WeightConverter)]
+        info["unexpected_keys"] = _leave_out(whole, info["unexpected_keys"], path)
     check_names(model, info, path)
     return model
+
+
+def _whole_of(config: PreTrainedConfig, path: str | Path) -> PreTrainedModel | None:
+    """The model, without weights, of which the text model is a part; None for a model of text alone.
+
+    UserError where transformers knows no such text model by itself.
+    """
+    text = config.get_text_config()
+    if text is config:
+        return None
+    if type(config) not in MODEL_MAPPING or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{path}: 不是纯文本模型 not a model of text alone ({config.model_type}), and its text model "
+            f"({text.model_type}) cannot be loaded without the rest"
+        )
+    with torch.device("meta"):
+        return MODEL_MAPPING[type(config)](copy.deepcopy(config))
+
+
+def _of_text(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a model's part for text, with what the whole model's says of head and quantisation."""
+    text = config.get_text_config()
+    text.tie_word_embeddings = config.tie_word_embeddings
+    if getattr(config, "quantization_config", None):
+        text.quantization_config = config.quantization_config
+    return text
+
+
+def _leave_out(whole: PreTrainedModel, names: Iterable[str], path: str | Path) -> list[str]:
+    """Those of `names`, of weights in its files, that no part of `whole` beside its text model has.
+
+    A line says which parts these are, on stderr: stdout may be for an answer alone.
+    """
+    config, kind = whole.config, type(whole.config.get_text_config())
+    parts = {name: part for name, part in whole.named_children() if type(getattr(part, "config", None)) is not kind}
+    count = sum(parameter.numel() for part in parts.values() for parameter in part.parameters())
+    size = count * (config.dtype or config.get_text_config().dtype or torch.float32).itemsize / 2**20
+    if not rank():
+        print(
+            f"{path}: 只加载和训练语言模型 only its text model is loaded and trained; 不加载 left out: "
+            f"{', '.join(parts)} ({count:,} 个参数 weights, {size:,.1f} MiB)",
+            file=sys.stderr,
+        )
+    starts = tuple(f"{start}{part}." for part in parts for start in ("", "model."))
+    renamings = [one for one in get_model_conversion_mapping(whole) if isinstance(one, WeightRenaming)]
+    return [name for name in names if not _renamed(name, renamings).startswith(starts)]
+
+
+def _renamed(name: str, renamings: Sequence[WeightRenaming]) -> str:
+    for one in renamings:
+        name, _ = one.rename_source_key(name)
+    return name
 
 
 def _quantisation(bits: int, kind: torch.dtype) -> BitsAndBytesConfig:
@@ -142,13 +223,8 @@ def _quantisation(bits: int, kind: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _stored_bits(path: str | Path) -> int:
-    """Bits to which bitsandbytes has quantised the model at `path`, or 0; UserError where it takes more than text."""
-    config = _loaded(AutoConfig, path, "模型 model")
-    if config.get_text_config() is not config:
-        raise UserError(
-            f"{path}: 不是纯文本模型 not a model of text alone ({config.model_type}: images or sound beside it)"
-        )
-    stored = getattr(config, "quantization_config", None) or {}
+    """Bits to which bitsandbytes has quantised the model at `path`, or 0."""
+    stored = getattr(_loaded(AutoConfig, path, "模型 model"), "quantization_config", None) or {}
     if stored.get("quant_method") != "bitsandbytes":
         return 0
     return 4 if stored.get("load_in_4bit") else 8

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from common import distributed
+from common.config import LORA, SFTConfig
 from common.device import resolve_dtype
 from common.errors import UserError
 from common.launch import rank
 from common.model import adapter
-from common.model.layers import linear_layers
+from common.model.layers import layers_reached, linear_layers
 from common.model.template_tokens import rows_to_train
 from common.model.token_rows import mend
 from common.model.weights import readable
@@ -26,11 +28,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from common.config import SFTConfig
-
 SAMPLE = 1024  # values of each trained tensor that are kept to tell whether it moved
 PISSA_START = "pissa_start.safetensors"
 ROWS_RATE = 5  # times the learning rate, for rows of control tokens: they have far to go, and rarely a say
+
+
+Config = TypeVar("Config", bound=SFTConfig)  # a family's
 
 
 class Start(NamedTuple):
@@ -38,6 +41,25 @@ class Start(NamedTuple):
 
     samples: dict[str, torch.Tensor]  # {parameter: some of its values}
     pissa: dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (A [r, in], B [out, r])} of PiSSA, else {}
+
+
+def reach_all(cfg: Config, base: PreTrainedModel, parent: Path | None = None) -> Config:
+    """`cfg` with all-linear where the family's own target_modules are not in every layer of `base`; a line says so.
+
+    In a model of linear attention q, k and v are in one layer of four. What the user gave stays as it is, and so do the
+    modules of the adapter in `parent`.
+    """
+    if cfg.tuning not in LORA or parent:
+        return cfg
+    reached, layers = layers_reached(base, cfg.target_modules)
+    if reached == layers:
+        return cfg
+    told = f"{' '.join(cfg.target_modules)}: {layers} 层中只有 {reached} 层有 in {reached} of {layers} layers only"
+    if "target_modules" in cfg.given:
+        print(f"LoRA: {told}; --target_modules all-linear 可到每一层 reaches all")
+        return cfg
+    print(f"LoRA: {told}; 改用 taken instead: --target_modules all-linear")
+    return replace(cfg, target_modules=("all-linear",))
 
 
 def make_trainable(
