@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from common import distributed
 from common.device import device, resolve_dtype
@@ -32,24 +32,33 @@ UNMADE = re.compile("not implemented for '(Byte|Char)'")  # of torch, for a quan
 def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with the family's chat template where it has none of its own.
 
-    UserError where there is none, it lacks a token the template needs, or does not fit the model.
+    UserError where there is none, it lacks a token the template needs, does not fit the model, or the model is for
+    other recipes.
     """
     folders.check_folder(path, ("config.json", *folders.TOKENIZER_FILES))
     weights.check_tokenizer(path)
+    model_type = _model_type(path)
     try:
         tokenizer = _loaded(AutoTokenizer, path, "分词器 tokenizer")
     except UserError:
+        folders.check_family(None, path, model_type, prompt)
         folders.check_tokenizer(path)  # transformers names a key that it missed, not the file
         raise
     if tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.CHAT_TEMPLATE
     folders.check_template(tokenizer, path)
+    folders.check_family(tokenizer, path, model_type, prompt)
     _check_vocabulary(tokenizer, path)
-    try:
-        prompt.stop_ids(tokenizer, "chat")
-    except ValueError as problem:
-        raise UserError(f"{path}: {problem}; is it a model of this family?") from None
     return tokenizer
+
+
+def _model_type(path: str | Path) -> str | None:
+    """The model type in the config of a folder or hub id, whether it is known here or not; None where none is read."""
+    source = _from_modelscope(str(path)) if _is_modelscope(path) else path
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    except (OSError, ValueError):  # said when the config is loaded
+        return None
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase, otherwise: int) -> int:
