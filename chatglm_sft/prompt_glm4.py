@@ -11,8 +11,8 @@ Models that think have other constants around the same turns; those of their tem
     GLM-4.5, 4.6  {question}/nothink<|assistant|>\n<think></think>\n{answer}
     GLM-4.7       <|user|>{question}<|assistant|></think>{answer}             (no newlines)
 
-Source: the chat templates of THUDM/GLM-4-9B-0414, glm-4-9b-chat-hf, zai-org/GLM-4.5-Air and GLM-4.7. They end the
-question that waits for an answer with <|assistant|> and show its newline with the answer; here it belongs to the prompt.
+Source: the chat templates of THUDM/GLM-4-9B-0414, glm-4-9b-chat-hf, zai-org/GLM-4.5-Air and GLM-4.7. They end a
+prompt with <|assistant|> and show its newline with the answer; here the newline belongs to the prompt.
 """
 
 from __future__ import annotations

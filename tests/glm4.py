@@ -1,4 +1,4 @@
-"""GLM-4 made small: a byte-level tokenizer with its control tokens, a random model, and templates of its three forms."""
+"""GLM-4 made small: a byte-level tokenizer with its control tokens, a random model, templates of its three forms."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

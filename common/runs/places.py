@@ -30,7 +30,8 @@ PLACEHOLDER = re.compile(
 def check_training(cfg: SFTConfig, flags: TrainFlags) -> None:
     """UserError where train.py has no base, cannot read its data, or not write its cache or what it leaves.
 
-    URLs are not tried. --print_targets reads no data and writes nothing; --check lists unreadable files in its report, and leaves no run.
+    URLs are not tried. --print_targets reads no data and writes nothing; --check lists unreadable files in its
+    report, and leaves no run.
     """
     check_base(cfg.base, cfg)
     _check_package(cfg.optim)
