@@ -95,6 +95,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, before: str) -> list[P
     if turn.role == "assistant":
         header = [] if before == "user" else [Piece(ask, CONTEXT)]  # of a greeting
         text = turn.text.strip() if "think" in form.ask else turn.text  # as those templates do
+        # encoded apart from its header, with which a prompt ends: asked and trained ids are the same
         ids = [*encode_text(tokenizer, text), special_id(tokenizer, ENDS[0])]
         return [*header, Piece(ids, ANSWER if turn.learn else CONTEXT)]
     token = [] if before == "assistant" else [special_id(tokenizer, f"<|{turn.role}|>")]

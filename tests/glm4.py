@@ -31,11 +31,11 @@ GLM47 = (
 ).replace("OFF", OFF)
 
 
-def make_tokenizer(characters, template=PLAIN):
-    """Byte-level BPE with one piece a character, and one of two newlines; GLM-4's words and control tokens."""
+def make_tokenizer(texts, template=PLAIN):
+    """Byte-level BPE with one piece for each text, such as a character; GLM-4's words and control tokens."""
     byte_pieces = bytes_to_unicode()
     pieces, merges = list(byte_pieces.values()), {}
-    for text in [*characters, "\n\n"]:
+    for text in texts:
         first, *rest = (byte_pieces[byte] for byte in text.encode())
         for byte in rest:
             merges[first, byte] = None

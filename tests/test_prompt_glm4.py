@@ -19,6 +19,7 @@ ASK = {
     "GLM-4.5": "<|assistant|>\n<think></think>\n",
     "GLM-4.7": "<|assistant|></think>",
 }
+PIECES = [*CHARACTERS, "\n\n"]  # two newlines are one, as in GLM-4's own vocabulary
 Q, A, S = (lambda text, role=role: Turn(role, text) for role in ("user", "assistant", "system"))
 CONVERSATIONS = {
     "single": [Q("1+1=")],
@@ -36,12 +37,12 @@ def form(request):
 
 @pytest.fixture
 def tokenizer(form):
-    return glm4.make_tokenizer(CHARACTERS, FORMS[form])
+    return glm4.make_tokenizer(PIECES, FORMS[form])
 
 
 @pytest.fixture
 def plain():
-    return glm4.make_tokenizer(CHARACTERS)
+    return glm4.make_tokenizer(PIECES)
 
 
 def ids_of(tokenizer, turns, limit=512):
@@ -137,7 +138,7 @@ def test_typed_control_tokens_stay_text(tokenizer, role):
 
 
 def test_a_switch_that_was_typed_stands_once():
-    tokenizer = glm4.make_tokenizer(CHARACTERS, glm4.GLM45)
+    tokenizer = glm4.make_tokenizer(PIECES, glm4.GLM45)
     assert ids_of(tokenizer, [Q("问/nothink")]) == ids_of(tokenizer, [Q("问")])
 
 
@@ -151,7 +152,7 @@ def test_the_shipped_template_and_the_exported_one_give_what_is_trained(form, to
     """In every order of turns; and a folder that was exported with it is read in the same form."""
     exported = templates.chat_template(tokenizer, prompt, "chat")
     assert (exported == prompt.CHAT_TEMPLATE) == (form == "GLM-4")
-    again = glm4.make_tokenizer(CHARACTERS, exported)
+    again = glm4.make_tokenizer(PIECES, exported)
     for turns in CONVERSATIONS.values():
         stripped = [turn._replace(text=turn.text.strip()) for turn in turns]
         assert of(tokenizer, stripped, chat_template=exported, add_generation_prompt=True) == ids_of(
@@ -165,7 +166,7 @@ def test_the_shipped_template_and_the_exported_one_give_what_is_trained(form, to
 
 def test_another_template_is_told_in_one_line(capfd, plain):
     assert ids_of(plain, [Q("一")]) and capfd.readouterr().err == ""
-    effort = glm4.make_tokenizer(CHARACTERS, glm4.PLAIN.replace("<sop>", "<sop><|system|>\nReasoning Effort: Max"))
+    effort = glm4.make_tokenizer(PIECES, glm4.PLAIN.replace("<sop>", "<sop><|system|>\nReasoning Effort: Max"))
     assert ids_of(effort, [Q("一")]) == ids_of(plain, [Q("一")])
     assert ids_of(effort, [Q("二")])
     told = capfd.readouterr().err
@@ -173,11 +174,11 @@ def test_another_template_is_told_in_one_line(capfd, plain):
 
 
 def test_without_the_start_where_the_template_has_none(plain):
-    bare = glm4.make_tokenizer(CHARACTERS, glm4.PLAIN.replace("[gMASK]<sop>", ""))
+    bare = glm4.make_tokenizer(PIECES, glm4.PLAIN.replace("[gMASK]<sop>", ""))
     assert ids_of(bare, [Q("一")]) == ids_of(plain, [Q("一")])[2:]
 
 
 def test_a_tokenizer_without_a_template_has_glm4s_form(plain):
     expected = ids_of(plain, [Q("一")])
-    bare = glm4.make_tokenizer(CHARACTERS, None)
+    bare = glm4.make_tokenizer(PIECES, None)
     assert ids_of(bare, [Q("一")]) == expected

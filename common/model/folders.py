@@ -145,9 +145,11 @@ def check_family(
 
 def _family_of(model_type: str | None) -> Family | None:
     """The prompt module of this project that names `model_type`, found by its place; None where none does."""
-    files = sorted(ROOT.glob("*_sft/prompt*.py"))
-    modules = (importlib.import_module(f"{file.parent.name}.{file.stem}") for file in files)
-    return next((module for module in modules if model_type in module.MODEL_TYPES), None)
+    for file in sorted(ROOT.glob("*_sft/prompt*.py")):
+        module: Any = importlib.import_module(f"{file.parent.name}.{file.stem}")
+        if model_type in module.MODEL_TYPES:
+            return module
+    return None
 
 
 def _lacking(tokenizer: PreTrainedTokenizerBase, prompt: Family) -> str:
