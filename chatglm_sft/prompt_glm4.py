@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from common.data.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.data.turns import Turn
+from common.launch import rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,19 +67,21 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
 
     Each answer's last id is one of `stop_ids`. Typed control tokens stay text.
     """
-    start = Piece(_ids(tokenizer, _form(tokenizer).start), FRAME)
+    form = _form(tokenizer) or Form()
+    start = Piece(_ids(tokenizer, form.start), FRAME)
     if turns[0].role == "text":
         return [start, Piece([*encode_text(tokenizer, turns[0].text), special_id(tokenizer, ENDS[-1])], ANSWER)]
     roles = ["", *(turn.role for turn in turns)]
-    pieces = (_turn(tokenizer, turn, before) for turn, before in zip(turns, roles, strict=False))
+    pieces = (_turn(tokenizer, form, turn, before) for turn, before in zip(turns, roles, strict=False))
     return [start, *(piece for turn in pieces for piece in turn)]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     """Ids that end an answer, the trained one first; ValueError where a token of the template is none here."""
-    form = _form(tokenizer)
+    form = _form(tokenizer) or Form()
     for token in ("<|system|>", *CONTROL.findall(form.start + form.switch + form.ask)):
         special_id(tokenizer, token)
+    _tell_form(tokenizer)
     known = tokenizer.get_vocab()
     return [special_id(tokenizer, token) for token in ENDS if token != "<|observation|>" or token in known]
 
@@ -88,9 +91,8 @@ def clean(text: str, ended: bool = True) -> str:
     return text.strip()
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, before: str) -> list[Piece]:
+def _turn(tokenizer: PreTrainedTokenizerBase, form: Form, turn: Turn, before: str) -> list[Piece]:
     """The Pieces of a turn after one of the role `before`, "" for none; the end of an answer begins the next turn."""
-    form = _form(tokenizer)
     ask = _ids(tokenizer, form.ask)
     if turn.role == "assistant":
         header = [] if before == "user" else [Piece(ask, CONTEXT)]  # of a greeting
@@ -116,24 +118,25 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 @lru_cache(maxsize=8)
-def _form(tokenizer: PreTrainedTokenizerBase) -> Form:
-    """The Form of the tokenizer's own template, without thinking; that of GLM-4 where it has none.
-
-    One line on stderr says so where its template is of no form known here.
-    """
+def _form(tokenizer: PreTrainedTokenizerBase) -> Form | None:
+    """The Form of the tokenizer's own template, without thinking, GLM-4's where it has none; None: none known here."""
     if tokenizer.chat_template is None:
         return Form()
     messages = [{"role": role, "content": text} for role, text in PROBE]
     try:
         shown = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
     except Exception:  # raise_exception in a template
-        shown = ""
+        return None
     found = FORM.fullmatch(shown)
-    if found:
-        return Form(**found.groupdict())
-    print(
-        f"{tokenizer.name_or_path}: 聊天模板与这里的不同 its chat template shows a conversation otherwise than it is "
-        f"trained and asked here: {Form().start}<|user|>\\n…<|assistant|>\\n…<|user|>",
-        file=sys.stderr,
-    )
-    return Form()
+    return Form(**found.groupdict()) if found else None
+
+
+@lru_cache(maxsize=8)
+def _tell_form(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say in one line on stderr where the tokenizer's template is of no form known here."""
+    if _form(tokenizer) is None and not rank():
+        print(
+            f"{tokenizer.name_or_path}: 聊天模板与这里的不同 its chat template shows a conversation otherwise than "
+            f"it is trained and asked here: {Form().start}<|user|>\\n…<|assistant|>\\n…<|user|>",
+            file=sys.stderr,
+        )

@@ -165,10 +165,11 @@ def test_the_shipped_template_and_the_exported_one_give_what_is_trained(form, to
 
 
 def test_another_template_is_told_in_one_line(capfd, plain):
-    assert ids_of(plain, [Q("一")]) and capfd.readouterr().err == ""
+    assert prompt.stop_ids(plain, "chat") and capfd.readouterr().err == ""
     effort = glm4.make_tokenizer(PIECES, glm4.PLAIN.replace("<sop>", "<sop><|system|>\nReasoning Effort: Max"))
     assert ids_of(effort, [Q("一")]) == ids_of(plain, [Q("一")])
-    assert ids_of(effort, [Q("二")])
+    assert capfd.readouterr().err == "", "a process that tokenises says nothing"
+    assert prompt.stop_ids(effort, "chat") == prompt.stop_ids(effort, "chat") == prompt.stop_ids(plain, "chat")
     told = capfd.readouterr().err
     assert told.count("\n") == 1 and "its chat template shows a conversation otherwise" in told
 
