@@ -131,7 +131,7 @@ def check_family(
     """UserError where the model of `path` is one for other recipes, or its tokenizer lacks a token of the template.
 
     model_type: as its config says; of one that no recipe names, or that speaks another template than its own family's,
-    the tokenizer alone decides. tokenizer: None where it could not be loaded.
+    the tokenizer alone decides. tokenizer: None where it cannot be loaded.
     """
     other = None if model_type in (None, *prompt.MODEL_TYPES) else _family_of(model_type)
     if other and (tokenizer is None or not _lacking(tokenizer, other)):

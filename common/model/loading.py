@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+)
 
 from common import distributed
 from common.device import device, resolve_dtype
@@ -38,10 +45,11 @@ def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
     folders.check_folder(path, ("config.json", *folders.TOKENIZER_FILES))
     weights.check_tokenizer(path)
     model_type = _model_type(path)
+    if model_type not in CONFIG_MAPPING:  # transformers would guess
+        folders.check_family(None, path, model_type, prompt)
     try:
         tokenizer = _loaded(AutoTokenizer, path, "分词器 tokenizer")
     except UserError:
-        folders.check_family(None, path, model_type, prompt)
         folders.check_tokenizer(path)  # transformers names a key that it missed, not the file
         raise
     if tokenizer.chat_template is None:
