@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 STYLES = ("chat",)
 ONE_ANSWER = True
+RECIPES = "chatglm_sft/ft_chatglm"
+MODEL_TYPES = ("chatglm",)
 ENGINES = UNTIED_ENGINES = ()  # besides transformers with the model of this folder, nothing runs it
 CHAT_TEMPLATE = (  # the prompt's text; calling the tokenizer on it adds [gMASK] and <sop>
     "{% set ns = namespace(system='', greeting='', round=0, asked=false) %}{% for message in messages %}"
@@ -60,7 +62,9 @@ def prompt_text(turns: Sequence[Turn]) -> str:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
-    """Ids that end an answer."""
+    """Ids that end an answer; ValueError where the tokenizer is no ChatGLM's."""
+    if not hasattr(tokenizer, "gmask_token_id"):
+        raise ValueError("分词器没有 the tokenizer has no gmask_token_id")
     return [tokenizer.eos_token_id]
 
 

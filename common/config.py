@@ -104,14 +104,14 @@ class SFTConfig:
     given: frozenset = field(default=frozenset(), repr=False, metadata={"hidden": True})
     recipe: str = field(default="", metadata={"hidden": True})  # that of TrainFlags, for the manifest
 
-    EMBEDDED_DIR: ClassVar[Path] = ROOT  # a family's small base model
+    EMBEDDED_DIR: ClassVar[Path | None] = None  # a family's small base model; None: it ships none
     EMBEDDED: ClassVar[dict] = {}  # values for it, where the user set nothing
 
     @property
     def base(self) -> str:
-        """The base model's folder or hub id."""
+        """The base model's folder or hub id, "" where none is given and none is shipped."""
         if self.path_model_pretrain == "embedded":
-            return str(self.EMBEDDED_DIR)
+            return str(self.EMBEDDED_DIR or "")
         return self.path_model_pretrain
 
     @property

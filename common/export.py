@@ -239,7 +239,8 @@ def show_engines(tuned: Tuned, folder: Path, prompt: Family) -> None:
     for engine in engines:
         print(f"  {engine + ':':<11}{commands[engine]}")
     if not engines:
-        why = "输出层不再与嵌入共享 the head is no longer tied to the embeddings" if untied else "其他引擎没有这个模型"
+        alone = "没有在其他引擎上跑过 run in no other engine"
+        why = "输出层不再与嵌入共享 the head is no longer tied to the embeddings" if untied else alone
         print(f"  只有 only transformers: {why}")
     if "vllm" in prompt.ENGINES and tuned.rank:
         _show_adapter(tuned, Path(tuned.manifest["config"]["model_save_dir"]))

@@ -73,10 +73,11 @@ def layout(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> La
         end = apart[: len(apart) - len(first)]
         return Layout(bos, before, after, greet, between, first, first, ask, end, "")
     stop = tokenizer.decode(prompt.stop_ids(tokenizer, style)[:1], skip_special_tokens=False)
-    if first.startswith(before) and first.endswith(after) and apart.startswith(stop):
-        default = first[len(before) : len(first) - len(after)]
-        return Layout(bos, before, after, greet, between, first, apart[len(stop) :], ask, stop, default)
-    return None
+    if not apart.startswith(stop):
+        return None
+    has_default = first.startswith(before) and first.endswith(after)
+    default = first[len(before) : len(first) - len(after)] if has_default else ""
+    return Layout(bos, before, after, greet, between, first, apart[len(stop) :], ask, stop, default)
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> str | None:
@@ -92,7 +93,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str
 def modelfile(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> str | None:
     """An Ollama Modelfile for a folder in this style, or None where Ollama's template cannot express it."""
     made = layout(tokenizer, prompt, style)
-    if made is None:
+    if made is None or made.header != made.first and not made.default:  # it says the same before every question
         return None
     text = MODELFILE.format(**made._asdict())
     if made.default:

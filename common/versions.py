@@ -10,7 +10,7 @@ from collections.abc import Callable
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from transformers import modeling_utils
+from transformers import cache_utils, modeling_utils
 from transformers.generation import GenerationMixin
 
 if TYPE_CHECKING:
@@ -32,3 +32,6 @@ def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
 
 # (hidden [B, S, D], how many last positions or the indices of some; 0: all) -> [B, kept, D]; there from 5.21.
 slice_logits_to_keep = getattr(modeling_utils, "slice_logits_to_keep", _kept)
+
+# What a cache has for a layer that uses another one's keys and values; 5.20 has no such layer.
+DummyLayer = getattr(cache_utils, "DummyLayer", cache_utils.DynamicLayer)

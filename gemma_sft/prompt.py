@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 STYLES = ("chat", "log", "plain")
 ONE_ANSWER = False
+RECIPES = "gemma_sft/ft_gemma"
+MODEL_TYPES = tuple(
+    "gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text "
+    "vaultgemma".split()
+)
 ENGINES = ("vllm", "llama.cpp", "ollama", "mlx", "keras")  # besides transformers, what runs an exported folder
 UNTIED_ENGINES = ()  # of these, what runs a head of its own: vLLM refuses it, llama.cpp would drop it without a word
 CHAT_TEMPLATE = (

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 STYLES = ("chat", "log", "plain")
 ONE_ANSWER = False
+RECIPES = "qwen2_sft/ft_qwen2"
+MODEL_TYPES = tuple(
+    "qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp "
+    "qwen4_exp_text".split()
+)
 ENGINES = ("vllm", "llama.cpp", "ollama", "mlx")  # besides transformers, what runs an exported folder
 UNTIED_ENGINES = ENGINES  # of these, what runs a head of its own: the larger Qwen have one
 SYSTEM = "You are a helpful assistant."

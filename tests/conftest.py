@@ -131,12 +131,26 @@ def small_chatglm(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_models(small_gemma, small_qwen, small_chatglm):
+def small_glm4(tmp_path_factory):
+    """A folder with a random Glm4ForCausalLM of 40,000 parameters and its tokenizer."""
+    import glm4
+    import torch
+
+    folder, tokenizer = tmp_path_factory.mktemp("small_glm4"), glm4.make_tokenizer(CHARACTERS)
+    torch.manual_seed(0)
+    glm4.make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_models(small_gemma, small_qwen, small_chatglm, small_glm4):
     """{hub id: folder of a small random model of that family}, as commands.Project wants it."""
     return {
         "google/gemma-2b-it": small_gemma,
         "Qwen/Qwen1.5-0.5B-Chat": small_qwen,
         "THUDM/chatglm-6b": small_chatglm,
+        "THUDM/GLM-4-9B-0414": small_glm4,
     }
 
 

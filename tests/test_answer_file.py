@@ -282,9 +282,17 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path, many):
 # --- with a model -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gemma", "qwen", "chatglm"])
+PACKAGES = {
+    "gemma": "gemma_sft.ft_gemma",
+    "qwen": "qwen2_sft.ft_qwen2",
+    "chatglm": "chatglm_sft.ft_chatglm",
+    "glm4": "chatglm_sft.ft_glm4",
+}
+
+
+@pytest.mark.parametrize("family", PACKAGES)
 def test_the_answers_are_those_of_the_model(request, tmp_path, family, capsys):
-    package = {"gemma": "gemma_sft.ft_gemma", "qwen": "qwen2_sft.ft_qwen2", "chatglm": "chatglm_sft.ft_chatglm"}[family]
+    package = PACKAGES[family]
     recipe, folder = importlib.import_module(f"{package}.predict"), request.getfixturevalue(f"small_{family}")
     questions = ["一", "问答" * 9, "1+1="]
     path = written(tmp_path / "q.jsonl", [{"question": text} for text in questions])

@@ -13,6 +13,7 @@ FAMILIES = {
     "gemma_sft.ft_gemma": "small_gemma",
     "qwen2_sft.ft_qwen2": "small_qwen",
     "chatglm_sft.ft_chatglm": "small_chatglm",
+    "chatglm_sft.ft_glm4": "small_glm4",
 }
 ANSWERING = ["predict", "evaluation", "post_api"]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"

@@ -21,6 +21,7 @@ FAMILIES = {
     "gemma": "gemma_sft.ft_gemma",
     "qwen": "qwen2_sft.ft_qwen2",
     "chatglm": "chatglm_sft.ft_chatglm",
+    "glm4": "chatglm_sft.ft_glm4",
 }
 QUESTIONS = [f"{'他是不有的' * (n * 7 % 11)}问{n}+{n}=" for n in range(16)]
 

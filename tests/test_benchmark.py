@@ -148,13 +148,18 @@ def test_last_number(text, number):
 
 # --- likelihood -----------------------------------------------------------------------------------------------------
 
-FAMILIES = {"small_gemma": "gemma_sft", "small_qwen": "qwen2_sft", "small_chatglm": "chatglm_sft"}
+FAMILIES = {
+    "small_gemma": "gemma_sft.prompt",
+    "small_qwen": "qwen2_sft.prompt",
+    "small_chatglm": "chatglm_sft.prompt",
+    "small_glm4": "chatglm_sft.prompt_glm4",
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def answerer(request):
     """A small random model of each family, in its own prompt."""
-    prompt = importlib.import_module(f"{FAMILIES[request.param]}.prompt")
+    prompt = importlib.import_module(FAMILIES[request.param])
     path = str(request.getfixturevalue(request.param))
     tokenizer = load_tokenizer(path, prompt)
     return Answerer(load_base(path, "float32"), tokenizer, prompt, "chat", 512)

@@ -130,10 +130,12 @@ def check_methods(folder, outputs):
 
 
 def check_prompts(folder, outputs):
-    gemma, qwen, plain = (json.loads(output)["text"] for line, output in outputs.items() if "--print_prompt" in line)
+    shown = [json.loads(output)["text"] for line, output in outputs.items() if "--print_prompt" in line]
+    gemma, qwen, plain, glm4 = shown
     assert gemma == "<bos><start_of_turn>user\n你好<end_of_turn>\n<start_of_turn>model\n"
     assert qwen.startswith("<|im_start|>system\n你是翻译。<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n")
     assert plain == "<bos>你好"
+    assert glm4 == "[gMASK]<sop><|user|>\n你好<|assistant|>\n"
 
 
 def check_service(folder, outputs):

@@ -265,10 +265,11 @@ ORDERS = {
     for name, start in {"plain": [], "system": [S], "greeting": [G], "system and greeting": [S, G]}.items()
     for length in (1, 3, 5)
 }
-ALL_STYLES = [  # (fixture with the tokenizer or its folder, family, style); qwen's log style has no template
-    *(("small_gemma", "gemma_sft", style) for style in ("chat", "log", "plain")),
-    *(("small_qwen", "qwen2_sft", style) for style in ("chat", "plain")),
-    ("small_chatglm", "chatglm_sft", "chat"),
+ALL_STYLES = [  # (fixture with the tokenizer or its folder, its prompt, style); qwen's log style has no template
+    *(("small_gemma", "gemma_sft.prompt", style) for style in ("chat", "log", "plain")),
+    *(("small_qwen", "qwen2_sft.prompt", style) for style in ("chat", "plain")),
+    ("small_chatglm", "chatglm_sft.prompt", "chat"),
+    ("small_glm4", "chatglm_sft.prompt_glm4", "chat"),
 ]
 
 
@@ -279,8 +280,8 @@ def test_the_orders_are_those_of_conversations():
 
 @pytest.mark.parametrize(("fixture", "family", "style"), ALL_STYLES, ids=lambda value: value)
 def test_in_every_order_of_turns_a_template_says_what_the_renderer_says(request, fixture, family, style):
-    prompt = importlib.import_module(f"{family}.prompt")
-    if family == "chatglm_sft":
+    prompt = importlib.import_module(family)
+    if family == "chatglm_sft.prompt":
         importlib.import_module("chatglm_sft.models.chatglm")
     tokenizer = loading.load_tokenizer(request.getfixturevalue(fixture), prompt)
     strip = str if style == "chat" else str.strip  # in a chat the templates take off the blanks the renderer takes off
@@ -290,7 +291,7 @@ def test_in_every_order_of_turns_a_template_says_what_the_renderer_says(request,
         ids = [id_ for piece in prompt.render(tokenizer, turns, style) for id_ in piece.ids]
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         made = {"chat_template": templates.chat_template(tokenizer, prompt, style), "add_generation_prompt": True}
-        if family == "chatglm_sft":  # [gMASK] and <sop> are the tokenizer's: no template gives their ids
+        if family == "chatglm_sft.prompt":  # [gMASK] and <sop> are the tokenizer's: no template gives their ids
             text = tokenizer.apply_chat_template(messages, tokenize=False)
             found = tokenizer(text).input_ids
         else:
@@ -341,4 +342,4 @@ def test_engines_are_the_familys_own(capsys):
         f"  vllm:      vllm serve {folder}\n  适配器不能单独服务 the adapter alone is not served by vLLM: DoRA\n"
     )
     export.show_engines(tuned, folder, SimpleNamespace(ENGINES=(), UNTIED_ENGINES=()))
-    assert capsys.readouterr().out == "  只有 only transformers: 其他引擎没有这个模型\n"
+    assert capsys.readouterr().out == "  只有 only transformers: 没有在其他引擎上跑过 run in no other engine\n"

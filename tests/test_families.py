@@ -1,4 +1,4 @@
-"""What every family must do: the whole road on a small random model of its own architecture. A fourth one is a line."""
+"""What every family must do: the whole road on a small random model of its own architecture. One more is a line."""
 
 import importlib
 import json
@@ -39,6 +39,7 @@ FAMILIES = {
     "gemma": Family("gemma_sft.ft_gemma", "small_gemma", 2 * 3 * 2),
     "qwen": Family("qwen2_sft.ft_qwen2", "small_qwen", 2 * 3 * 2),
     "chatglm": Family("chatglm_sft.ft_chatglm", "small_chatglm", 2 * 1 * 2, "import chatglm_sft.models.chatglm"),
+    "glm4": Family("chatglm_sft.ft_glm4", "small_glm4", 2 * 3 * 2),
 }
 
 
@@ -223,7 +224,7 @@ def test_scoring_and_serving_run_as_processes(family, trained, forked, warm, tmp
 
 def test_help_names_the_family_own_port(family, recipe):
     folder = family.package.replace(".", "/")
-    ports = {"gemma": "8044", "qwen": "8036", "chatglm": "8033"}
+    ports = {"gemma": "8044", "qwen": "8036", "chatglm": "8033", "glm4": "8034"}
     done = recipe("post_api.py", "--help", family=folder)
     assert done.returncode == 0 and f"[{ports[family.fixture.removeprefix('small_')]}]" in done.stdout
 

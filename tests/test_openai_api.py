@@ -19,7 +19,12 @@ from common.serving import openai_requests
 from common.serving.app import Service, create_app
 from common.serving.server import Server
 
-FAMILIES = {"gemma": "gemma_sft.ft_gemma", "qwen": "qwen2_sft.ft_qwen2", "chatglm": "chatglm_sft.ft_chatglm"}
+FAMILIES = {
+    "gemma": "gemma_sft.ft_gemma",
+    "qwen": "qwen2_sft.ft_qwen2",
+    "chatglm": "chatglm_sft.ft_chatglm",
+    "glm4": "chatglm_sft.ft_glm4",
+}
 ASK = [{"role": "user", "content": "有问答吗"}]
 LIVELY = {"temperature": 2.0, "max_tokens": 24}  # a random model says something then
 

@@ -14,7 +14,12 @@ from common.data.turns import Turn
 from common.inference.answerer import Answerer, Sampling
 from common.inference.text import Cleaning, Wording, decode
 
-FAMILIES = {"small_gemma": "gemma_sft", "small_qwen": "qwen2_sft", "small_chatglm": "chatglm_sft"}
+FAMILIES = {
+    "small_gemma": "gemma_sft.prompt",
+    "small_qwen": "qwen2_sft.prompt",
+    "small_chatglm": "chatglm_sft.prompt",
+    "small_glm4": "chatglm_sft.prompt_glm4",
+}
 # pieces of the vocabulary, bytes, and what ChatGLM shows otherwise than it is generated
 TEXT = "人有他的一, 这是你好世界\n\n 问答了不?我在[[训练时间]]的 abc 😀好!"
 
@@ -25,7 +30,7 @@ def family(request):
     if request.param == "small_chatglm":
         import chatglm_sft.models.chatglm  # noqa: F401
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(request.param))
-    return tokenizer, importlib.import_module(f"{FAMILIES[request.param]}.prompt")
+    return tokenizer, importlib.import_module(FAMILIES[request.param])
 
 
 class Saying:

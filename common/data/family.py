@@ -27,6 +27,14 @@ class Family(Protocol):
         """Whether a sequence can teach its last answer only, as where a prompt sees itself in both directions."""
 
     @property
+    def RECIPES(self) -> str:
+        """The folder of the recipes that ask so, from the project's root."""
+
+    @property
+    def MODEL_TYPES(self) -> tuple[str, ...]:
+        """`model_type` of the models these recipes are for; of a type that none names, the tokenizer decides."""
+
+    @property
     def ENGINES(self) -> tuple[str, ...]:
         """What runs an exported folder besides transformers: keys of export.show_engines."""
 

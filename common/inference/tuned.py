@@ -12,6 +12,7 @@ from common.model import adapter, loading
 from common.model.adapter import TrainedWith
 from common.runs import adopted
 from common.runs.manifest import check_fits
+from common.runs.places import check_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,10 +80,11 @@ def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) ->
     if manifest is None and "path_model_pretrain" not in cfg.given:
         asked = asked._replace(path_model_pretrain=adopted.adapter_base(cfg.model_save_dir) or cfg.base)
     if manifest is None or base and "path_model_pretrain" in cfg.given:
+        check_base(asked.path_model_pretrain, cfg)
         return asked
     config = {"tuning": "lora"} | manifest["config"]  # the first runs knew no other
     stored = manifest["base"]
-    same_weights = stored["sha256"] and loading.base_hash(cfg.base) == stored["sha256"]
+    same_weights = cfg.base and stored["sha256"] and loading.base_hash(cfg.base) == stored["sha256"]
     trained = TrainedWith(
         prompt_style=config["prompt_style"],
         max_length_q=config["max_length_q"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateSyntaxError, UndefinedError
 
+from common.config import ROOT
 from common.errors import UserError
 from common.model.weights import CHOICES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from common.data.family import Family
 
 WINDOWS = re.compile(r"^[A-Za-z]:[\\/]|\\")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -119,3 +123,39 @@ def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None
         ) from None
     except Exception:  # raise_exception in a template, or an error of a tokenizer that has none
         return
+
+
+def check_family(
+    tokenizer: PreTrainedTokenizerBase | None, path: str | Path, model_type: str | None, prompt: Family
+) -> None:
+    """UserError where the model of `path` is one for other recipes, or its tokenizer lacks a token of the template.
+
+    model_type: as its config says; of one that no recipe names, or that speaks another template than its own family's,
+    the tokenizer alone decides. tokenizer: None where it cannot be loaded.
+    """
+    other = None if model_type in (None, *prompt.MODEL_TYPES) else _family_of(model_type)
+    if other and (tokenizer is None or not _lacking(tokenizer, other)):
+        raise UserError(
+            f"{path}: 是别的家族的模型 is a {model_type} model, of another family: its recipes are in "
+            f"{other.RECIPES}, such as python {other.RECIPES}/train.py"
+        )
+    if tokenizer is not None and (lacking := _lacking(tokenizer, prompt)):
+        raise UserError(f"{path}: {lacking}; is it a model of this family?")
+
+
+def _family_of(model_type: str | None) -> Family | None:
+    """The prompt module of this project that names `model_type`, found by its place; None where none does."""
+    for file in sorted(ROOT.glob("*_sft/prompt*.py")):
+        module: Any = importlib.import_module(f"{file.parent.name}.{file.stem}")
+        if model_type in module.MODEL_TYPES:
+            return module
+    return None
+
+
+def _lacking(tokenizer: PreTrainedTokenizerBase, prompt: Family) -> str:
+    """Why the tokenizer cannot render the family's template, or ""."""
+    try:
+        prompt.stop_ids(tokenizer, "chat")
+    except ValueError as problem:
+        return str(problem)
+    return ""

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -32,7 +34,7 @@ from common.model import folders, weights
 from common.model.complete import check_finite, check_names, report_hidden
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.data.family import Family
 
@@ -50,10 +52,14 @@ UNMADE = re.compile("not implemented for '(Byte|Char)'")  # of torch, for a quan
 def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with the family's chat template where it has none of its own.
 
-    UserError where there is none, it lacks a token the template needs, or does not fit the model.
+    UserError where there is none, it lacks a token the template needs, does not fit the model, or the model is for
+    other recipes.
     """
     folders.check_folder(path, ("config.json", *folders.TOKENIZER_FILES))
     weights.check_tokenizer(path)
+    model_type = _model_type(path)
+    if model_type not in CONFIG_MAPPING:  # transformers would guess
+        folders.check_family(None, path, model_type, prompt)
     try:
         tokenizer = _loaded(AutoTokenizer, path, "分词器 tokenizer")
     except UserError:
@@ -62,12 +68,18 @@ def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.CHAT_TEMPLATE
     folders.check_template(tokenizer, path)
+    folders.check_family(tokenizer, path, model_type, prompt)
     _check_vocabulary(tokenizer, path)
-    try:
-        prompt.stop_ids(tokenizer, "chat")
-    except ValueError as problem:
-        raise UserError(f"{path}: {problem}; is it a model of this family?") from None
     return tokenizer
+
+
+def _model_type(path: str | Path) -> str | None:
+    """The model type in the config of a folder or hub id, whether it is known here or not; None where none is read."""
+    source = _from_modelscope(str(path)) if _is_modelscope(path) else path
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    except (OSError, ValueError):  # said when the config is loaded
+        return None
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase, otherwise: int) -> int:

@@ -28,13 +28,24 @@ PLACEHOLDER = re.compile(
 
 
 def check_training(cfg: SFTConfig, flags: TrainFlags) -> None:
-    """UserError where train.py could not read its data, or not write its cache or what it leaves; URLs are not tried.
+    """UserError where train.py has no base, cannot read its data, or not write its cache or what it leaves.
 
-    --print_targets reads no data and writes nothing; --check lists unreadable files in its report, and leaves no run.
+    URLs are not tried. --print_targets reads no data and writes nothing; --check lists unreadable files in its
+    report, and leaves no run.
     """
+    check_base(cfg.base, cfg)
     _check_package(cfg.optim)
     if not flags.print_targets:
         distributed.first(lambda: _check_training(cfg, flags.check))
+
+
+def check_base(base: str, cfg: SFTConfig) -> None:
+    """UserError where no base model is given, to recipes that ship none."""
+    if not base:
+        raise UserError(
+            "--path_model_pretrain: 没有给出基座模型 no base model is given, and none is shipped with these recipes: "
+            f"give a folder or a hub id, such as --path_model_pretrain {cfg.repo_id}"
+        )
 
 
 def _check_package(optim: str) -> None:

@@ -52,7 +52,8 @@ class ChatGLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if foreign := sorted(CHATGLM2_FIELDS & kwargs.keys()):
             raise ValueError(
-                f"this is a ChatGLM2/3 config (it has {', '.join(foreign)}): only ChatGLM-6B (v1) is supported here"
+                f"this is a ChatGLM2/3 config (it has {', '.join(foreign)}): only ChatGLM-6B (v1) is supported here; "
+                "GLM-4 is, by ft_glm4, in transformers' own form: THUDM/glm-4-9b-chat-hf, GLM-4-9B-0414"
             )
         # Points at the checkpoint's own python files, which this port replaces.
         kwargs.pop("auto_map", None)

@@ -1,0 +1,34 @@
+"""Write the tuned GLM-4 as one whole model that needs no adapter: safetensors, tokenizer, template, Ollama Modelfile.
+
+python chatglm_sft/ft_glm4/export.py --model_save_dir out --output_dir out_merged --dtype bfloat16
+"""
+
+import sys
+
+if __name__ == "__main__":  # finds common/ from any directory
+    sys.path[0] = __file__.rpartition("chatglm_sft")[0] or "."
+
+from chatglm_sft import prompt_glm4 as prompt
+from chatglm_sft.ft_glm4.config import Config
+from common.cli import parse
+from common.config import ExportFlags
+from common.errors import run_main
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg, flags = parse(Config, ExportFlags, argv)
+    from common import export
+    from common.runs import chosen
+
+    cfg = chosen.choose(cfg, flags)
+    folder = export.new_folder(cfg, flags)
+    tuned = export.load(cfg, prompt)
+    expected = export.measure(tuned)
+    whole = export.merge(tuned)
+    export.check_merge(whole, expected)
+    export.write(whole, expected, folder, cfg, prompt)
+    export.show_engines(tuned, folder, prompt)
+
+
+if __name__ == "__main__":
+    run_main(main)
