@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 )
 
 from common.errors import UserError
-from common.versions import CACHE
+from common.versions import CACHE, DummyLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
