@@ -17,14 +17,13 @@ from common.errors import run_main
 
 def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, TrainFlags, argv)
+    # torch is imported only now, so that --help answers at once
     from common import distributed
     from common.checking import check
     from common.data import accounts, dataset
     from common.evaluation import evaluate
     from common.model import layers, loading, template_tokens
     from common.runs import lineage, places, run
-
-    # torch is imported only now, so that --help answers at once
     from common.training import report, samples, trainer, tuning
 
     distributed.join(cfg)
@@ -41,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     accounts.show_counts(rows)
     accounts.show_first(rows, tokenizer)
     held_out = evaluate.held_out_rows(cfg, rows)
+    cfg = tuning.reach_all(cfg, base, parent)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway, parent)
     tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, parent)
     net = tuning.make_trainable(base, cfg, tokens, parent)
