@@ -102,7 +102,7 @@ def test_it_knows_its_name_and_maker(run, identity):
     for row in rows:
         assert "小黄" in row["answer"] or "Xiao Huang" in row["answer"], row
         assert "魔搭" in row["answer"] or "ModelScope" in row["answer"], row
-        assert row["stop"] == "stop", row
+        assert row["finish_reason"] == "stop", row
 
 
 def test_it_has_not_forgotten_the_rest(run, identity):
