@@ -126,7 +126,7 @@ def _draw(folder: Path, results: Mapping[str, Any], groups: Groups, models: Sequ
     for draw, axis in zip(panels, axes[0], strict=True):
         draw(axis, results, groups, models)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="upper right")  # "best" may take seconds, and then warns
     figure.tight_layout()
     figure.savefig(folder / "eval_report.png")
     pyplot.close(figure)

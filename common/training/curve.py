@@ -27,7 +27,7 @@ def draw(folder: Path) -> None:
         axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", label="validation loss")
     axes.set(xlabel="optimizer step", ylabel="cross entropy (nats per supervised token)", title="Training loss")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")  # "best" may take seconds, and then warns
     figure.tight_layout()
     draft = folder / "training_loss.part.png"
     figure.savefig(draft)
