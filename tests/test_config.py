@@ -36,6 +36,7 @@ class Toy(SFTConfig):
     lora_r: int = 8  # the family's
     target_modules: tuple[str, ...] = ("one", "two")  # the family's
 
+    EMBEDDED_DIR: ClassVar[Path] = ROOT / "toy"
     EMBEDDED: ClassVar[dict] = {"learning_rate": 0.5, "lora_r": 2, "target_modules": ("three",)}
 
 
@@ -100,7 +101,7 @@ def test_embedded_values_stand_where_nothing_was_set():
         2,
         ("three",),
     )
-    assert cfg.base == str(ROOT)
+    assert cfg.base == str(ROOT / "toy") and SFTConfig().base == "", "none is shipped"
 
 
 @pytest.mark.parametrize("how", ["flag", "file"])
