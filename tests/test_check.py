@@ -228,6 +228,7 @@ class Endless:
 
     __file__ = prompt.__file__
     CHAT_TEMPLATE, stop_ids, ONE_ANSWER = prompt.CHAT_TEMPLATE, staticmethod(prompt.stop_ids), False
+    MODEL_TYPES, RECIPES = prompt.MODEL_TYPES, prompt.RECIPES
 
     @staticmethod
     def render(tokenizer, turns, style):
