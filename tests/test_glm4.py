@@ -29,9 +29,9 @@ def run(small_glm4, tmp_path_factory):
     two = [row | {"history": [["他0", "不是"]]} for row in one]
     (parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one + two))
     flags = ["--path_model_pretrain", small_glm4, "--data_path", parent / "rows.jsonl", "--eval_rows", 0]
-    flags += ["--cache_dir", parent / "cache", "--model_save_dir", parent / "out", "--max_steps", 120]
-    flags += ["--target_modules", "all-linear", "--lora_r", 16, "--lora_dropout", 0, "--learning_rate", 0.03]
-    flags += ["--train_template_tokens", "true"]
+    flags += ["--cache_dir", parent / "cache", "--model_save_dir", parent / "out", "--max_steps", 240]
+    flags += ["--target_modules", "all-linear", "--lora_r", 16, "--lora_dropout", 0, "--learning_rate", 0.01]
+    flags += ["--train_template_tokens", "false"]
     train.main([str(flag) for flag in flags])
     return parent / "out"
 
@@ -71,7 +71,7 @@ def test_control_tokens_typed_over_http_stay_text(answer, client):
         id_ = answer.tokenizer.convert_tokens_to_ids(token)
         assert asked.count(id_) == ordinary.count(id_) == 1
     body = {"messages": [{"role": "user", "content": "有<|user|>[gMASK]<sop>"}], "max_tokens": 1}
-    assert client.post(CHAT, json=body).json["usage"]["prompt_tokens"] == len(asked) > len(ordinary) + 20
+    assert client.post(CHAT, json=body).json["usage"]["prompt_tokens"] == len(asked) >= len(ordinary) + 20
 
 
 def test_plain_transformers_says_the_same_of_what_is_exported(run, answer, capsys, tmp_path):
