@@ -243,7 +243,7 @@ class FakePacks(list):
 # ---------------------------------------------------------------- what else is tuned and loaded
 
 
-@pytest.mark.parametrize("name", ["Gemma3", "Qwen3_5"])
+@pytest.mark.parametrize("name", ["Gemma3", "Qwen3_5", "Qwen3_5Moe"])
 def test_a_whole_model_is_saved_by_the_names_of_text_alone(name, tmp_path, tokenizer):
     checkpoint = make(name, tmp_path / "base", tokenizer)
     out = checkpoint.train(tmp_path, "--tuning", "full", "--max_steps", 2, "--eval_rows", 0)

@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers.core_model_loading import revert_weight_conversion
 
 from common import distributed
 from common.errors import UserError
@@ -54,7 +55,7 @@ def verify_whole(model: PreTrainedModel, folder: str | Path, state: Mapping[str,
 
     state: `whole_state(model)`, where the model itself may hold a part only.
     """
-    state = state or model.state_dict()
+    state = revert_weight_conversion(model, state or model.state_dict())  # by the names that are saved
     saved: set[str] = set()
     different: list[str] = []
     for file in sorted(Path(folder).glob("*.safetensors")):
