@@ -23,7 +23,9 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # Where it is installed peft imports bitsandbytes, which on some CPUs asks for a package of kernels not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# What libraries say and a user cannot mend: peft 0.21 asks a transformers model by its old property name; bitsandbytes
-# 0.50 tells of LLM.int8's own rounding, once for each layer and forward pass.
+# What libraries say and a user cannot mend: peft 0.21 asks a transformers model by its old property name, and says that
+# it ignores the doubled rank of fused experts, which it takes; bitsandbytes 0.50 tells of LLM.int8's own rounding, once
+# for each layer and forward pass.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "inputs will be cast" not in record.msg)

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     accounts.show_counts(rows)
     accounts.show_first(rows, tokenizer)
     held_out = evaluate.held_out_rows(cfg, rows)
-    cfg = tuning.reach_all(cfg, base, parent)
+    cfg = tuning.fit_targets(cfg, base, parent)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway, parent)
     tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, parent)
     net = tuning.make_trainable(base, cfg, tokens, parent)

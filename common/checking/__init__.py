@@ -3,6 +3,6 @@
 In reading order:
 
 check          every row judged, the heaviest step tried
-rehearsal      the heaviest steps, timed, with what memory they took
+rehearsal      the heaviest steps, timed, and the memory they took
 check_report   what is printed of it
 """

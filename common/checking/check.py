@@ -301,7 +301,7 @@ def rehearse(
 ) -> tuple[Report, list[str]]:
     """({step, memory} of training on the heaviest micro batch of the run, what went wrong as a list of texts)."""
     try:
-        cfg = tuning.reach_all(cfg, base, parent)
+        cfg = tuning.fit_targets(cfg, base, parent)
         tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, parent)
         net = tuning.make_trainable(base, cfg, tokens, parent)
         return rehearsal.rehearse(net, rows, cfg, tokenizer), []

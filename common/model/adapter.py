@@ -139,6 +139,7 @@ def merge_reasons(model: PeftModel) -> list[str]:
         for reason, holds in (
             ("modules_to_save", bool(config.modules_to_save)),
             ("trained token rows", bool(config.trainable_token_indices)),
+            ("LoRA on experts", bool(getattr(config, "target_parameters", None))),
             ("DoRA", config.use_dora),
             ("LoRA on embeddings or head", any(isinstance(module, BaseTunerLayer) for module in changed)),
         )

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +38,19 @@ def layers_reached(model: PreTrainedModel, names: Collection[str]) -> tuple[int,
     ends = tuple(f".{name}" for name in names)
     within = {module: name for name, module in model.named_modules() if f".{name}".endswith(ends)}
     return sum(any(module in within for module in layer.modules()) for layer in layers), len(layers)
+
+
+def fused_experts(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Names of the tensors that each hold all experts' weights, which peft adapts where modules of `names` are wanted.
+
+    Where it does, these names stand for the experts alone: a dense layer's gate_proj beside them is not adapted.
+    """
+    config = LoraConfig(target_modules=list(names))
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # not all that one tensor holds is wanted: get_peft_model refuses it too, and is reported
+        return []
+    return sorted(config.target_parameters or ())
 
 
 def show_targets(model: PreTrainedModel | PeftModel) -> None:

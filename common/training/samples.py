@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from common import files, launch
+from common.config import LORA
 from common.errors import UserError
 from common.evaluation import metrics, records
 from common.evaluation.evaluate import HeldOut, some_of_validation
@@ -114,7 +115,7 @@ def of(
 
 
 def conclude(work: Run, results: dict[str, Any], cfg: SFTConfig) -> None:
-    """Print, in a line each, that answers of what was saved do not stop or loop, and what helps; nothing where all end.
+    """Print in one line that answers of what was saved do not stop, or loop, and what helps; nothing where all end.
 
     results: what `fit` returned.
     """
@@ -140,7 +141,7 @@ def _remedy(cfg: SFTConfig, looping: list[dict[str, Any]]) -> str:
     if looping:
         return f"{longer}, a higher --learning_rate; 回答时 when answering: --repetition_penalty 1.05"
     more = f"a --max_new_tokens above the longest reference, {longer}"
-    return more if cfg.tuning not in ("lora", "qlora") else f"{more}, --train_template_tokens true"
+    return more if cfg.tuning not in LORA else f"{more}, --train_template_tokens true"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from common.device import resolve_dtype
 from common.errors import UserError
 from common.launch import rank
 from common.model import adapter
-from common.model.layers import layers_reached, linear_layers
+from common.model.layers import fused_experts, layers_reached, linear_layers
 from common.model.template_tokens import rows_to_train
 from common.model.token_rows import mend
 from common.model.weights import readable
@@ -43,6 +43,11 @@ class Start(NamedTuple):
     pissa: dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (A [r, in], B [out, r])} of PiSSA, else {}
 
 
+def fit_targets(cfg: Config, base: PreTrainedModel, parent: Path | None = None) -> Config:
+    """`cfg` as `reach_all` and `without_dropout` fit it to the layers of `base`; a run's manifest keeps the result."""
+    return without_dropout(reach_all(cfg, base, parent), base, parent)
+
+
 def reach_all(cfg: Config, base: PreTrainedModel, parent: Path | None = None) -> Config:
     """`cfg` with all-linear where the family's own target_modules are not in every layer of `base`; a line says so.
 
@@ -60,6 +65,28 @@ def reach_all(cfg: Config, base: PreTrainedModel, parent: Path | None = None) ->
         return cfg
     print(f"LoRA: {told}; 改用 taken instead: --target_modules all-linear")
     return replace(cfg, target_modules=("all-linear",))
+
+
+def without_dropout(cfg: Config, base: PreTrainedModel, parent: Path | None = None) -> Config:
+    """`cfg` with lora_dropout 0 where LoRA is on experts that share a tensor, for which peft has none; a line says so.
+
+    parent: folder of the adapter whose weights are trained on. UserError where the user asks for dropout.
+    """
+    if cfg.tuning not in LORA or not cfg.lora_dropout:
+        return cfg
+    if parent:
+        experts = sorted(adapter.config_of(parent).target_parameters or ())
+    else:
+        experts = fused_experts(base, named(base, cfg.target_modules))
+    if not experts:
+        return cfg
+    if "lora_dropout" in cfg.given:
+        raise UserError(
+            f"--lora_dropout {cfg.lora_dropout:g}: 专家共用的张量上没有 there is none on tensors that experts share "
+            f"({', '.join(experts)}): --lora_dropout 0, or --target_modules without the experts' layers"
+        )
+    print(f"LoRA: 专家也训练 on experts too ({', '.join(experts)}), 没有 dropout without dropout: --lora_dropout 0")
+    return replace(cfg, lora_dropout=0.0)
 
 
 def make_trainable(
