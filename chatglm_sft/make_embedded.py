@@ -17,7 +17,7 @@ import sentencepiece
 from chatglm_sft import prompt
 from chatglm_sft.ft_chatglm.config import Config
 from chatglm_sft.models.chatglm import ChatGLMConfig, ChatGLMForCausalLM, ChatGLMTokenizer
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.training import pretrain
 
 CONTROL = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]

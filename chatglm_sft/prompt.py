@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.data.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
-from common.data.turns import Turn, fold_system
+from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
+from common.conversation.turns import Turn, fold_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

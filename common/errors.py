@@ -92,3 +92,15 @@ def _lost_another(error: Exception) -> bool:
     """Whether `error` only says that another process is gone."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in kinds or any(text in str(error) for text in ("closed by peer", "reset by peer"))
+
+
+class RowError(ValueError):
+    """Why a row cannot be used: `kind`, a key of common/data/defects.py's DEFECTS, and `reason`, a line for people."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind = kind
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason

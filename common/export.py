@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, GenerationConfig
 
-from common import files, templates
-from common.data.turns import Turn
+from common import files
+from common.conversation import templates
+from common.conversation.turns import Turn
 from common.device import device
 from common.errors import UserError
 from common.evaluation import evaluate
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.config import ExportFlags, SFTConfig
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 # largest difference of a logit, as a share of the largest logit: fp32 rounds sums only, the others each weight too
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}

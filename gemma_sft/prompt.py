@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.data.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
-from common.data.turns import Turn, fold_system
+from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.conversation.turns import Turn, fold_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ import torch
 
 from common.cli import parse
 from common.config import PredictFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.runs import chosen
 from common.training import callbacks
 

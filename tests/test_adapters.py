@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
 from common.engine.request import Ask
 from common.errors import UserError

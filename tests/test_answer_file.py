@@ -7,8 +7,8 @@ import pytest
 
 from common.cli import parse
 from common.config import PredictFlags
+from common.conversation.turns import Conversation, Turn
 from common.data import dataset
-from common.data.turns import Conversation, Turn
 from common.errors import UserError
 from common.evaluation import answer_file, asking
 from common.inference.answerer import Answer, Sampling

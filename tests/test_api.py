@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import parse
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
 from common.engine.request import Ask, Part
 from common.errors import UserError

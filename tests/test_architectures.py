@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from common.cli import parse
 from common.config import PredictFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
 from common.engine.request import Ask
 from common.errors import UserError

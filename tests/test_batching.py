@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.engine import sampling as engine_sampling
 from common.engine.batcher import Batcher, QueueFullError
 from common.engine.request import Ask, ClientGoneError, ModelFailedError, RequestTimeoutError

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from common.cli import parse
 from common.config import DATA, EvaluationFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.errors import UserError
 from common.evaluation import benchmark, tasks
 from common.inference import likelihood

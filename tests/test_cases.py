@@ -2,10 +2,10 @@
 
 import pytest
 
-from common.data import turns as mend
+from common.conversation import turns as mend
+from common.conversation.turns import Turn, Unusable
 from common.data.formats import Notes, conversations_in
 from common.data.sources import read_records
-from common.data.turns import Turn, Unusable
 from common.errors import UserError
 from common.inputs import files_of
 from gemma_sft.ft_gemma.config import Config

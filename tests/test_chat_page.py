@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
 from common.inference.answerer import Sampling
 from common.serving import app

@@ -3,7 +3,7 @@
 import pytest
 
 from common.config import EvaluationFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.evaluation import evaluate, metrics
 from common.evaluation.tables import LEADING, metric_names
 from common.inference.answerer import Answer

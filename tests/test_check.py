@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.checking import check, check_report, rehearsal
-from common.data.render import IGNORED
+from common.conversation.render import IGNORED
 from common.errors import UserError
 from common.training import batches
 from gemma_sft import prompt

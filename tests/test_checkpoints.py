@@ -10,8 +10,8 @@ from runs import QUESTION, STEPS
 from safetensors.torch import load_file, save_file
 
 from common.config import EvaluationFlags, ExportFlags, PredictFlags, ServeFlags, TrainFlags
+from common.conversation.turns import Turn
 from common.data import dataset
-from common.data.turns import Turn
 from common.errors import UserError, run_main
 from common.export import new_folder
 from common.model import adapter, loading, loss

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from common.config import PredictFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.errors import UserError
 from common.inference import console
 from common.inference.answerer import Answer, Answerer, Sampling

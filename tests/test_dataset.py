@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from common import workers
+from common.conversation.render import TooLongError, encode_text, frame_ids, prompt_ids, special_id, training_sample
+from common.conversation.turns import Turn
 from common.data import accounts, cache, dataset
-from common.data.render import TooLongError, encode_text, frame_ids, prompt_ids, special_id, training_sample
-from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import asking
 from common.files import read_jsonl
@@ -689,7 +689,7 @@ def test_counts_add_up(tmp_path, prepare, val_set_size):
 
 
 SILENT = """
-from common.data.render import ANSWER, FRAME, Piece, encode_text
+from common.conversation.render import ANSWER, FRAME, Piece, encode_text
 
 ONE_ANSWER = False
 

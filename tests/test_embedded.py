@@ -7,7 +7,7 @@ import torch
 
 from chatglm_sft import make_embedded as chatglm
 from chatglm_sft import prompt as chatglm_prompt
-from common.data.render import encode_text
+from common.conversation.render import encode_text
 from common.training import pretrain
 from gemma_sft import make_embedded as gemma
 from gemma_sft import prompt as gemma_prompt

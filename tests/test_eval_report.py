@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.config import EvaluationFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.evaluation import evaluate, overlap
 from common.evaluation.records import predictions
 from common.evaluation.tables import by_length, metric_rows, overlap_text

@@ -9,8 +9,8 @@ import pytest
 
 from common.cli import parse
 from common.config import EvaluationFlags
+from common.conversation.turns import Turn
 from common.data import dataset
-from common.data.turns import Turn
 from common.errors import UserError
 from common.evaluation import evaluate, metrics, records
 from common.evaluation.records import predictions

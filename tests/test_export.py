@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import export, templates
+from common import export
 from common.cli import parse
 from common.config import PredictFlags
-from common.data.render import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
-from common.data.turns import Turn, in_order, said
+from common.conversation import templates
+from common.conversation.render import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
+from common.conversation.turns import Turn, in_order, said
 from common.errors import UserError
 from common.inference.answerer import Sampling
 from common.model import loading

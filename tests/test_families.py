@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from common.cli import parse
 from common.config import EvaluationFlags, PredictFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.errors import UserError
 from common.evaluation import evaluate
 from common.inference.answerer import Sampling

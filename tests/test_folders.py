@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from common.cli import parse
 from common.config import PredictFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.errors import UserError, run_main
 from common.model import loading
 from gemma_sft import prompt

@@ -10,7 +10,7 @@ from chatglm_sft.ft_glm4 import export, predict, train
 from chatglm_sft.ft_glm4.config import Config
 from common.cli import parse
 from common.config import PredictFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
 from common.inference.answerer import Sampling
 from common.serving.app import Service, create_app

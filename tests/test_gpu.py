@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from common.cli import parse
 from common.config import PredictFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.device import device
 from common.inference.answerer import Sampling
 from common.model import frozen_layers

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from common import export
 from common.cli import parse
 from common.config import TrainFlags
-from common.data import render
-from common.data.turns import Turn
+from common.conversation import render
+from common.conversation.turns import Turn
 from common.errors import UserError
 from common.inference.answerer import Sampling
 from common.model import loading, loss, verify

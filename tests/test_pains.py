@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import export
 from common.cli import parse
 from common.config import TrainFlags
-from common.data import dataset, formats, render, sources
-from common.data.render import TooLongError
-from common.data.turns import Conversation, FormatError, Turn
+from common.conversation import render
+from common.conversation.render import TooLongError
+from common.conversation.turns import Conversation, FormatError, Turn
+from common.data import dataset, formats, sources
 from common.device import resolve_dtype
 from common.errors import UserError
 from common.evaluation import evaluate, metrics

@@ -7,9 +7,10 @@ from transformers import AutoTokenizer
 
 import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
 from chatglm_sft import prompt
-from common.data import dataset, render
-from common.data.render import IGNORED
-from common.data.turns import Conversation, Turn, Unusable
+from common.conversation import render
+from common.conversation.render import IGNORED
+from common.conversation.turns import Conversation, Turn, Unusable
+from common.data import dataset
 
 GMASK, SOP, EOP = 130001, 130004, 130005
 FAMILY = "chatglm_sft/ft_chatglm"
@@ -101,7 +102,7 @@ def test_every_answer_of_a_conversation_is_taught_in_a_row_of_its_own():
 
 def test_a_system_text_stands_before_the_first_question():
     turns = [Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")]
-    from common.data.turns import fold_system
+    from common.conversation.turns import fold_system
 
     assert prompt.prompt_text(fold_system(turns)) == "[Round 0]\n问：s\n\na\n答：b\n[Round 1]\n问：c\n答："
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from common.data import render
-from common.data.turns import Turn
+from common.conversation import render
+from common.conversation.turns import Turn
 from gemma_sft import prompt
 
 

@@ -7,10 +7,9 @@ import pytest
 from conftest import CHARACTERS
 
 from chatglm_sft import prompt_glm4 as prompt
-from common import templates
-from common.data import render
-from common.data.render import IGNORED
-from common.data.turns import Turn
+from common.conversation import render, templates
+from common.conversation.render import IGNORED
+from common.conversation.turns import Turn
 
 FORMS = {"GLM-4": glm4.PLAIN, "GLM-4.5": glm4.GLM45, "GLM-4.7": glm4.GLM47}
 THINKING_OFF = {"GLM-4": "", "GLM-4.5": "/nothink", "GLM-4.7": ""}  # behind a question

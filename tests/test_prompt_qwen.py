@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from common.data import render
-from common.data.turns import Turn
+from common.conversation import render
+from common.conversation.turns import Turn
 from qwen2_sft import prompt
 
 END, START, TEXT_END = 151645, 151644, 151643

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from common.data import arrays, defects, formats, sources
-from common.data.defects import DEFECTS, RowError
-from common.data.render import TooLongError
+from common.conversation import turns
+from common.conversation.render import TooLongError
+from common.conversation.turns import FormatError, Turn, fill_identity
+from common.data import arrays, defects, formats
+from common.data.defects import DEFECTS
 from common.data.sources import read_records
-from common.data.turns import FormatError, Turn, fill_identity
-from common.errors import UserError
+from common.errors import RowError, UserError
 from common.evaluation import asking
 
 QA = '{"question": "问", "answer": "答"}'
@@ -446,7 +447,8 @@ def test_a_bad_row_is_named_and_its_neighbours_are_kept(tmp_path, row, words):
 
 def kinds_given():
     """Every kind that a file which reads rows gives to an error, a Record or an Unusable."""
-    for file in [*Path(sources.__file__).parent.glob("*.py"), Path(asking.__file__)]:
+    rooms = [Path(room.__file__).parent for room in (arrays, turns)]
+    for file in [*(file for room in rooms for file in room.glob("*.py")), Path(asking.__file__)]:
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call):
                 continue

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
 from common.errors import UserError
 from common.inference import remote

@@ -18,9 +18,9 @@ FLOORS = [
     {"config", "files", "workers"},
     {"knobs"},
     {"knob_files"},
-    {"cli", "distributed"},
+    {"cli", "distributed", "conversation"},
     {"data"},
-    {"model", "templates"},
+    {"model"},
     {"runs"},
     {"inference"},
     {"evaluation", "engine"},
@@ -30,7 +30,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = [path.name for path in COMMON.iterdir() if path.is_dir() and path.name != "__pycache__"]
 WITHOUT_TORCH = set(
-    "launch errors opened inputs config files workers knobs knob_files cli data templates serving".split()
+    "launch errors opened inputs config files workers knobs knob_files cli data conversation serving".split()
 )
 KEPT_IN = {  # library: where it may be imported
     "flask": {"serving"},
@@ -53,7 +53,7 @@ KEPT_IN = {  # library: where it may be imported
         "launch",
         "files",
         "workers",
-        "templates",
+        "conversation",
         "opened",
         "inputs",
     },

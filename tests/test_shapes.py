@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from common.checking import check
-from common.data import accounts, dataset, formats, render, turns
-from common.data.turns import Conversation, FormatError, Turn
+from common.conversation import render, turns
+from common.conversation.turns import Conversation, FormatError, Turn
+from common.data import accounts, dataset, formats
 from common.errors import UserError
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config

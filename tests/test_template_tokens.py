@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemm
 
 from common import export
 from common.cli import parse
-from common.data.render import training_sample
-from common.data.turns import Turn
+from common.conversation.render import training_sample
+from common.conversation.turns import Turn
 from common.errors import UserError
 from common.model import adapter, frozen_layers, loading, loss, template_tokens
 from common.training import tuning

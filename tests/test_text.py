@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.inference.answerer import Answerer, Sampling
 from common.inference.text import Cleaning, Wording, decode
 

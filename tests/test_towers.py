@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse
 from common.config import PredictFlags
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.engine import batcher as engine
 from common.engine.kv_batch import KVBatch, new_cache
 from common.engine.request import Ask

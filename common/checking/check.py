@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.checking import rehearsal
 from common.checking.check_report import show_rows, show_step, show_verdict
+from common.conversation.render import IGNORED
+from common.conversation.turns import Conversation, Repair, Turn, Unusable
 from common.data import accounts, cache, dataset
 from common.data.defects import DEFECTS
-from common.data.render import IGNORED
-from common.data.turns import Conversation, Repair, Turn, Unusable
 from common.errors import UserError, is_out_of_memory
 from common.inputs import files_of
 from common.launch import world_size
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.config import SFTConfig, TrainFlags
+    from common.conversation.family import Family
     from common.data.cache import Tokenised
     from common.data.dataset import TrainingData
-    from common.data.family import Family
 
 Report = dict[str, Any]  # what --json prints
 SAMPLES = 3  # rows shown with their mask

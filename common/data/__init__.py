@@ -8,10 +8,7 @@ arrays    the elements of a JSON array, one after the other
 formats   a record of any known shape as a conversation, or unusable for a reason
 corpora   readers of published corpora that have a shape of their own
 fields    the values of a row as text, lists and utterances, and which keys were read
-turns     what a conversation is, and what is done to one before it is rendered
 defects   kinds of rows that cannot be used, with what is expected and the remedy
-family    what a prompt.py provides
-render    turns to ids by the family's prompt.py, cut to length, labels by part
 dataset   all rows as ids and labels: tokenised once, mixed, sampled, split
 cache     where a file's ids and labels are kept
 accounts  what was read and lost, shown

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from common.data import render
+from common.conversation import render
 from common.data.dataset import TrainingData
 
 if TYPE_CHECKING:
     import pyarrow
     from transformers import PreTrainedTokenizerBase
 
+    from common.conversation.turns import Repair
     from common.data.cache import Tokenised
-    from common.data.turns import Repair
 
 PLACES = 3  # of a kind of repair are shown
 PERCENTS = (50, 90, 95, 99, 100)

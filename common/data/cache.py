@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy
 
-from common.data.turns import Repair, Unusable
+from common.conversation import family
+from common.conversation.turns import Repair, Unusable
 from common.files import stream_jsonl
 from common.knobs import IDS
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.config import SFTConfig
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 Row = TypeVar("Row")
 
@@ -68,7 +69,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def cache_key(path: str, content: str, cfg: SFTConfig, tokenizer_id: str, prompt: Family) -> str:
     """Name of a file's folder in the cache: a hash of all that its rows' ids, labels and reasons depend on."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(str(prompt.__file__))]
+    rooms = [Path(__file__).parent, Path(str(family.__file__)).parent]
+    files = [*(file for room in rooms for file in sorted(room.glob("*.py"))), Path(str(prompt.__file__))]
     code = [file.read_text(encoding="utf-8") for file in files]
     knobs = {name: getattr(cfg, name) for name in sorted(IDS)}
     parts = [path, content, tokenizer_id, code, knobs]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from common.conversation.turns import FormatError, Turn
 from common.data.fields import ROLES, Fields, as_text, role_of
-from common.data.turns import FormatError, Turn
 
 MOSS_MARKS = re.compile(r"^\s*<\|[\w ]+\|>:\s*|\s*<eo\w>\s*$")
 MOSS_NOTES = ("Inner Thoughts", "Tool Responses")

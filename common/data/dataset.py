@@ -15,12 +15,12 @@ import numpy
 from filelock import FileLock
 
 from common import distributed, workers
-from common.data import render
+from common.conversation import render
+from common.conversation.render import Sample
+from common.conversation.turns import Conversation, Repair, Unusable, said
 from common.data.cache import Listed, Tokenised, cache_key, tokenizer_hash
 from common.data.formats import Notes, conversations_in
-from common.data.render import Sample
 from common.data.sources import Record, read_records
-from common.data.turns import Conversation, Repair, Unusable, said
 from common.errors import UserError
 from common.files import file_hash, line_of
 from common.inputs import files_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.config import SFTConfig
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 CHUNK = 1000  # rows tokenised at a time: what a process is handed, and a record batch of rows.arrow
 

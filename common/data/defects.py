@@ -13,18 +13,6 @@ class Defect(NamedTuple):
     remedy: str
 
 
-class RowError(ValueError):
-    """Why a row cannot be used: `kind`, a key of DEFECTS, and `reason`, a line for people."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(kind, reason)
-        self.kind = kind
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.reason
-
-
 _BROKEN_LINE = "repair or delete the line"
 _IN_TURN = "user, assistant, user, assistant, …"
 _AS_THE_SHAPE_ASKS = "write the value as the shape asks"

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
+from common.conversation.turns import FormatError, Turn
 from common.data.arrays import DECODER, RepeatedError
 from common.data.defects import matter_of
-from common.data.turns import FormatError, Turn
 
 ROLES = {  # any letter case
     "system": "system",

@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
-from common.data.defects import matter_of
-from common.data.fields import SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
-from common.data.turns import (
+from common.conversation.turns import (
     Conversation,
     FormatError,
     Repair,
@@ -24,6 +21,9 @@ from common.data.turns import (
     marked,
     teaches,
 )
+from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
+from common.data.defects import matter_of
+from common.data.fields import SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
 
 if TYPE_CHECKING:
     from common.config import SFTConfig

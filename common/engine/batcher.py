@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.engine import sampling
 from common.engine.beam_search import Beams
 from common.engine.kv_batch import KVBatch, new_cache

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.data import render
+from common.conversation import render
 from common.engine.kv_batch import prompt_positions
 from common.inference.text import BYTE
 from common.model.layers import causal_of
 
 if TYPE_CHECKING:
-    from common.data.turns import Turn
+    from common.conversation.turns import Turn
     from common.inference.answerer import Answerer
 
 

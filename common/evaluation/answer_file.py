@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import files
+from common.conversation.turns import Turn, said
 from common.data.accounts import show_repaired, show_unused
 from common.data.formats import Notes
-from common.data.turns import Turn, said
 from common.errors import UserError
 from common.evaluation import asking
 from common.evaluation.records import (

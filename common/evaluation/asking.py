@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from common.conversation.turns import Conversation, Unusable, said
 from common.data import formats
 from common.data.dataset import conversations, draw_rows
 from common.data.fields import holds_something
 from common.data.formats import Notes, conversations_in
 from common.data.sources import read_records
-from common.data.turns import Conversation, Unusable, said
 from common.inputs import files_of
 
 if TYPE_CHECKING:

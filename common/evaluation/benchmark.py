@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from common.data.turns import Turn, said
+from common.conversation.turns import Turn, said
 from common.errors import UserError
 from common.evaluation import evaluate, intervals, tasks
 from common.evaluation.records import (

@@ -7,9 +7,9 @@ from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from common import distributed, launch
+from common.conversation.turns import Conversation, Turn, said
 from common.data.accounts import show_repaired, show_unused
 from common.data.formats import Notes
-from common.data.turns import Conversation, Turn, said
 from common.errors import UserError
 from common.evaluation import asking, intervals, metrics
 from common.evaluation.records import (

@@ -7,8 +7,8 @@ from typing import Any
 
 from common import files
 from common.config import SFTConfig
+from common.conversation.turns import Conversation, Turn
 from common.data import dataset
-from common.data.turns import Conversation, Turn
 from common.errors import UserError
 
 Key = tuple[str, tuple[str, ...]]  # "q" or "a", and the texts of a conversation

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common import distributed, files, launch
 from common.config import SFTConfig
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.errors import UserError
 from common.evaluation import metrics
 from common.inference.answerer import Answer, Answerer, Sampling

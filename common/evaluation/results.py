@@ -10,7 +10,7 @@ from typing import Any
 
 from common import files
 from common.config import SFTConfig
-from common.data.turns import Turn, said
+from common.conversation.turns import Turn, said
 from common.evaluation import intervals, metrics, overlap
 from common.evaluation.records import predictions
 from common.inference.answerer import Sampling

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.config import DATA
+from common.conversation.turns import Turn
 from common.data import sources
-from common.data.turns import Turn
 from common.errors import UserError
 
 if TYPE_CHECKING:

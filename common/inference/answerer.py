@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from common.data import render
+from common.conversation import render
 from common.errors import UserError
 from common.inference.text import Wording, decode
 from common.model.layers import causal_of
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.config import SFTConfig
-    from common.data.family import Family
-    from common.data.turns import Turn
+    from common.conversation.family import Family
+    from common.conversation.turns import Turn
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from common.data import render
-from common.data.turns import Turn
+from common.conversation import render
+from common.conversation.turns import Turn
 from common.inference.answerer import Sampling, fitted, prompt_limit
 from common.inference.tuned import context_of, trained_with
 from common.model import loading
@@ -17,7 +17,7 @@ from common.runs.adopted import find_manifest
 
 if TYPE_CHECKING:
     from common.config import PredictFlags, SFTConfig
-    from common.data.family import Family
+    from common.conversation.family import Family
     from common.inference.answerer import Answerer
     from common.inference.remote import Remote
 

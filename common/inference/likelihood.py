@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from common.data import render
-from common.data.turns import Turn
+from common.conversation import render
+from common.conversation.turns import Turn
 from common.errors import UserError
 from common.model.layers import causal_of
 from common.model.loss import token_losses

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from common.data import render
+from common.conversation import render
 from common.errors import UserError
 from common.inference.answerer import Answer, Sampling, fitted, prompt_limit
 from common.inference.text import Cleaning
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.config import SFTConfig
-    from common.data.family import Family
-    from common.data.turns import Turn
+    from common.conversation.family import Family
+    from common.conversation.turns import Turn
 
 TOGETHER = 16  # requests at once
 BUSY = (429, 503)  # worth another try

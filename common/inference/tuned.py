@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.config import SFTConfig
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 
 def load(cfg: SFTConfig, prompt: Family, base: bool = False) -> Answerer:

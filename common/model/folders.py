@@ -17,7 +17,7 @@ from common.model.weights import CHOICES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 WINDOWS = re.compile(r"^[A-Za-z]:[\\/]|\\")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

@@ -36,7 +36,7 @@ from common.model.complete import check_finite, check_names, report_hidden
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 # names that a text model has in the files of a model of images or sound too, and its own: old layout, and today's
 TEXT_NAMES = {

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from common.data.render import IGNORED
+from common.conversation.render import IGNORED
 from common.model.frozen_layers import times_transposed, with_pads
 from common.model.layers import causal_of
 from common.model.patches import replaced

@@ -9,7 +9,7 @@ import torch
 
 from common import distributed
 from common.config import LORA
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.config import SFTConfig
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 # cosine: a pretrained base whose end of an answer had a neighbour at 0.995 went on after its answers, tuned briefly;
 # a base tuned on its template, the end at 0.944, ended them (docs/methods.md has the measurements)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.config import SFTConfig
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 
 def find_manifest(folder: str | Path) -> dict[str, Any] | None:

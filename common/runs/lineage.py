@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.config import TrainFlags
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 SHAPE = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}  # ours: peft's
 MODULES = ("target_modules", "modules_to_save")  # which are the same is known once the base is there

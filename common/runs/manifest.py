@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from common import distributed
 from common.config import ROOT
-from common.data import cache, render
+from common.conversation import render
+from common.data import cache
 from common.errors import UserError
 from common.model import loading, weights
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.config import SFTConfig
+    from common.conversation.family import Family
     from common.data.dataset import TrainingData
-    from common.data.family import Family
 
 AROUND = 12  # characters shown before and after a difference
 MANIFEST = "run_manifest.json"

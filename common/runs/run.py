@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from common.conversation.family import Family
     from common.data.dataset import TrainingData
-    from common.data.family import Family
 
 DRAFT = "adapter.part"
 DISK_FULL = re.compile(

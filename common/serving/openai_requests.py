@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.data.turns import FormatError, Turn, in_order
+from common.conversation.turns import FormatError, Turn, in_order
 from common.engine.request import Ask
 from common.inference.answerer import Sampling
 from common.serving.failures import RequestRefusedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 from common.inference.answerer import Sampling
 from common.serving.failures import RequestRefusedError
 from common.serving.validation import Field, read_fields

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
-from common.data.render import IGNORED
+from common.conversation.render import IGNORED
 from common.launch import world_size
 from common.training import packing
 

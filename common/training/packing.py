@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
+from common.conversation.render import IGNORED
 from common.data.dataset import lengths_of
-from common.data.render import IGNORED
 from common.device import resolve_dtype
 from common.errors import UserError
 from common.model.layers import causal_of

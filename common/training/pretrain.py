@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from common import files
 from common.config import ROOT
-from common.data.render import Sample, training_sample
-from common.data.turns import Turn
+from common.conversation.render import Sample, training_sample
+from common.conversation.turns import Turn
 from common.model.loss import supervised
 from common.training.batches import collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 BATCH, SEED, WARMUP, LIMIT = 16, 42, 200, 2048
 

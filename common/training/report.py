@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from common.config import SFTConfig
-    from common.data.family import Family
-    from common.data.turns import Turn
+    from common.conversation.family import Family
+    from common.conversation.turns import Turn
 
 
 def leave(

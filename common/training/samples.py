@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     )
 
     from common.config import SFTConfig
+    from common.conversation.family import Family
     from common.data.dataset import TrainingData
-    from common.data.family import Family
     from common.runs.run import Run
 
 NAME = "samples.jsonl"

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.data.defects import RowError
-from common.data.turns import Turn
+from common.conversation.turns import Turn
+from common.errors import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 FRAME, QUESTION, ANSWER, CONTEXT = "frame", "question", "answer", "context"
 IGNORED = -100  # the label of an id the loss does not count

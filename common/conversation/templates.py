@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from common.data.turns import Turn
+from common.conversation.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from common.data.family import Family
+    from common.conversation.family import Family
 
 SYSTEM, GREETED, ASKED, ANSWERED, AGAIN = "{system}", "{greeting}", "{question 1}", "{answer 1}", "{question 2}"
 MODELFILE = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from common.data.render import Piece
-from common.data.turns import Turn
+from common.conversation.render import Piece
+from common.conversation.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,18 +6,30 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from common.data.defects import RowError
+from common.errors import RowError
+
+
+class Call(NamedTuple):
+    """A tool called in an answer: its name and a JSON object of arguments, as text."""
+
+    name: str
+    arguments: str
 
 
 class Turn(NamedTuple):
-    """One utterance. `role` is system, user, assistant, or text (pre-training text without a question).
+    """One utterance. `role` is system, user, assistant, tool, or text (pre-training text without a question).
 
-    `learn` is False for an answer that is context only: the loss does not count it.
+    `learn` is False for an answer that is context only: the loss does not count it. `thought` was thought before an
+    answer, `calls` are made at its end; a turn of the role tool is the result of one call, in the calls' order. `tools`
+    are on offer from a system turn on, a JSON list as text.
     """
 
     role: str
     text: str
     learn: bool = True
+    thought: str = ""
+    calls: tuple[Call, ...] = ()
+    tools: str = ""
 
 
 def said(turns: Iterable[Turn]) -> list[tuple[str, str]]:
@@ -73,7 +85,7 @@ def fill_identity(turns: Sequence[Turn], name: Sequence[str], author: Sequence[s
             raise FormatError("identity", f"{match[0]} 没有填 is not filled: give --model_name and --model_author")
         return values[key][form]
 
-    return [Turn(role, PLACEHOLDER.sub(value, text), learn) for role, text, learn in turns]
+    return [turn._replace(text=PLACEHOLDER.sub(value, turn.text)) for turn in turns]
 
 
 def fold_system(turns: Sequence[Turn]) -> Sequence[Turn]:
