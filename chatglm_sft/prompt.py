@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
 from common.conversation.turns import Turn, fold_system
 
@@ -25,7 +26,7 @@ STYLES = ("chat",)
 ONE_ANSWER = True
 RECIPES = "chatglm_sft/ft_chatglm"
 MODEL_TYPES = ("chatglm",)
-ENGINES = UNTIED_ENGINES = ()  # besides transformers with the model of this folder, nothing runs it
+ENGINES: dict[str, Engine] = {}  # besides transformers with the model of this folder, nothing runs it
 CHAT_TEMPLATE = (  # the prompt's text; calling the tokenizer on it adds [gMASK] and <sop>
     "{% set ns = namespace(system='', greeting='', round=0, asked=false) %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}"

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.turns import Turn
 from common.launch import rank
@@ -34,7 +35,7 @@ STYLES = ("chat",)
 ONE_ANSWER = False
 RECIPES = "chatglm_sft/ft_glm4"
 MODEL_TYPES = ("glm", "glm4", "glm4_moe", "glm4_moe_lite")
-ENGINES = UNTIED_ENGINES = ()  # none has been run with an exported folder
+ENGINES: dict[str, Engine] = {}  # none has been run with an exported folder
 CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}"
     "{% if message['role'] != 'user' or loop.first or loop.previtem['role'] != 'assistant' %}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.turns import Turn, fold_system
 
@@ -25,8 +26,14 @@ MODEL_TYPES = tuple(
     "gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text "
     "vaultgemma".split()
 )
-ENGINES = ("vllm", "llama.cpp", "ollama", "mlx", "keras")  # besides transformers, what runs an exported folder
-UNTIED_ENGINES = ()  # of these, what runs a head of its own: vLLM refuses it, llama.cpp would drop it without a word
+EXPORTED, OLDER = ("gemma", "gemma2", "gemma3_text"), ("gemma", "gemma2")
+ENGINES = {  # besides transformers, what runs an exported folder; none does where its head is no longer tied:
+    "vllm": Engine(EXPORTED),  # refuses it
+    "llama.cpp": Engine(EXPORTED, sentencepiece=OLDER),  # would drop it without a word
+    "ollama": Engine(EXPORTED, sentencepiece=EXPORTED),
+    "mlx": Engine(EXPORTED),
+    "keras": Engine(EXPORTED, sentencepiece=OLDER),
+}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}{% else %}"

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.turns import Turn
 
@@ -28,8 +29,14 @@ MODEL_TYPES = tuple(
     "qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp "
     "qwen4_exp_text".split()
 )
-ENGINES = ("vllm", "llama.cpp", "ollama", "mlx")  # besides transformers, what runs an exported folder
-UNTIED_ENGINES = ENGINES  # of these, what runs a head of its own: the larger Qwen have one
+EXPORTED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+ENGINES = {  # besides transformers, what runs an exported folder
+    "vllm": Engine(EXPORTED, untied=True),
+    "llama.cpp": Engine(EXPORTED, untied=True),
+    "ollama": Engine(("qwen2",), untied=True),
+    "mlx": Engine(EXPORTED, untied=True),
+    "keras": Engine(("qwen2",), untied=True),
+}
 SYSTEM = "You are a helpful assistant."
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}{% endif %}"

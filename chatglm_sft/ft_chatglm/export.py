@@ -18,17 +18,19 @@ from common.errors import run_main
 def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ExportFlags, argv)
     import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the model
-    from common import export
+    from common.export import engines, merging, older, writing
     from common.runs import chosen
 
+    if flags.repair:
+        return older.repair(flags.repair)
     cfg = chosen.choose(cfg, flags)
-    folder = export.new_folder(cfg, flags)
-    tuned = export.load(cfg, prompt)
-    expected = export.measure(tuned)
-    whole = export.merge(tuned)
-    export.check_merge(whole, expected)
-    export.write(whole, expected, folder, cfg, prompt)
-    export.show_engines(tuned, folder, prompt)
+    folder = writing.new_folder(cfg, flags)
+    tuned = merging.load(cfg, prompt)
+    expected = merging.measure(tuned)
+    whole = merging.merge(tuned)
+    merging.check_merge(whole, expected)
+    writing.write(whole, expected, folder, cfg, prompt)
+    engines.show_engines(tuned, folder, prompt)
 
 
 if __name__ == "__main__":

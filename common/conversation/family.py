@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from common.conversation.render import Piece
 from common.conversation.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Engine(NamedTuple):
+    """For which exported folders an engine is: `model_type`s, and those that need a tokenizer.model in the folder.
+
+    untied: it runs a head that is not tied to the embeddings, where the base's is.
+    """
+
+    model_types: tuple[str, ...]
+    sentencepiece: tuple[str, ...] = ()
+    untied: bool = False
 
 
 class Family(Protocol):
@@ -35,12 +46,8 @@ class Family(Protocol):
         """`model_type` of the models these recipes are for; of a type that none names, the tokenizer decides."""
 
     @property
-    def ENGINES(self) -> tuple[str, ...]:
-        """What runs an exported folder besides transformers: keys of export.show_engines."""
-
-    @property
-    def UNTIED_ENGINES(self) -> tuple[str, ...]:
-        """Those of them that run a head which is not tied to the embeddings."""
+    def ENGINES(self) -> dict[str, Engine]:
+        """What runs an exported folder besides transformers, by the names of export/engines.py's commands."""
 
     @property
     def CHAT_TEMPLATE(self) -> str:
