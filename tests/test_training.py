@@ -578,7 +578,7 @@ def steps_logged(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_stopped_run_resumes_bit_for_bit(flags, tmp_path, environment, warm, uninterrupted, number):
     folder = tmp_path / "stopped"
     process = start(flags("stopped", *LONG), environment)
