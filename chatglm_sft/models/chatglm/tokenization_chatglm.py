@@ -75,7 +75,7 @@ class ChatGLMTokenizer(SentencePieceBackend):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *inputs, **kwargs):
-        """As in transformers; a folder of ChatGLM2 or 3, whose tokenizer has this name too, gives a ChatGLM2Tokenizer."""
+        """As in transformers; a folder of ChatGLM2 or 3, which names this class too, gives a ChatGLM2Tokenizer."""
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
         try:
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)

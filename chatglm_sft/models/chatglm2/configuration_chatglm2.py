@@ -20,7 +20,7 @@ ONLY: dict[str, Any] = {  # field of config.json: the one value that is computed
     "quantization_bit": 0,
 }
 INSTEAD = {  # what to do where such a field has another value
-    "rope_ratio": "the 32k checkpoints stretch positions, each generation in another way: take the checkpoint without 32k",
+    "rope_ratio": "32k checkpoints stretch positions, each generation in another way: take the one without 32k",
     "pre_seq_len": "P-tuning v2 prefixes cannot be read: take the base checkpoint and tune it with LoRA",
     "quantization_bit": "int4/int8 checkpoints cannot be read: take the fp16 checkpoint, and --tuning qlora",
 }

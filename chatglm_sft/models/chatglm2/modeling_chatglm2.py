@@ -92,9 +92,7 @@ class ChatGLM2Attention(nn.Module):
         self.scaling = config.kv_channels**-0.5
         width = config.kv_channels * config.num_attention_heads
         fused = width + 2 * config.kv_channels * config.num_key_value_heads
-        self.query_key_value = nn.Linear(
-            config.hidden_size, fused, bias=config.add_qkv_bias or config.add_bias_linear
-        )
+        self.query_key_value = nn.Linear(config.hidden_size, fused, bias=config.add_qkv_bias or config.add_bias_linear)
         self.dense = nn.Linear(width, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(

@@ -10,16 +10,16 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 # Their ids follow those of the SentencePiece pieces, in this order. ChatGLM2 has learnt the first five only.
 WORDS = ("sop", "eop")
 CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", *WORDS, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-START = re.compile(r"(?<=MASK\])(sop)")
+BEHIND_MASK = re.compile(rf"(?<=MASK\])({'|'.join(WORDS)})")
 
 
 class ChatGLM2Tokenizer(SentencePieceBackend):
     """Text to ids and back, as the originals do it.
 
     - A prompt is `[gMASK] sop text`, a pair `[gMASK] sop text answer </s>`; padding goes on the left, with <unk> (0).
-    - Control tokens in a text are read as such, as the originals do for a chat template; `sop` only where it stands
-      behind `[gMASK]`, for it is a part of words. `split_special_tokens=True` reads all of them as ordinary
-      characters, as the originals do elsewhere: use it for text that users typed.
+    - Control tokens in a text are read as such, as the originals do for a chat template; `sop` and `eop` behind
+      another control token only, for they are parts of words. `split_special_tokens=True` reads all of them as
+      ordinary characters, as the originals do elsewhere: use it for text that users typed.
     - Every text, and every text behind a control token, gets SentencePiece's dummy blank in front.
 
     Raises ValueError for lower-casing or blank removal (which the released tokenizers have switched off), and for a
@@ -80,7 +80,7 @@ class ChatGLM2Tokenizer(SentencePieceBackend):
         if kwargs.get("split_special_tokens", self.split_special_tokens):
             return super().tokenize(text, **kwargs)
         tokens = []
-        for number, part in enumerate(START.split(text)):
+        for number, part in enumerate(BEHIND_MASK.split(text)):
             tokens += self._tokenize(part) if part in WORDS and not number % 2 else super().tokenize(part, **kwargs)
         return tokens
 
