@@ -5,8 +5,7 @@ from transformers import PreTrainedConfig
 
 from common.versions import CACHE
 
-# Fields only ChatGLM2/3 configs have. Both generations call themselves "chatglm".
-CHATGLM2_FIELDS = {"padded_vocab_size", "ffn_hidden_size", "kv_channels", "multi_query_attention", "rmsnorm"}
+from .. import CHATGLM2_FIELDS
 
 
 @strict

@@ -6,7 +6,7 @@ import torch
 from transformers import AddedToken, BatchEncoding, PreTrainedConfig
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from .configuration_chatglm import CHATGLM2_FIELDS
+from .. import CHATGLM2_FIELDS
 from .layout import build_blocked_mask, first_index, position_rows
 
 NEWLINE, TAB = "<n>", "<|tab|>"
