@@ -144,6 +144,26 @@ def small_glm4(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_chatglm2(tmp_path_factory):
+    """A folder with a random ChatGLM2 of 40,000 parameters and its SentencePiece tokenizer."""
+    import glm2
+
+    folder = tmp_path_factory.mktemp("small_chatglm2")
+    glm2.write_folder(folder, 2, CHARACTERS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_chatglm3(tmp_path_factory):
+    """A folder with a random ChatGLM3 of 40,000 parameters and its SentencePiece tokenizer."""
+    import glm2
+
+    folder = tmp_path_factory.mktemp("small_chatglm3")
+    glm2.write_folder(folder, 3, CHARACTERS)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_models(small_gemma, small_qwen, small_chatglm, small_glm4):
     """{hub id: folder of a small random model of that family}, as commands.Project wants it."""
     return {

@@ -215,6 +215,11 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers, where other models' trunks have them."""
+        return self.encoder.layers
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
