@@ -1,4 +1,4 @@
-"""The prompts of ChatGLM2 and ChatGLM3: the originals' text and ids, what is learnt, text that stays text, whose it is."""
+"""The prompts of ChatGLM2 and ChatGLM3: the originals' text and ids, what is learnt, typed tokens, whose a model is."""
 
 import glm2
 import pytest

@@ -18,7 +18,6 @@ FAMILIES = {
     "small_gemma": "gemma_sft.prompt",
     "small_qwen": "qwen2_sft.prompt",
     "small_chatglm": "chatglm_sft.prompt",
-    "small_chatglm3": "chatglm_sft.prompt_chatglm3",
     "small_glm4": "chatglm_sft.prompt_glm4",
 }
 # pieces of the vocabulary, bytes, and what ChatGLM shows otherwise than it is generated
@@ -28,8 +27,8 @@ TEXT = "人有他的一, 这是你好世界\n\n 问答了不?我在[[训练时�
 @pytest.fixture(params=FAMILIES)
 def family(request):
     """(tokenizer, prompt module): pieces or bytes of Gemma, byte-level Qwen, SentencePiece of ChatGLM."""
-    if request.param.startswith("small_chatglm"):
-        import chatglm_sft.models.chatglm2  # noqa: F401
+    if request.param == "small_chatglm":
+        import chatglm_sft.models.chatglm  # noqa: F401
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(request.param))
     return tokenizer, importlib.import_module(FAMILIES[request.param])
 
