@@ -3,6 +3,7 @@
 import re
 from itertools import groupby
 
+from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken
 from transformers.tokenization_python import Trie
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
@@ -44,8 +45,10 @@ class ChatGLM2Tokenizer(SentencePieceBackend):
                 raise ValueError(f"{name}=True is not supported: ChatGLM2 and 3 were trained with {name}=False")
         kwargs.pop("auto_map", None)  # the checkpoint's own python files, which this port replaces
         others = [token for token in kwargs.pop("extra_special_tokens", None) or [] if str(token) not in CONTROL]
+        first = SentencePieceProcessor(model_file=vocab_file).get_piece_size()
         added = kwargs.pop("added_tokens_decoder", {})  # the published file has some of the control tokens, not special
-        kwargs["added_tokens_decoder"] = {id_: token for id_, token in added.items() if str(token) not in CONTROL}
+        added = {id_: token for id_, token in added.items() if str(token) not in CONTROL}
+        control = [AddedToken(token, normalized=False, special=True) for token in CONTROL]
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(
             vocab_file=vocab_file,
@@ -53,22 +56,11 @@ class ChatGLM2Tokenizer(SentencePieceBackend):
             unk_token=unk_token,
             pad_token=pad_token,
             extra_special_tokens=[*CONTROL, *others],
+            added_tokens_decoder=dict(enumerate(control, first)) | added,
             **kwargs,
         )
         if self.sp_model.piece_to_id(str(eos_token)) == self.sp_model.unk_id():
             raise ValueError(f"{vocab_file} is not the tokenizer of ChatGLM2 or 3: it has no piece {eos_token}")
-
-    def _add_tokens(self, new_tokens: list, special_tokens: bool = False) -> int:
-        """As in transformers; the control tokens come first, whatever else is added."""
-        first = self.sp_model.get_piece_size()
-        for index, token in enumerate(CONTROL, first):
-            if token not in self._added_tokens_encoder:
-                self._added_tokens_decoder[index] = AddedToken(token, normalized=False, special=True)
-                self._added_tokens_encoder[token] = index
-        self._update_total_vocab_size()
-        return super()._add_tokens(
-            [token for token in new_tokens if str(token) not in self._added_tokens_encoder], special_tokens
-        )
 
     def _update_trie(self, unique_no_split_tokens: list[str] | None = None):
         """As in transformers, without the words among the control tokens."""
