@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from chatglm_sft.models import CHATGLM2_FIELDS
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
 from common.conversation.turns import Turn, fold_system
@@ -45,7 +46,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
     ask = Piece([tokenizer.gmask_token_id, tokenizer.bos_token_id], FRAME)
     if turns[0].role == "text":
         return [ask, _answer(tokenizer, turns[0].text)]
-    turns = _without_greeting(fold_system(turns))
+    turns = without_greeting(fold_system(turns))
     last = turns[-1]
     answered = [_answer(tokenizer, last.text, last.learn)] if last.role == "assistant" else []
     asked = turns[: len(turns) - len(answered)]
@@ -80,16 +81,29 @@ def clean(text: str, ended: bool = True) -> str:
     return HALF_WIDTH.sub(lambda found: FULL_WIDTH[found[0]], text)
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, text: str, learn: bool = True) -> Piece:
-    return Piece([*encode_text(tokenizer, text), tokenizer.eos_token_id], ANSWER if learn else CONTEXT)
-
-
-def _without_greeting(turns: Sequence[Turn]) -> Sequence[Turn]:
+def without_greeting(turns: Sequence[Turn]) -> Sequence[Turn]:
     """The turns with a greeting before the first question, an empty line between: a round begins with a question."""
     if turns[0].role != "assistant":
         return turns
     greeting, first, *rest = turns
     return [first._replace(text=f"{greeting.text.strip()}\n\n{first.text.lstrip()}"), *rest]
+
+
+def kinds(config: dict, template: str | None) -> tuple[str, ...]:
+    """Which generations of ChatGLM a config.json may be of, as MODEL_TYPES name them: all three say "chatglm".
+
+    The second and the third are one architecture, and told apart by the name that the published config.json keeps, or
+    by the tokenizer's own chat template, where it has one.
+    """
+    if not CHATGLM2_FIELDS & config.keys():
+        return MODEL_TYPES
+    hints = f"{config.get('_name_or_path')} {template}".lower()
+    second, third = (any(hint in hints for hint in told) for told in (("chatglm2", "[round"), ("chatglm3", "<|user|>")))
+    return ("chatglm2", "chatglm3") if second == third else ("chatglm2",) if second else ("chatglm3",)
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, text: str, learn: bool = True) -> Piece:
+    return Piece([*encode_text(tokenizer, text), tokenizer.eos_token_id], ANSWER if learn else CONTEXT)
 
 
 FULL_WIDTH = dict(zip(",!:;?", "，！：；？", strict=True))

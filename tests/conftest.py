@@ -144,12 +144,34 @@ def small_glm4(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_models(small_gemma, small_qwen, small_chatglm, small_glm4):
+def small_chatglm2(tmp_path_factory):
+    """A folder with a random ChatGLM2 of 40,000 parameters and its SentencePiece tokenizer."""
+    import glm2
+
+    folder = tmp_path_factory.mktemp("small_chatglm2")
+    glm2.write_folder(folder, 2, CHARACTERS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_chatglm3(tmp_path_factory):
+    """A folder with a random ChatGLM3 of 40,000 parameters and its SentencePiece tokenizer."""
+    import glm2
+
+    folder = tmp_path_factory.mktemp("small_chatglm3")
+    glm2.write_folder(folder, 3, CHARACTERS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_models(small_gemma, small_qwen, small_chatglm, small_chatglm2, small_chatglm3, small_glm4):
     """{hub id: folder of a small random model of that family}, as commands.Project wants it."""
     return {
         "google/gemma-2b-it": small_gemma,
         "Qwen/Qwen1.5-0.5B-Chat": small_qwen,
         "THUDM/chatglm-6b": small_chatglm,
+        "THUDM/chatglm2-6b": small_chatglm2,
+        "THUDM/chatglm3-6b": small_chatglm3,
         "THUDM/GLM-4-9B-0414": small_glm4,
     }
 

@@ -152,6 +152,8 @@ FAMILIES = {
     "small_gemma": "gemma_sft.prompt",
     "small_qwen": "qwen2_sft.prompt",
     "small_chatglm": "chatglm_sft.prompt",
+    "small_chatglm2": "chatglm_sft.prompt_chatglm2",
+    "small_chatglm3": "chatglm_sft.prompt_chatglm3",
     "small_glm4": "chatglm_sft.prompt_glm4",
 }
 

@@ -427,7 +427,6 @@ def test_missing_weight_is_reported(tmp_path):
     "fields, message",
     [
         ({"pre_seq_len": 128}, "pre_seq_len=128: P-tuning"),
-        ({"padded_vocab_size": 65024, "multi_query_attention": True}, "ChatGLM2/3 config"),
         ({"quantization_bit": 4}, "quantization_bit=4"),
         ({"hidden_size": 30}, "hidden_size=30"),
         ({"hidden_size": 24}, "divide by 4"),
@@ -440,6 +439,11 @@ def test_config_refuses_what_it_cannot_run(tmp_path, fields, message):
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=message):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def test_fields_of_chatglm2_are_refused_where_its_own_config_is_not_asked_for():
+    with pytest.raises(ValueError, match=r"ChatGLM2/3 config \(it has multi_query_attention, padded_vocab_size\)"):
+        tiny_config(padded_vocab_size=65024, multi_query_attention=True)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -275,6 +275,8 @@ ALL_STYLES = [  # (fixture with the tokenizer or its folder, its prompt, style);
     *(("small_gemma", "gemma_sft.prompt", style) for style in ("chat", "log", "plain")),
     *(("small_qwen", "qwen2_sft.prompt", style) for style in ("chat", "plain")),
     ("small_chatglm", "chatglm_sft.prompt", "chat"),
+    ("small_chatglm2", "chatglm_sft.prompt_chatglm2", "chat"),
+    ("small_chatglm3", "chatglm_sft.prompt_chatglm3", "chat"),
     ("small_glm4", "chatglm_sft.prompt_glm4", "chat"),
 ]
 

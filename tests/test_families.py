@@ -39,6 +39,8 @@ FAMILIES = {
     "gemma": Family("gemma_sft.ft_gemma", "small_gemma", 2 * 3 * 2),
     "qwen": Family("qwen2_sft.ft_qwen2", "small_qwen", 2 * 3 * 2),
     "chatglm": Family("chatglm_sft.ft_chatglm", "small_chatglm", 2 * 1 * 2, "import chatglm_sft.models.chatglm"),
+    "chatglm2": Family("chatglm_sft.ft_chatglm2", "small_chatglm2", 2 * 1 * 2, "import chatglm_sft.models.chatglm2"),
+    "chatglm3": Family("chatglm_sft.ft_chatglm3", "small_chatglm3", 2 * 1 * 2, "import chatglm_sft.models.chatglm2"),
     "glm4": Family("chatglm_sft.ft_glm4", "small_glm4", 2 * 3 * 2),
 }
 
@@ -225,6 +227,7 @@ def test_scoring_and_serving_run_as_processes(family, trained, forked, warm, tmp
 def test_help_names_the_family_own_port(family, recipe):
     folder = family.package.replace(".", "/")
     ports = {"gemma": "8044", "qwen": "8036", "chatglm": "8033", "glm4": "8034"}
+    ports |= {"chatglm2": "8032", "chatglm3": "8035"}
     done = recipe("post_api.py", "--help", family=folder)
     assert done.returncode == 0 and f"[{ports[family.fixture.removeprefix('small_')]}]" in done.stdout
 

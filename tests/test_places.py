@@ -14,7 +14,8 @@ from common.runs import places
 from gemma_sft.ft_gemma import export
 from gemma_sft.ft_gemma.config import Config
 
-FAMILIES = ["gemma_sft.ft_gemma", "qwen2_sft.ft_qwen2", "chatglm_sft.ft_chatglm", "chatglm_sft.ft_glm4"]
+FAMILIES = ["gemma_sft.ft_gemma", "qwen2_sft.ft_qwen2"]
+FAMILIES += [f"chatglm_sft.{recipes}" for recipes in ("ft_chatglm", "ft_chatglm2", "ft_chatglm3", "ft_glm4")]
 NO_BASE = "/nowhere/base"  # a recipe that came to load it would say so
 
 

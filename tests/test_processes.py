@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chatglm_sft.ft_chatglm3 import train as train_chatglm3
 from common import distributed
 from common.cli import parse
 from common.errors import UserError
@@ -181,6 +182,15 @@ def test_pain_21_ddp_over_uneven_rows_trains_what_one_process_does(home, flags, 
     assert {"base", "tuned"} <= results.keys() and results["steps"] == 9
     manifest = json.loads((home / "ddp/run_manifest.json").read_text())
     assert manifest["state"] == "finished" and manifest["processes"] == "2 DDP"
+
+
+@pytest.mark.slow
+def test_ddp_trains_a_model_of_this_project_too(home, flags, finish, small_chatglm3):
+    one, two = (["--path_model_pretrain", small_chatglm3, "--micro_batch_size", rows] for rows in (8, 2))
+    train_chatglm3.main(flags("chatglm3", *one))
+    code, output, errors = finish(TORCHRUN, [str(ROOT / "chatglm_sft/ft_chatglm3/train.py"), *flags("ddp3", *two)])
+    assert code == 0, errors
+    assert_same_training(home / "ddp3", home / "chatglm3", 1e-4)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 FILES = """adapter_config.json adapter_model.safetensors tokenizer.json chat_template.jinja run_manifest.json
 trainer_log.jsonl training_loss.png all_results.json predictions.jsonl rejected.jsonl README.md"""
 DEFAULT_RUN, TESTS = commands("README.md")[0], "pip install -r requirements-dev.txt && python -m pytest"
-# Gemma's default run is whole; Qwen's has its data, task and knobs, and is a quarter as long here; fewer rows are scored
+# Gemma's default run is whole; Qwen's has its data, task and knobs, and is a quarter as long here; fewer rows scored
 SHORTER = {
     "python gemma_sft/ft_gemma/evaluation.py --compare": " --eval_rows 50",
     "python qwen2_sft/ft_qwen2/train.py": " --max_steps 120 --eval_rows 50",

@@ -121,6 +121,10 @@ PRIVATE = {  # a method that is ours or calls theirs: (its parameters, the modul
         "self inputs_tensor model_kwargs",
         "transformers.generation.utils",
     ),
+    "transformers.tokenization_utils_sentencepiece.SentencePieceBackend._update_trie": (
+        "self unique_no_split_tokens",
+        "transformers.tokenization_utils_sentencepiece",
+    ),
     "waitress.channel.HTTPChannel.error_task_class": ("channel request", "waitress.channel"),
 }
 OTHERS = {

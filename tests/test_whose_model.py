@@ -14,6 +14,8 @@ FAMILIES = {  # folder of a small model: recipes, as packages
     "small_gemma": "gemma_sft.ft_gemma",
     "small_qwen": "qwen2_sft.ft_qwen2",
     "small_chatglm": "chatglm_sft.ft_chatglm",
+    "small_chatglm2": "chatglm_sft.ft_chatglm2",
+    "small_chatglm3": "chatglm_sft.ft_chatglm3",
     "small_glm4": "chatglm_sft.ft_glm4",
 }
 RECIPES = list(FAMILIES.values())

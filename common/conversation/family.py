@@ -43,7 +43,12 @@ class Family(Protocol):
 
     @property
     def MODEL_TYPES(self) -> tuple[str, ...]:
-        """`model_type` of the models these recipes are for; of a type that none names, the tokenizer decides."""
+        """`model_type` of the models these recipes are for; of a type that none names, the tokenizer decides.
+
+        Where models of several families say the same, the module that has it as its name has a function too,
+        `kinds(config, template)`: what config.json and the tokenizer's own chat template say it may be, as MODEL_TYPES
+        name it, the likeliest first.
+        """
 
     @property
     def ENGINES(self) -> dict[str, Engine]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,21 +127,37 @@ def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None
 
 
 def check_family(
-    tokenizer: PreTrainedTokenizerBase | None, path: str | Path, model_type: str | None, prompt: Family
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    config: dict[str, Any],
+    prompt: Family,
+    template: str | None = None,
 ) -> None:
     """UserError where the model of `path` is one for other recipes, or its tokenizer lacks a token of the template.
 
-    model_type: as its config says; of one that no recipe names, or that speaks another template than its own family's,
-    the tokenizer alone decides. tokenizer: None where it cannot be loaded.
+    config: what its config.json says; of a model type that no recipe names, or that speaks another template than its
+    own family's, the tokenizer alone decides. tokenizer: None where it cannot be loaded. template: the chat template
+    that the folder has itself.
     """
-    other = None if model_type in (None, *prompt.MODEL_TYPES) else _family_of(model_type)
+    kinds = _kinds_of(config, template)
+    other = None if set(kinds) & {None, *prompt.MODEL_TYPES} else _family_of(kinds[0])
     if other and (tokenizer is None or not _lacking(tokenizer, other)):
         raise UserError(
-            f"{path}: 是别的家族的模型 is a {model_type} model, of another family: its recipes are in "
+            f"{path}: 是别的家族的模型 is a {config['model_type']} model, of another family: its recipes are in "
             f"{other.RECIPES}, such as python {other.RECIPES}/train.py"
         )
     if tokenizer is not None and (lacking := _lacking(tokenizer, prompt)):
         raise UserError(f"{path}: {lacking}; is it a model of this family?")
+
+
+def _kinds_of(config: dict[str, Any], template: str | None) -> Sequence[str | None]:
+    """What the model may be, as MODEL_TYPES name it, the likeliest first; None where config.json does not say.
+
+    Where families share a `model_type`, the `kinds` of the one that has it as its name tells them apart.
+    """
+    model_type = config.get("model_type")
+    tell = getattr(_family_of(model_type), "kinds", None)
+    return tell(config, template) if tell else (model_type,)
 
 
 def _family_of(model_type: str | None) -> Family | None:

@@ -57,29 +57,30 @@ def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
     """
     folders.check_folder(path, ("config.json", *folders.TOKENIZER_FILES))
     weights.check_tokenizer(path)
-    model_type = _model_type(path)
-    if model_type not in CONFIG_MAPPING:  # transformers would guess
-        folders.check_family(None, path, model_type, prompt)
+    config = _config_of(path)
+    if config.get("model_type") not in CONFIG_MAPPING:  # transformers would guess
+        folders.check_family(None, path, config, prompt)
     try:
         tokenizer = _loaded(AutoTokenizer, path, "分词器 tokenizer")
     except UserError:
         folders.check_tokenizer(path)  # transformers names a key that it missed, not the file
         raise
-    if tokenizer.chat_template is None:
+    own = tokenizer.chat_template
+    if own is None:
         tokenizer.chat_template = prompt.CHAT_TEMPLATE
     folders.check_template(tokenizer, path)
-    folders.check_family(tokenizer, path, model_type, prompt)
+    folders.check_family(tokenizer, path, config, prompt, own)
     _check_vocabulary(tokenizer, path)
     return tokenizer
 
 
-def _model_type(path: str | Path) -> str | None:
-    """The model type in the config of a folder or hub id, whether it is known here or not; None where none is read."""
+def _config_of(path: str | Path) -> dict[str, Any]:
+    """What config.json of a folder or hub id says, whether its model is known here or not; {} where none is read."""
     source = _from_modelscope(str(path)) if _is_modelscope(path) else path
     try:
-        return PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        return PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError):  # said when the config is loaded
-        return None
+        return {}
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase, otherwise: int) -> int:

@@ -5,8 +5,7 @@ from transformers import PreTrainedConfig
 
 from common.versions import CACHE
 
-# Fields only ChatGLM2/3 configs have. Both generations call themselves "chatglm".
-CHATGLM2_FIELDS = {"padded_vocab_size", "ffn_hidden_size", "kv_channels", "multi_query_attention", "rmsnorm"}
+from .. import CHATGLM2_FIELDS
 
 
 @strict
@@ -52,13 +51,22 @@ class ChatGLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if foreign := sorted(CHATGLM2_FIELDS & kwargs.keys()):
             raise ValueError(
-                f"this is a ChatGLM2/3 config (it has {', '.join(foreign)}): only ChatGLM-6B (v1) is supported here; "
-                "GLM-4 is, by ft_glm4, in transformers' own form: THUDM/glm-4-9b-chat-hf, GLM-4-9B-0414"
+                f"this is a ChatGLM2/3 config (it has {', '.join(foreign)}): its class is ChatGLM2Config, "
+                "of chatglm_sft.models.chatglm2"
             )
         # Points at the checkpoint's own python files, which this port replaces.
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         self._refuse_unsupported()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; the config.json of ChatGLM2 or 3, which says "chatglm" too, becomes a ChatGLM2Config."""
+        if CHATGLM2_FIELDS & config_dict.keys():
+            from ..chatglm2 import ChatGLM2Config
+
+            return ChatGLM2Config.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def head_dim(self) -> int:

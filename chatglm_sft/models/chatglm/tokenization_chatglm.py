@@ -3,14 +3,16 @@
 import re
 
 import torch
-from transformers import AddedToken, BatchEncoding
+from transformers import AddedToken, BatchEncoding, PreTrainedConfig
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+from .. import CHATGLM2_FIELDS
 from .layout import build_blocked_mask, first_index, position_rows
 
 NEWLINE, TAB = "<n>", "<|tab|>"
 BLANK_RUN = re.compile(" {2,80}")  # greedy: 81 blanks are one run of 80 and an ordinary blank
 BLANK_PIECE = re.compile(r"<\|blank_(\d+)\|>")
+PLACE = ("cache_dir", "revision", "token", "subfolder", "local_files_only")  # where from_pretrained looks for files
 
 
 class ChatGLMTokenizer(SentencePieceBackend):
@@ -70,6 +72,20 @@ class ChatGLMTokenizer(SentencePieceBackend):
         self.init_kwargs |= {"gmask_token": self.gmask_token, "end_token": self.end_token, "num_image_tokens": 0}
         self._check_special_pieces()
         self._strip_beside_special_tokens()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *inputs, **kwargs):
+        """As in transformers; a folder of ChatGLM2 or 3, which names this class too, gives a ChatGLM2Tokenizer."""
+        place = {name: kwargs[name] for name in PLACE if name in kwargs}
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
+        except OSError:  # a tokenizer alone
+            config = {}
+        if CHATGLM2_FIELDS & config.keys():
+            from ..chatglm2 import ChatGLM2Tokenizer
+
+            return ChatGLM2Tokenizer.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
 
     @staticmethod
     def _refuse_unsupported(num_image_tokens: int, kwargs: dict):

@@ -1,0 +1,37 @@
+"""Write the tuned ChatGLM3 as one whole model that needs no adapter: safetensors, tokenizer, chat template.
+
+python chatglm_sft/ft_chatglm3/export.py --model_save_dir out --output_dir out_merged --dtype bfloat16
+"""
+
+import sys
+
+if __name__ == "__main__":  # finds common/ from any directory
+    sys.path[0] = __file__.rpartition("chatglm_sft")[0] or "."
+
+from chatglm_sft import prompt_chatglm3 as prompt
+from chatglm_sft.ft_chatglm3.config import Config
+from common.cli import parse
+from common.config import ExportFlags
+from common.errors import run_main
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg, flags = parse(Config, ExportFlags, argv)
+    import chatglm_sft.models.chatglm2  # noqa: F401 -- tells transformers about the model
+    from common.export import engines, merging, older, writing
+    from common.runs import chosen
+
+    if flags.repair:
+        return older.repair(flags.repair)
+    cfg = chosen.choose(cfg, flags)
+    folder = writing.new_folder(cfg, flags)
+    tuned = merging.load(cfg, prompt)
+    expected = merging.measure(tuned)
+    whole = merging.merge(tuned)
+    merging.check_merge(whole, expected)
+    writing.write(whole, expected, folder, cfg, prompt)
+    engines.show_engines(tuned, folder, prompt)
+
+
+if __name__ == "__main__":
+    run_main(main)
