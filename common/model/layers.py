@@ -29,11 +29,14 @@ def causal_of(net: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, list[tuple[str, tuple[int, int]]]]:
-    """{name: [(full name, shape [out, in])]} of the linear layers LoRA can attach to, the output head left out."""
+    """{name: [(full name, shape [out, in])]} of the linear layers LoRA can attach to, the output head left out.
+
+    So are those of indexers, which choose the ids that are attended to: no gradient of the loss reaches them.
+    """
     head = model.get_output_embeddings()
     found: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
+        if isinstance(module, torch.nn.Linear) and module is not head and "indexer" not in name.split("."):
             found.setdefault(name.rpartition(".")[2], []).append((name, (module.out_features, module.in_features)))
     return found
 
