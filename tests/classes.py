@@ -8,12 +8,15 @@ import glm4
 import torch
 import transformers
 from conftest import CHARACTERS
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.cli import parse
 from common.config import PredictFlags
 from gemma_sft.make_embedded import make_tokenizer as make_gemma_tokenizer
 from qwen2_sft.make_embedded import make_tokenizer as make_qwen_tokenizer
 
+IDS = (torch.arange(2 * 24).view(2, 24) * 7) % 90 + 5
 TEXT = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
 TEXT |= dict(intermediate_size=64, max_position_embeddings=1024)
 TWO = TEXT | {"num_hidden_layers": 2}
@@ -158,3 +161,15 @@ class Checkpoint:
     def answerer(self, folder):
         flags = ["--model_save_dir", str(folder), "--path_model_pretrain", str(self.folder)]
         return self.recipe("predict").load_answer(parse(self.recipe("config").Config, PredictFlags, flags)[0])
+
+
+def logits_by_plain_peft(base, folder):
+    """Of IDS, as docs/models.md loads a run without this project."""
+    config = AutoConfig.from_pretrained(base)
+    text = config.get_text_config()
+    text.tie_word_embeddings = config.tie_word_embeddings
+    names = {r"^language_model\.model\.": "model.", r"^model\.language_model\.": "model."}
+    net, info = AutoModelForCausalLM.from_pretrained(base, config=text, key_mapping=names, output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        return PeftModel.from_pretrained(net, folder)(input_ids=IDS).logits

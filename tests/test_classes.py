@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from classes import CLASSES, Checkpoint
-from peft import PeftModel
+from classes import CLASSES, IDS, Checkpoint, logits_by_plain_peft
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,7 +19,6 @@ from common.model.loss import supervised
 from common.training import curve, packing
 
 QUESTIONS = [[Turn("user", text)] for text in ("1+1", "问" * 40, "有在他" * 5, "3+4")]
-IDS = (torch.arange(2 * 24).view(2, 24) * 7) % 90 + 5
 
 
 @pytest.fixture(scope="module", params=CLASSES)
@@ -121,14 +119,3 @@ def test_it_is_exported_and_plain_libraries_load_it(checkpoint, trained, tmp_pat
     assert json.loads((trained / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     with torch.no_grad():
         torch.testing.assert_close(whole(input_ids=IDS).logits, logits_by_plain_peft(base, trained))
-
-
-def logits_by_plain_peft(base, folder):
-    """Of IDS, as docs/models.md loads a run without this project."""
-    config = AutoConfig.from_pretrained(base)
-    text = config.get_text_config()
-    text.tie_word_embeddings = config.tie_word_embeddings
-    names = {r"^language_model\.model\.": "model.", r"^model\.language_model\.": "model."}
-    net, info = AutoModelForCausalLM.from_pretrained(base, config=text, key_mapping=names, output_loading_info=True)
-    assert not info["missing_keys"]
-    return PeftModel.from_pretrained(net, folder)(input_ids=IDS).logits

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from classes import Checkpoint
+from classes import IDS, Checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -21,8 +21,6 @@ from common.inference.answerer import Sampling
 from common.model import loading
 from common.training import tuning
 from qwen2_sft.ft_qwen2.config import Config as QwenConfig
-
-IDS = (torch.arange(2 * 24).view(2, 24) * 7) % 90 + 5
 
 
 @pytest.fixture(scope="module")
