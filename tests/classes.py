@@ -59,6 +59,7 @@ class Class(NamedTuple):
 
 
 CLASSES = {  # class in the files: how it is made
+    "GemmaForCausalLM": Class("gemma", TWO),
     "Gemma2ForCausalLM": Class("gemma", TWO | SLIDING),
     "Gemma3ForCausalLM": Class("gemma", TWO | SLIDING),
     "Gemma3ForConditionalGeneration": Class(

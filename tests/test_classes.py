@@ -1,10 +1,12 @@
 """Each model class of docs/models.md from the files to the exported model: see classes.CLASSES."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from classes import CLASSES, IDS, Checkpoint, logits_by_plain_peft
+from classes import CLASSES, IDS, RECIPES, Checkpoint, logits_by_plain_peft
+from commands import text_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,7 +18,7 @@ from common.errors import UserError
 from common.inference.answerer import Sampling
 from common.model import loading
 from common.model.loss import supervised
-from common.training import curve, packing
+from common.training import curve, packing, tuning
 
 QUESTIONS = [[Turn("user", text)] for text in ("1+1", "问" * 40, "有在他" * 5, "3+4")]
 
@@ -74,6 +76,14 @@ class FakePacks(list):
         return [self[number] for number in numbers]
 
 
+def test_all_linear_is_what_a_gradient_reaches(checkpoint):
+    cfg = dataclasses.replace(checkpoint.recipe("config").Config(), target_modules=("all-linear",), lora_dropout=0.0)
+    net = tuning.make_trainable(loading.load_base(checkpoint.folder, "float32"), cfg)
+    with supervised(net):
+        net(input_ids=IDS, labels=IDS).loss.backward()
+    assert [name for name, weight in net.named_parameters() if weight.requires_grad and weight.grad is None] == []
+
+
 def test_it_learns_in_every_layer(checkpoint, trained):
     log = [json.loads(line)["loss"] for line in (trained / "trainer_log.jsonl").read_text().splitlines()]
     assert log[-1] < log[0]
@@ -119,3 +129,27 @@ def test_it_is_exported_and_plain_libraries_load_it(checkpoint, trained, tmp_pat
     assert json.loads((trained / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     with torch.no_grad():
         torch.testing.assert_close(whole(input_ids=IDS).logits, logits_by_plain_peft(base, trained))
+
+
+@pytest.mark.parametrize(
+    "page, right, served, targets",
+    [("models.md", "right", "yes", "q, k, v"), ("models_zh.md", "正确", "能", "q、k、v")],
+)
+def test_the_table_of_models_is_what_is_tried_here(page, right, served, targets):
+    lines = [line.strip("| ").split(" | ") for line in text_of(f"docs/{page}").splitlines() if line.startswith("| `")]
+    told = {
+        cells[0].strip("`"): (
+            *cells[2:3],
+            *(cell == word for cell, word in zip(cells[5:8], (right, targets, served), strict=True)),
+        )
+        for cells in lines
+    }
+    assert told == {
+        name: (
+            RECIPES[kind.family].removesuffix(".ft_gemma").removesuffix(".ft_qwen2").replace(".", "/"),
+            kind.packs,
+            kind.reached,
+            kind.served,
+        )
+        for name, kind in CLASSES.items()
+    }

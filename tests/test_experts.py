@@ -91,6 +91,16 @@ def test_what_is_asked_for_is_kept_or_refused(qwen, capsys):
         fitted("--target_modules", "all-linear", "--lora_dropout", 0.1)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_experts_that_are_not_quantised_are_told(qwen, capsys, bits):
+    net = loading.load_base(qwen.base, "bfloat16", bits)
+    told = f"the experts share tensors and are not quantised to {bits} bits: 0.0 MiB in bfloat16"
+    assert told in capsys.readouterr().err
+    assert net.model.layers[1].mlp.experts.down_proj.dtype == torch.bfloat16
+    loading.load_base(qwen.base, "bfloat16")
+    assert "quantised" not in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- what LoRA reaches
 
 

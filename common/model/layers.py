@@ -18,14 +18,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-NEW = re.compile(
-    r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\."
-)  # parts of names that peft's own weights have
+NEW = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.")  # in names of weights that peft adds
 
 
 def causal_of(net: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The causal model itself: what is in peft's wrapper, or `net` where it has none."""
     return net.get_base_model() if hasattr(net, "get_base_model") else net
+
+
+def short_name(name: str) -> str:
+    """The last part of a module's name; of one in a list that of the list too: decoder layers have numbers as well."""
+    *_, before, last = ["", *name.split(".")]
+    return f"{before}.{last}" if last.isdigit() else last
 
 
 def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, list[tuple[str, tuple[int, int]]]]:
@@ -37,7 +41,7 @@ def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, list[tuple[st
     found: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head and "indexer" not in name.split("."):
-            found.setdefault(name.rpartition(".")[2], []).append((name, (module.out_features, module.in_features)))
+            found.setdefault(short_name(name), []).append((name, (module.out_features, module.in_features)))
     return found
 
 
@@ -108,7 +112,7 @@ def show_reach(net: PeftModel) -> None:
     Those of modules_to_save, which are trained as a whole, and single trained rows are among the others.
     """
     adapted = {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
-    names = {getattr(module, "parameter_name", name.rpartition(".")[2]) for name, module in adapted.items()}
+    names = {getattr(module, "parameter_name", short_name(name)) for name, module in adapted.items()}
     reached = {id(_base_weight(module)) for module in adapted.values()}
     sizes = dict.fromkeys(("", "embeddings", "head", "experts", "linear", "norms", "other"), 0)
     head, seen = causal_of(net).get_output_embeddings(), set()

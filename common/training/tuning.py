@@ -19,7 +19,7 @@ from common.device import resolve_dtype
 from common.errors import UserError
 from common.launch import rank
 from common.model import adapter
-from common.model.layers import fused_experts, layers_reached, linear_layers, names_in_experts
+from common.model.layers import fused_experts, layers_reached, linear_layers, names_in_experts, short_name
 from common.model.template_tokens import rows_to_train
 from common.model.token_rows import mend
 from common.model.weights import readable
@@ -162,9 +162,9 @@ def named(model: PreTrainedModel, words: Iterable[str]) -> list[str]:
     kinds: dict[str, set[str]] = {"all-linear": linear, "all-embedding": set(), "all-norm": set()}
     for name, module in modules.items():
         if isinstance(module, torch.nn.Embedding):
-            kinds["all-embedding"].add(name.rpartition(".")[2])
+            kinds["all-embedding"].add(short_name(name))
         elif "norm" in type(module).__name__.lower():
-            kinds["all-norm"].add(name.rpartition(".")[2])
+            kinds["all-norm"].add(short_name(name))
     for word in words:
         if word not in {*kinds, *experts} and not any(f".{name}".endswith(f".{word}") for name in modules):
             raise UserError(f"{word}: 没有这个模块 no such module in the model; --print_targets 列出 lists them")
