@@ -48,7 +48,7 @@ def commands(page):
 
 def flags_in(text):
     """Names of the --flags a text mentions."""
-    return set(re.findall(r"(?<![\w-])--([a-z_]+)", text))
+    return set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)", text))
 
 
 def known_flags():

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.model.loss import without_routers
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
@@ -45,6 +47,7 @@ class Beams(threading.Thread):
                     attention_mask=torch.ones_like(ids),
                     generation_config=self.config,
                     stopping_criteria=[self._pause],
+                    **without_routers(self.net),
                 )
             self.ids = output[0, ids.shape[1] :].tolist()
         except Exception as error:  # carried over to the batcher, which reports it

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from common.errors import UserError
+from common.model.loss import without_routers
 from common.versions import CACHE, DummyLayer
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class KVBatch:
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{CACHE: self.cache},
+            **{CACHE: self.cache} | without_routers(self.net),
         )
         return output.logits[:, -1].float()
 

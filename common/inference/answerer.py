@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.inference.text import Wording, decode
 from common.model.layers import causal_of
 from common.model.loading import pad_id_of
+from common.model.loss import without_routers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -138,6 +139,7 @@ class Answerer:
                 generation_config=self.generation_config(sampling),
                 streamer=streamer,
                 stopping_criteria=criteria,
+                **without_routers(net),
             )
         return output[:, width:].tolist()
 

@@ -136,10 +136,21 @@ def load_base(path: str | Path, dtype: str, bits: int = 0, attention: str = "aut
         raise UserError('--tuning qlora 需要 needs bitsandbytes: pip install "bitsandbytes>=0.50,<0.51"')
     options |= {} if stored else {"quantization_config": _quantisation(bits, kind)}
     model = load_whole(path, dtype=kind, device_map={"": device()}, **options)
+    _tell_of_experts(model, path, bits)
     for module in model.modules():
         if hasattr(module, REPACKING):  # other weights, in evaluation and from then on, and not of every size
             setattr(module, REPACKING, False)
     return model.eval()
+
+
+def _tell_of_experts(model: PreTrainedModel, path: str | Path, bits: int) -> None:
+    """A line on stderr where experts share tensors: bitsandbytes quantises linear layers, and leaves these."""
+    experts = [weight for name, weight in model.named_parameters() if ".experts." in name and weight.dim() == 3]
+    if experts and not rank():
+        size = sum(weight.numel() * weight.element_size() for weight in experts) / 2**20
+        kind = str(experts[0].dtype).removeprefix("torch.")
+        told = f"the experts share tensors and are not quantised to {bits} bits: {size:,.1f} MiB in {kind}"
+        print(f"{path}: 专家不量化 {told}", file=sys.stderr)
 
 
 def _check_flash(kind: torch.dtype) -> None:

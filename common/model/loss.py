@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from common.conversation.render import IGNORED
 from common.model.frozen_layers import times_transposed, with_pads
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+BALANCE = "load_balancing_loss_func"  # of the modules of transformers' models whose routers have a loss of their own
 LOGITS, ROWS = 1 << 24, 128  # of logits alive at once on a CPU: 64 MiB in fp32, and more rows are no faster
 
 
@@ -39,6 +41,10 @@ def supervised(model: PreTrainedModel | PeftModel, smoothing: float = 0.0) -> It
     -100 is not counted. The loss is the sum over counted ids divided by `num_items_in_batch`, or by their number where
     that is not given. In evaluation mode `logits` holds [B, 2] instead: each row's summed loss and counted ids.
     smoothing: share of the target that all pieces get alike, in training mode.
+
+    Where the model adds the auxiliary loss of its routers (`router_weight`), so does this one, by the share of the
+    counted ids that are in the batch, and `aux_loss` says what was added. It is taken over the ids that `present`
+    [B, T] (or attention_mask) marks with 1.
     """
     causal = causal_of(model)
     head = causal.get_output_embeddings()
@@ -47,8 +53,46 @@ def supervised(model: PreTrainedModel | PeftModel, smoothing: float = 0.0) -> It
         yield
 
 
+def router_weight(causal: PreTrainedModel) -> float | None:
+    """Times the auxiliary loss of its routers that the model adds to its loss; None where its class has no such loss.
+
+    0.0 where its config does not ask for it. Switch Transformer's loss, Fedus et al. 2021, arXiv 2101.03961.
+    """
+    if not hasattr(sys.modules[type(causal).__module__], BALANCE):
+        return None
+    return float(causal.router_aux_loss_coef) if getattr(causal.config, "output_router_logits", False) else 0.0
+
+
+def without_routers(net: PreTrainedModel | PeftModel) -> dict[str, bool]:
+    """Arguments by which a forward or generate leaves out the routers' loss, which takes no mask of cached ids."""
+    return {"output_router_logits": False} if router_weight(causal_of(net)) else {}
+
+
+def show_routers(net: PreTrainedModel | PeftModel) -> None:
+    """Print whether the loss of a model with routers includes their auxiliary loss; nothing of other models."""
+    weight = router_weight(causal_of(net))
+    if weight is None:
+        return
+    added = f"+ {weight:g} × " if weight else "不加 without "
+    told = f"output_router_logits {'true' if weight else 'false'} in config.json"
+    print(f"损失 loss: 交叉熵 cross entropy {added}路由器的辅助损失 the routers' auxiliary loss ({told})")
+
+
+def _routers_loss(causal: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
+    """loss(router_logits, present) as the model adds it to its cross entropy; None where it adds none."""
+    weight = router_weight(causal)
+    if not weight:
+        return None
+    balance = getattr(sys.modules[type(causal).__module__], BALANCE)
+
+    def loss(router_logits: tuple[torch.Tensor, ...], present: torch.Tensor | None) -> torch.Tensor:
+        return weight * balance(router_logits, causal.num_experts, causal.num_experts_per_tok, present)
+
+    return loss
+
+
 def _forward_with_loss(causal: PreTrainedModel, smoothing: float) -> Callable[..., Any]:
-    plain_forward = causal.forward
+    plain_forward, routers_loss = causal.forward, _routers_loss(causal)
 
     @functools.wraps(type(causal).forward)  # generate looks up in its signature what a model takes
     def forward(
@@ -56,19 +100,26 @@ def _forward_with_loss(causal: PreTrainedModel, smoothing: float) -> Callable[..
         input_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        present: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         if labels is None:
             return plain_forward(input_ids=input_ids, **kwargs)
-        hidden = self.get_decoder()(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+        states = self.get_decoder()(input_ids=input_ids, use_cache=False, **kwargs)
+        hidden = states.last_hidden_state
         targets = labels[:, 1:]
         counted = targets != IGNORED
         softcap = getattr(self.config, "final_logit_softcapping", None)
         smoothed = smoothing if self.training else 0.0
         vocabulary = self.config.get_text_config().vocab_size
         losses = self.get_output_embeddings()(hidden[:, :-1][counted], targets[counted], vocabulary, softcap, smoothed)
-        loss = losses.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=None if self.training else _row_sums(losses, counted))
+        total = counted.sum() if num_items_in_batch is None else num_items_in_batch
+        loss, logits = losses.sum() / total, None if self.training else _row_sums(losses, counted)
+        if routers_loss is None or not len(losses):
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+        mask = kwargs.get("attention_mask") if present is None else present
+        added = routers_loss(states.router_logits, mask).to(loss.device) * len(losses) / total
+        return MoeCausalLMOutputWithPast(loss=loss + added, aux_loss=added if self.training else None, logits=logits)
 
     return forward
 

@@ -24,21 +24,21 @@ BLANK = -1  # number of a blank row: they fill the last batch of an epoch, so th
 def collate(rows: Sequence[Any], pad_id: int) -> dict[str, Any]:
     """A batch of rows, or of packs, padded on the right by length.
 
-    Rows give input_ids and labels [B, T], tokens (neither padding nor blank ones), where (names). No attention mask:
-    no row looks at what is right of it, and nothing is learnt from what pads give.
+    Rows give input_ids, labels and present [B, T] (1: neither padding nor of a blank row), tokens (how many are so),
+    where (names). No attention mask: no row looks at what is right of it, and nothing is learnt from what pads give.
     """
     if isinstance(rows[0], list):
         return packing.collate(rows, pad_id)
     longest = max(len(row["input_ids"]) for row in rows)
     shape = (len(rows), longest)
-    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
+    ids, labels, present = torch.full(shape, pad_id), torch.full(shape, IGNORED), torch.zeros(shape, dtype=torch.long)
     for number, row in enumerate(rows):
         length = len(row["input_ids"])
         ids[number, :length] = torch.as_tensor(row["input_ids"])
         labels[number, :length] = torch.as_tensor(row["labels"])
+        present[number, :length] = int(bool(row["where"]))
     where = [str(row["where"]) for row in rows]
-    tokens = sum(len(row["input_ids"]) for row, name in zip(rows, where, strict=True) if name)
-    return {"input_ids": ids, "labels": labels, "tokens": tokens, "where": where}
+    return {"input_ids": ids, "labels": labels, "present": present, "tokens": int(present.sum()), "where": where}
 
 
 class RowsAndBlanks(torch.utils.data.Dataset):

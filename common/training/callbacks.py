@@ -172,6 +172,8 @@ class Recorder(TrainerCallback):
             "seconds": round(seconds, 3),
             "memory_mib": memory.used() // memory.MIB,
         }
+        if "router_loss" in logs:
+            self.pending["router_loss"] = logs["router_loss"]  # part of the loss; the rest is cross entropy
         self.records.append(self.pending)
         used = memory.shown(memory.used())
         self.bar.set_postfix_str(

@@ -18,7 +18,7 @@ def draw(folder: Path) -> None:
     from matplotlib import pyplot
 
     records = files.read_jsonl(folder / "trainer_log.jsonl")
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+    steps, losses = [r["step"] for r in records], [r["loss"] - r.get("router_loss", 0.0) for r in records]
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="loss of a logged step")
     axes.plot(steps, smoothed(losses), color="tab:blue", label=f"running mean ({SMOOTHING})")

@@ -73,7 +73,7 @@ def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
 
 
 def collate(packs: Sequence[Sequence[dict[str, Any]]], pad_id: int) -> dict[str, Any]:
-    """A batch of packs: input_ids, position_ids, labels [B, T], tokens (how many are no padding) and where (names).
+    """A batch of packs: as batches.collate gives rows, and position_ids [B, T].
 
     Positions start anew with each row, and there is no attention mask: that is how transformers is told to keep them
     apart (masking_utils.find_packed_sequence_indices). A pad has position 0 and is a row of its own. The first label of
@@ -82,7 +82,7 @@ def collate(packs: Sequence[Sequence[dict[str, Any]]], pad_id: int) -> dict[str,
     longest = max(sum(len(row["input_ids"]) for row in pack) for pack in packs)
     shape = (len(packs), longest)
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
-    labels, tokens = torch.full(shape, IGNORED), 0
+    labels, present = torch.full(shape, IGNORED), torch.zeros(shape, dtype=torch.long)
     for number, pack in enumerate(packs):
         start = 0
         for row in pack:
@@ -90,9 +90,10 @@ def collate(packs: Sequence[Sequence[dict[str, Any]]], pad_id: int) -> dict[str,
             ids[number, part] = torch.as_tensor(row["input_ids"])
             labels[number, part] = torch.as_tensor(row["labels"])
             positions[number, part] = torch.arange(len(row["input_ids"]))
-        tokens += start if pack[0]["where"] else 0
-    where = [str(row["where"]) for pack in packs for row in pack]
-    return {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": tokens, "where": where}
+        present[number, :start] = int(bool(pack[0]["where"]))
+    where, tokens = [str(row["where"]) for pack in packs for row in pack], int(present.sum())
+    tensors = {"input_ids": ids, "position_ids": positions, "labels": labels, "present": present}
+    return tensors | {"tokens": tokens, "where": where}
 
 
 def check_apart(net: PreTrainedModel | PeftModel, packs: Packs, dtype: torch.dtype) -> None:

@@ -18,9 +18,9 @@ from common.errors import UserError
 from common.launch import world_size
 from common.model.adapter import saved_alone
 from common.model.frozen_layers import lean
-from common.model.layers import parameter_counts
+from common.model.layers import causal_of, parameter_counts
 from common.model.loading import pad_id_of
-from common.model.loss import supervised
+from common.model.loss import router_weight, show_routers, supervised
 from common.runs import run
 from common.training import packing, tuning
 from common.training.arguments import arguments
@@ -92,6 +92,7 @@ def _fit(
     plan, sampler = make_plan(cfg, len(data)), sampler_of(lengths, cfg)
     padding = sampler.padding(cfg.micro_batch_size)
     show_plan(cfg, plan, padding)
+    show_routers(net)
     checkpointing = needs_checkpointing(cfg, net, rows, tokenizer, sampler)
     folder = Path(cfg.model_save_dir)
     recorder, stopper = Recorder(folder), StopOnSignal()
@@ -196,7 +197,9 @@ class SupervisedTrainer(Trainer):
         self.guard = guard
         self.samples: Samples | None = None
         self.tokens = 0  # seen by this process
+        self.routers: dict[int, torch.Tensor] = {}  # {step since the last log: what the routers' loss added here}
         super().__init__(**kwargs)
+        self.router_weight = router_weight(causal_of(self.model))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Iterable[int]:
         return self.sampler
@@ -217,11 +220,14 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         where, tokens = inputs.pop("where"), inputs.pop("tokens")
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self.tokens += tokens
-            self.guard.saw(result[0] if return_outputs else result, where)
-        return result
+            self.guard.saw(loss, where)
+            if outputs.get("aux_loss") is not None:
+                step = self.state.global_step
+                self.routers[step] = self.routers.get(step, 0.0) + outputs["aux_loss"].detach()
+        return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         with saved_alone(self.model):
@@ -247,6 +253,10 @@ class SupervisedTrainer(Trainer):
         if "loss" in logs:
             tokens = self.accelerator.reduce(torch.as_tensor(self.tokens, device=self.args.device), "sum")
             logs = {**logs, "tokens": int(tokens)}
+            if self.router_weight:
+                here = sum(self.routers.values(), torch.zeros((), device=self.args.device)) / max(1, len(self.routers))
+                logs |= {"router_loss": float(self.accelerator.reduce(here, "sum"))}
+                self.routers = {}
         super().log(logs, start_time)
 
 

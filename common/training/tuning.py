@@ -19,7 +19,7 @@ from common.device import resolve_dtype
 from common.errors import UserError
 from common.launch import rank
 from common.model import adapter
-from common.model.layers import fused_experts, layers_reached, linear_layers
+from common.model.layers import fused_experts, layers_reached, linear_layers, names_in_experts, short_name
 from common.model.template_tokens import rows_to_train
 from common.model.token_rows import mend
 from common.model.weights import readable
@@ -154,17 +154,19 @@ def settle(net: PreTrainedModel | PeftModel, cfg: SFTConfig, start: Start) -> No
 def named(model: PreTrainedModel, words: Iterable[str]) -> list[str]:
     """Module names for `words`: names stay, all-linear, all-embedding and all-norm become the names they stand for.
 
-    The output head is no part of all-linear: it is given by its name. UserError where a name fits no module.
+    Those of experts that share a tensor (names_in_experts) are names too. The output head is no part of all-linear: it
+    is given by its name. UserError where a name fits no module.
     """
-    kinds: dict[str, set[str]] = {"all-linear": set(linear_layers(model)), "all-embedding": set(), "all-norm": set()}
-    modules = dict(model.named_modules())
+    experts, modules = names_in_experts(model), dict(model.named_modules())
+    linear = set(linear_layers(model)) | experts
+    kinds: dict[str, set[str]] = {"all-linear": linear, "all-embedding": set(), "all-norm": set()}
     for name, module in modules.items():
         if isinstance(module, torch.nn.Embedding):
-            kinds["all-embedding"].add(name.rpartition(".")[2])
+            kinds["all-embedding"].add(short_name(name))
         elif "norm" in type(module).__name__.lower():
-            kinds["all-norm"].add(name.rpartition(".")[2])
+            kinds["all-norm"].add(short_name(name))
     for word in words:
-        if word not in kinds and not any(f".{name}".endswith(f".{word}") for name in modules):
+        if word not in {*kinds, *experts} and not any(f".{name}".endswith(f".{word}") for name in modules):
             raise UserError(f"{word}: 没有这个模块 no such module in the model; --print_targets 列出 lists them")
     return sorted(set().union(*(kinds.get(word, {word}) for word in words)))
 
