@@ -107,20 +107,21 @@ def training_sample(
 def fit_turns(length: Callable[[Sequence[Turn]], int], turns: Sequence[Turn], limit: int) -> tuple[list[Turn], bool]:
     """Turns whose `length(turns)` is at most `limit`, and whether something was cut: (turns, cut).
 
-    The greeting and the oldest question and answer go first, then the middle of the last question; the system text
-    stays.
+    The greeting and the oldest rounds, each a question and all up to the next one, go first, then the middle of the
+    last question; the system text stays, and the calls and results after the last question.
     """
     if length(turns) <= limit:
         return list(turns), False
     system, spoken = _apart(turns)
-    while len(spoken) > 1 and length([*system, *spoken]) > limit:
-        spoken = spoken[1 if spoken[0].role == "assistant" else 2 :]
+    later = [number for number, turn in enumerate(spoken) if turn.role == "user" and number]
+    rounds = [spoken, *(spoken[number:] for number in later)]
+    spoken = next((rest for rest in rounds if length([*system, *rest]) <= limit), rounds[-1])
     if length([*system, *spoken]) <= limit:
         return [*system, *spoken], True
-    question = spoken[0]
+    question, *rest = spoken
 
     def shortened(kept: int) -> list[Turn]:
-        return [*system, question._replace(text=_without_middle(question.text, kept))]
+        return [*system, question._replace(text=_without_middle(question.text, kept)), *rest]
 
     longest = _largest(lambda kept: length(shortened(kept)) <= limit, len(question.text))
     if longest < 1:
