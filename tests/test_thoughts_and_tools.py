@@ -1,4 +1,4 @@
-"""Rows with thoughts, tools, calls and results: read in every form, put in order, cut, and told where they are broken."""
+"""Rows with thoughts, tools, calls and results: read in every form, in order, cut, and told where broken."""
 
 import json
 

@@ -134,7 +134,7 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
     """The readable files of data_path, and the Findings of their rows."""
     files: list[Tokenised] = []
     findings: list[Finding] = []
-    tokenizer_id = cache.tokenizer_hash(tokenizer)
+    tokenizer_id = cache.encoding_hash(tokenizer)
     for path in _paths(cfg.data_path, findings):
         try:
             files.append(dataset.tokenised(path, cfg, tokenizer, tokenizer_id, prompt))

@@ -42,6 +42,10 @@ class TooLongError(RowError):
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text as text: no special tokens are added, and control tokens typed in it stay ordinary characters."""
+    words = template_words(tokenizer, str(tokenizer.chat_template))
+    typed = min((place for place in map(text.find, words) if place >= 0), default=None)
+    if typed is not None:  # the tokenizer takes these for text too, but has one id for each
+        return encode_text(tokenizer, text[: typed + 1]) + encode_text(tokenizer, text[typed + 1 :])
     if not tokenizer.is_fast:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     backend = tokenizer.backend_tokenizer  # the same ids in a third of the time
@@ -49,6 +53,13 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     backend.no_truncation()
     backend.encode_special_tokens = True
     return backend.encode(text, add_special_tokens=False).ids
+
+
+@lru_cache(maxsize=8)
+def template_words(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
+    """Control tokens of a template that the tokenizer does not call special, such as <think>."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    return tuple(token for token in added if token.strip() and token in template)
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from common.conversation.turns import Call, FormatError, Turn
+from common.conversation.turns import FormatError, Turn
 from common.data.defects import matter_of
 from common.data.fields import ROLES, SAID, SPEAKERS, SPOKEN, Fields, as_text, holds_something, role_of
 from common.data.tools import calls_in, calls_of
