@@ -61,9 +61,6 @@ FORM = re.compile(  # what PROBE is in the templates known here
     r"(?:<\|assistant\|>.*)?",  # some ask without being told to
     re.DOTALL,
 )
-ASK = "<|assistant|>\n"  # before an answer
-
-
 SWITCH = "/nothink"  # behind each question where a template is asked not to think
 START, ASK = "[gMASK]<sop>", "<|assistant|>\n"  # before everything, before an answer
 
@@ -82,8 +79,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
     if turns[0].role == "text":
         return [start, Piece([*encode_text(tokenizer, turns[0].text), special_id(tokenizer, ENDS[-1])], ANSWER)]
     if through_template.wanted(tokenizer, turns, shows=True):
-        asked = [turn._replace(text=turn.text.removesuffix(SWITCH)) for turn in turns]  # who has typed it gets it once
-        return through_template.pieces(tokenizer, asked if leaves_out(tokenizer) else turns, ANSWERS)
+        return through_template.pieces(tokenizer, _without_switch(tokenizer, turns), ANSWERS)
     roles = ["", *(turn.role for turn in turns)]
     pieces = (_turn(tokenizer, turn, before) for turn, before in zip(turns, roles, strict=False))
     return [start, *(piece for turn in pieces for piece in turn)]
@@ -115,6 +111,13 @@ def _turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, before: str) -> list[P
     # newline and text are encoded as one, as in the official template's text: a text's own newlines join the header's
     said = [*token, *encode_text(tokenizer, f"\n{turn.text}")]
     return [Piece(said, FRAME)] if turn.role == "system" else [Piece(said, QUESTION), Piece(ask, FRAME)]
+
+
+def _without_switch(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns without the switch that a template which is not to think puts there: who has typed it gets it once."""
+    if not leaves_out(tokenizer):
+        return turns
+    return [turn._replace(text=turn.text.removesuffix(SWITCH)) if turn.role == "user" else turn for turn in turns]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

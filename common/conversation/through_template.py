@@ -167,8 +167,8 @@ class _Shown:
         """FormatError where a text of the turns, a tool, a call, or the thought to learn is not in `text`."""
         last = turns[-1]
         if last.role == "assistant" and not leaves_out(self.tokenizer):
-            thoughts = [turn.thought for turn in turns] if not thinks(self.tokenizer) else [last.thought]
-            if any(self._hide(thought.strip()) not in text for thought in thoughts):
+            never = any(turn.thought for turn in turns) and not thinks(self.tokenizer)
+            if never or self._hide(last.thought.strip()) not in text:
                 raise FormatError(
                     "template", "聊天模板不显示思考 the chat template does not show the thought: --thinking none"
                 )
