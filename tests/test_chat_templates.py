@@ -167,7 +167,9 @@ def refused(name, mode, row):
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_the_ids_are_the_official_templates(name, mode):
     if mode == "keep" and name in SILENT | LATE:
-        with pytest.raises(UserError, match="--thinking keep: .*its (chat )?template (shows no thought|drops thoughts)"):
+        with pytest.raises(
+            UserError, match="--thinking keep: .*its (chat )?template (shows no thought|drops thoughts)"
+        ):
             official_tokenizer(name, mode)
         return
     tokenizer, prompt = official_tokenizer(name, mode)
@@ -227,7 +229,9 @@ def test_what_is_learnt_of_thoughts_and_calls():
     call = '<|channel>thought\nt\n<channel|><|tool_call>call:w{c:<|"|>x<|"|>,n:1}<tool_call|><|tool_response>'
     assert learnt(tokenizer, prompt, row) == ["a 1<turn|>", call, "<|channel>thought\nt a 2\n<channel|>a 2<turn|>"]
     tokenizer, prompt = official_tokenizer("glm4moe")
-    call = "<tool_call>w\n<arg_key>c</arg_key>\n<arg_value>x</arg_value>\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>"
+    call = (
+        "<tool_call>w\n<arg_key>c</arg_key>\n<arg_value>x</arg_value>\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>"
+    )
     assert learnt(tokenizer, prompt, row) == [
         "\n<think></think>\na 1<|user|>",
         f"\n<think>t</think>\n{call}\n</tool_call><|observation|>",
@@ -345,7 +349,9 @@ def test_gemma_4_has_turns_of_its_own(name, capfd):
 
 def test_another_template_of_gemma_4_is_told_in_one_line(capfd):
     tokenizer = gemma_tokenizer()
-    tokenizer.chat_template = gemma.template_for(tokenizer).replace("<|turn>model", "<|turn>model: ").replace("'model' if", "'model: ' if")
+    tokenizer.chat_template = (
+        gemma.template_for(tokenizer).replace("<|turn>model", "<|turn>model: ").replace("'model' if", "'model: ' if")
+    )
     with pytest.raises(FormatError, match="shows 0 个回答 answers of 1"):
         ids_of(tokenizer, gemma, [Q, A, Q2])
     assert capfd.readouterr().err == "", "a process that tokenises says nothing"
