@@ -5,7 +5,7 @@
 
 [gMASK] and <sop> are put there as ids: written in a text they are ordinary characters. Everything before <sop> sees
 itself in both directions, so that a sequence can teach only its last answer. ChatGLM has no system role: a system text
-is put before the first question with an empty line between.
+is put before the first question with an empty line between. It has no thoughts and no tools.
 Source: `build_prompt`, `stream_chat` and `process_response` of THUDM/chatglm-6b, as described in FACTS of its port.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatglm_sft.models import CHATGLM2_FIELDS
+from common.conversation import through_template
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
 from common.conversation.turns import Turn, fold_system
@@ -41,11 +42,17 @@ CHAT_TEMPLATE = (  # the prompt's text; calling the tokenizer on it adds [gMASK]
 )
 
 
+def template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template for a tokenizer that has none."""
+    return CHAT_TEMPLATE
+
+
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
     """The Pieces of a conversation (Turns), in order: the prompt, [gMASK] and <sop>, and the answer if it is there."""
     ask = Piece([tokenizer.gmask_token_id, tokenizer.bos_token_id], FRAME)
     if turns[0].role == "text":
         return [ask, _answer(tokenizer, turns[0].text)]
+    through_template.wanted(tokenizer, turns, shows=False)
     turns = without_greeting(fold_system(turns))
     last = turns[-1]
     answered = [_answer(tokenizer, last.text, last.learn)] if last.role == "assistant" else []

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatglm_sft.prompt import without_greeting
+from common.conversation import through_template
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, special_id
 from common.conversation.turns import Turn, fold_system
@@ -44,11 +45,17 @@ TRAINED_IN = "[[训练时间]]"
 UNSETTLED = re.compile(r"\[\[?[训练时间]*\]?$")  # what may become TRAINED_IN
 
 
+def template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template for a tokenizer that has none."""
+    return CHAT_TEMPLATE
+
+
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
     """The Pieces of a conversation (Turns), in order: [gMASK] and sop, the prompt, and the answer if it is there."""
     start = Piece([special_id(tokenizer, "[gMASK]"), special_id(tokenizer, "sop")], FRAME)
     if turns[0].role == "text":
         return [start, _answer(tokenizer, turns[0])]
+    through_template.wanted(tokenizer, turns, shows=False)
     turns = without_greeting(fold_system(turns))
     answered = [_answer(tokenizer, turns[-1])] if turns[-1].role == "assistant" else []
     asked = turns[: len(turns) - len(answered)]

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatglm_sft import prompt_chatglm2
+from common.conversation import through_template
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.turns import Turn
@@ -43,6 +44,11 @@ CHAT_TEMPLATE = (
 ENDS = ("<|user|>", "<|observation|>", "</s>")  # of an answer, the trained one first
 
 
+def template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template for a tokenizer that has none."""
+    return CHAT_TEMPLATE
+
+
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
     """The Pieces of a conversation (Turns), in order; after a question comes the header that asks for an answer.
 
@@ -51,6 +57,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
     start = Piece([special_id(tokenizer, "[gMASK]"), special_id(tokenizer, "sop")], FRAME)
     if turns[0].role == "text":
         return [start, Piece([*encode_text(tokenizer, turns[0].text), special_id(tokenizer, ENDS[-1])], ANSWER)]
+    through_template.wanted(tokenizer, turns, shows=False)
     roles = ["", *(turn.role for turn in turns)]
     pieces = (_turn(tokenizer, turn, before) for turn, before in zip(turns, roles, strict=False))
     return [start, *(piece for turn in pieces for piece in turn)]

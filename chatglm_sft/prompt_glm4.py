@@ -6,13 +6,14 @@
 No token ends an answer: the next turn's own does. The last answer of a row ends with <|user|> too, so that it is
 learnt. Between two rounds it is there once: it ends the answer and begins the question.
 
-Models that think have other constants around the same turns; those of their template's form without thinking are taken:
+Models that think (GLM-4.5 and later), and conversations with thoughts or tools, are rendered by the tokenizer's own
+template, which ends a prompt with <|assistant|>; without thinking (--thinking none) that of
 
     GLM-4.5, 4.6  {question}/nothink<|assistant|>\n<think></think>\n{answer}
     GLM-4.7       <|user|>{question}<|assistant|></think>{answer}             (no newlines)
 
-Source: the chat templates of THUDM/GLM-4-9B-0414, glm-4-9b-chat-hf, zai-org/GLM-4.5-Air and GLM-4.7. They end a
-prompt with <|assistant|> and show its newline with the answer; here the newline belongs to the prompt.
+Source: the chat templates of THUDM/GLM-4-9B-0414, glm-4-9b-chat-hf, zai-org/GLM-4.5-Air and GLM-4.7. GLM-4's ends a
+prompt with <|assistant|> and shows its newline with the answer; here the newline belongs to the prompt.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from common.conversation import through_template
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.conversation.thinking import leaves_out, thinks
+from common.conversation.through_template import Marks
 from common.conversation.turns import Turn
 from common.launch import rank
 
@@ -44,23 +48,27 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 ENDS = ("<|user|>", "<|observation|>", "<|endoftext|>")  # of an answer, the trained one first
-CONTROL = re.compile(r"(\[gMASK\]|<sop>|<\|\w+\|>|</?think>|/nothink)")
+ANSWERS = Marks(
+    begin=re.compile(r"<\|assistant\|>"),
+    end=re.compile("|".join(map(re.escape, ENDS))),
+    last="<|user|>",
+    last_call="<|observation|>",
+    thought=("<think>", "</think>"),
+)
+CONTROL = re.compile(r"(\[gMASK\]|<sop>|<\|\w+\|>)")
 PROBE = [("system", "S"), ("user", "Q"), ("assistant", "A"), ("user", "Q")]
-FORM = re.compile(  # what PROBE is in the templates known here, without thinking
-    r"(?P<start>(?:\[gMASK\]<sop>)?)<\|system\|>(?P<newline>\n?)S<\|user\|>(?P=newline)Q(?P<switch>(?:/nothink)?)"
-    r"(?P<ask><\|assistant\|>(?:\n|\n<think></think>\n|</think>))A<\|user\|>(?P=newline)Q(?P=switch)"
+FORM = re.compile(  # what PROBE is in the templates known here
+    r"(?P<start>(?:\[gMASK\]<sop>)?)<\|system\|>\nS<\|user\|>\nQ<\|assistant\|>\nA<\|user\|>\nQ"
     r"(?:<\|assistant\|>.*)?",  # some ask without being told to
     re.DOTALL,
 )
+SWITCH = "/nothink"  # behind each question where a template is asked not to think
+START, ASK = "[gMASK]<sop>", "<|assistant|>\n"  # before everything, before an answer
 
 
-class Form(NamedTuple):
-    """The constant texts around the turns."""
-
-    start: str = "[gMASK]<sop>"  # before everything
-    newline: str = "\n"  # between the token of system or user and what is said
-    switch: str = ""  # behind a question
-    ask: str = "<|assistant|>\n"  # before an answer
+def template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template for a tokenizer that has none."""
+    return CHAT_TEMPLATE
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
@@ -68,19 +76,19 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
 
     Each answer's last id is one of `stop_ids`. Typed control tokens stay text.
     """
-    form = _form(tokenizer) or Form()
-    start = Piece(_ids(tokenizer, form.start), FRAME)
+    start = Piece(_ids(tokenizer, _start(tokenizer)), FRAME)
     if turns[0].role == "text":
         return [start, Piece([*encode_text(tokenizer, turns[0].text), special_id(tokenizer, ENDS[-1])], ANSWER)]
+    if through_template.wanted(tokenizer, turns, shows=True):
+        return through_template.pieces(tokenizer, _without_switch(tokenizer, turns), ANSWERS)
     roles = ["", *(turn.role for turn in turns)]
-    pieces = (_turn(tokenizer, form, turn, before) for turn, before in zip(turns, roles, strict=False))
+    pieces = (_turn(tokenizer, turn, before) for turn, before in zip(turns, roles, strict=False))
     return [start, *(piece for turn in pieces for piece in turn)]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     """Ids that end an answer, the trained one first; ValueError where a token of the template is none here."""
-    form = _form(tokenizer) or Form()
-    for token in ("<|system|>", *CONTROL.findall(form.start + form.switch + form.ask)):
+    for token in ("<|system|>", *CONTROL.findall(_start(tokenizer) + ASK)):
         special_id(tokenizer, token)
     _tell_form(tokenizer)
     known = tokenizer.get_vocab()
@@ -92,22 +100,25 @@ def clean(text: str, ended: bool = True) -> str:
     return text.strip()
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, form: Form, turn: Turn, before: str) -> list[Piece]:
+def _turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, before: str) -> list[Piece]:
     """The Pieces of a turn after one of the role `before`, "" for none; the end of an answer begins the next turn."""
-    ask = _ids(tokenizer, form.ask)
+    ask = _ids(tokenizer, ASK)
     if turn.role == "assistant":
         header = [] if before == "user" else [Piece(ask, CONTEXT)]  # of a greeting
-        text = turn.text.strip() if "think" in form.ask else turn.text  # as those templates do
         # encoded apart from its header, with which a prompt ends: asked and trained ids are the same
-        ids = [*encode_text(tokenizer, text), special_id(tokenizer, ENDS[0])]
+        ids = [*encode_text(tokenizer, turn.text), special_id(tokenizer, ENDS[0])]
         return [*header, Piece(ids, ANSWER if turn.learn else CONTEXT)]
     token = [] if before == "assistant" else [special_id(tokenizer, f"<|{turn.role}|>")]
     # newline and text are encoded as one, as in the official template's text: a text's own newlines join the header's
-    if turn.role == "system":
-        return [Piece([*token, *encode_text(tokenizer, form.newline + turn.text)], FRAME)]
-    text = turn.text.removesuffix(form.switch)  # who has typed it there gets it once, as in those templates
-    said = [*token, *encode_text(tokenizer, form.newline + text), *_ids(tokenizer, form.switch)]
-    return [Piece(said, QUESTION), Piece(ask, FRAME)]
+    said = [*token, *encode_text(tokenizer, f"\n{turn.text}")]
+    return [Piece(said, FRAME)] if turn.role == "system" else [Piece(said, QUESTION), Piece(ask, FRAME)]
+
+
+def _without_switch(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns without the switch that a template which is not to think puts there: who has typed it gets it once."""
+    if not leaves_out(tokenizer):
+        return turns
+    return [turn._replace(text=turn.text.removesuffix(SWITCH)) if turn.role == "user" else turn for turn in turns]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -118,26 +129,28 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def _start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before everything: some templates have nothing there."""
+    found = _form(tokenizer)
+    return found["start"] if found else START
+
+
 @lru_cache(maxsize=8)
-def _form(tokenizer: PreTrainedTokenizerBase) -> Form | None:
-    """The Form of the tokenizer's own template, without thinking, GLM-4's where it has none; None: none known here."""
-    if tokenizer.chat_template is None:
-        return Form()
+def _form(tokenizer: PreTrainedTokenizerBase) -> re.Match[str] | None:
+    """PROBE as the tokenizer's own template shows it, where that is GLM-4's form; None where it is not."""
     messages = [{"role": role, "content": text} for role, text in PROBE]
     try:
-        shown = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
-    except Exception:  # raise_exception in a template
+        return FORM.fullmatch(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # raise_exception in a template, or no template
         return None
-    found = FORM.fullmatch(shown)
-    return Form(**found.groupdict()) if found else None
 
 
 @lru_cache(maxsize=8)
 def _tell_form(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say in one line on stderr where the tokenizer's template is of no form known here."""
-    if _form(tokenizer) is None and not rank():
+    """Say in one line on stderr where the tokenizer's template is not of GLM-4's form and does not think."""
+    if tokenizer.chat_template and _form(tokenizer) is None and not thinks(tokenizer) and not rank():
         print(
             f"{tokenizer.name_or_path}: 聊天模板与这里的不同 its chat template shows a conversation otherwise than "
-            f"it is trained and asked here: {Form().start}<|user|>\\n…<|assistant|>\\n…<|user|>",
+            f"it is trained and asked here: {START}<|user|>\\n…<|assistant|>\\n…<|user|>",
             file=sys.stderr,
         )

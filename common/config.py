@@ -36,6 +36,7 @@ class SFTConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the GPU has it, or float32
     attn_implementation: Attention = "auto"  # how attention is computed; auto: as transformers chooses for the model
     prompt_style: str = "chat"  # how turns become ids: chat is the model's official template
+    thinking: Literal["auto", "keep", "none"] = "auto"  # thoughts: as the template says; all kept; left out
     # data
     data_path: tuple[str, ...] = (str(DATA / "product_train.jsonl"),)  # files, folders or URLs; path#N samples N rows
     eval_data_path: tuple[str, ...] = (str(DATA / "product_heldout.jsonl"),)  # held-out rows scored after training

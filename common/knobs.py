@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from common.config import LORA, TASKS
 
 # what a row's ids and labels depend on, so that tokenised rows are kept under them; equal for a resume
-IDS = frozenset("prompt_style loss_on max_length_q max_length_a model_name model_author".split())
+IDS = frozenset("prompt_style thinking loss_on max_length_q max_length_a model_name model_author".split())
 
 # which weights are trained: without the same of these a checkpoint does not load
 SHAPING = frozenset(

@@ -3,18 +3,30 @@
     chat        <bos><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n{answer}<end_of_turn>
     plain, log  <bos>{question}{answer}<eos>          (log: what the logs of the first gemma-sft runs show)
 
+Gemma 4, whose tokenizer has <|turn>, has a system role; it is rendered by the tokenizer's own template, with thoughts
+and tools where there are any:
+
+    chat  <bos><|turn>system\n{system}<turn|>\n<|turn>user\n{question}<turn|>\n<|turn>model\n{answer}<turn|>
+
 Source of chat: the chat template in google/gemma-2b-it's tokenizer_config.json. That template refuses a system text;
-here it is put before the first question with an empty line between, as Gemma 3's own template does.
+here it is put before the first question with an empty line between, as Gemma 3's own template does. Of Gemma 4: the
+templates of google/gemma-4-E2B-it and its sisters, which say the same of these turns in all their revisions.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from common.conversation import through_template
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.conversation.through_template import Marks
 from common.conversation.turns import Turn, fold_system
+from common.launch import rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +55,36 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
+CHAT_TEMPLATE_4 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{{ message['content'] | trim + '<turn|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+)
+ANSWERS = Marks(
+    begin=re.compile(r"<start_of_turn>model\n"),
+    end=re.compile(r"<end_of_turn>"),
+    last="<end_of_turn>",
+    last_call="<end_of_turn>",
+    thought=("<think>", "</think>"),
+)
+ANSWERS_4 = Marks(  # after the results of its calls an answer goes on in the same turn
+    begin=re.compile(r"<\|turn>model\n|<tool_response\|>(?!<\|tool_response>)"),
+    end=re.compile(r"<turn\|>|<\|tool_response>"),
+    last="<turn|>",
+    last_call="<|tool_response>",
+    thought=("<|channel>", "<channel|>"),
+)
+PROBE = [("system", "S"), ("user", "Q"), ("assistant", "A"), ("user", "Q")]
+SHOWN_4 = (  # PROBE, and a generation prompt
+    "<|turn>system\nS<turn|>\n<|turn>user\nQ<turn|>\n<|turn>model\nA<turn|>\n<|turn>user\nQ<turn|>\n<|turn>model\n"
+)
+
+
+def template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template for a tokenizer that has none."""
+    return CHAT_TEMPLATE_4 if _is_4(tokenizer) else CHAT_TEMPLATE
+
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
     """The Pieces of a conversation (Turns), in order; after a question comes the header that asks for an answer.
@@ -52,6 +94,9 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
     pieces = [Piece([tokenizer.bos_token_id], FRAME)]
     if turns[0].role == "text":
         return [*pieces, Piece([*encode_text(tokenizer, turns[0].text), tokenizer.eos_token_id], ANSWER)]
+    new = style == "chat" and _is_4(tokenizer)
+    if through_template.wanted(tokenizer, turns, shows=style == "chat") or new:
+        return through_template.pieces(tokenizer, turns, ANSWERS_4 if new else ANSWERS)
     render_turn = _chat_turn if style == "chat" else _plain_turn
     *earlier, last = fold_system(turns)
     if style == "chat" and (earlier or [last])[0].role == "assistant":  # a greeting
@@ -69,9 +114,38 @@ def clean(text: str, ended: bool = True) -> str:
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     """Ids that end an answer, the trained one first."""
-    if style == "chat":
+    if style != "chat":
+        return [tokenizer.eos_token_id]
+    if not _is_4(tokenizer):
         return [special_id(tokenizer, "<end_of_turn>"), tokenizer.eos_token_id]
-    return [tokenizer.eos_token_id]
+    _tell_form(tokenizer)
+    ends = [special_id(tokenizer, "<turn|>"), tokenizer.eos_token_id]
+    calls = [special_id(tokenizer, "<|tool_response>")] if "<|tool_response>" in tokenizer.get_vocab() else []
+    return list(dict.fromkeys([*ends, *calls]))
+
+
+@lru_cache(maxsize=8)
+def _is_4(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer is Gemma 4's."""
+    return "<|turn>" in tokenizer.get_vocab()
+
+
+@lru_cache(maxsize=8)
+def _tell_form(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say in one line on stderr where Gemma 4's template shows a conversation otherwise than those known here."""
+    messages = [{"role": role, "content": text} for role, text in PROBE]
+    try:
+        shown = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except Exception as problem:  # raise_exception in a template
+        shown = str(problem)
+    if shown != f"{tokenizer.bos_token}{SHOWN_4}" and not rank():
+        print(
+            f"{tokenizer.name_or_path}: 聊天模板与已知的不同 its chat template shows a conversation otherwise than "
+            f"Gemma 4's known ones; it is trained and asked as its own says: {shown[:200]!r}",
+            file=sys.stderr,
+        )
 
 
 def _chat_turn(tokenizer: PreTrainedTokenizerBase, turn: Turn, last: bool) -> list[Piece]:

@@ -5,18 +5,23 @@
     log    the same, but the newline after `assistant` belongs to the answer, as the logs of qwen1.5-sft show
     plain  {question}{answer}<|endoftext|>
 
+Where the tokenizer's own template thinks, or a conversation has thoughts or tools, chat is what that template shows.
+
 Source of chat: the chat template in Qwen/Qwen1.5-0.5B-Chat's tokenizer_config.json. The system text of a conversation
 without one is what the tokenizer's own template puts there: Qwen2.5 has another than Qwen1.5, Qwen3 has none.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from common.conversation import through_template
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.conversation.through_template import Marks
 from common.conversation.turns import Turn
 
 if TYPE_CHECKING:
@@ -37,6 +42,13 @@ ENGINES = {  # besides transformers, what runs an exported folder
     "mlx": Engine(EXPORTED, untied=True),
     "keras": Engine(("qwen2",), untied=True),
 }
+ANSWERS = Marks(
+    begin=re.compile(r"<\|im_start\|>assistant\n"),
+    end=re.compile(r"<\|im_end\|>"),
+    last="<|im_end|>",
+    last_call="<|im_end|>",
+    thought=("<think>", "</think>"),
+)
 SYSTEM = "You are a helpful assistant."
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}{% endif %}"
@@ -46,6 +58,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template for a tokenizer that has none."""
+    return CHAT_TEMPLATE
+
+
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
     """The Pieces of a conversation (Turns), in order; after a question comes the header that asks for an answer.
 
@@ -53,6 +70,8 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
     """
     if turns[0].role == "text":
         return [Piece([*encode_text(tokenizer, turns[0].text), special_id(tokenizer, "<|endoftext|>")], ANSWER)]
+    if through_template.wanted(tokenizer, turns, shows=style == "chat"):
+        return through_template.pieces(tokenizer, turns, ANSWERS)
     if style == "plain":
         return [_plain_turn(tokenizer, turn) for turn in turns]
     if turns[0].role != "system":

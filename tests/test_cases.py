@@ -3,7 +3,7 @@
 import pytest
 
 from common.conversation import turns as mend
-from common.conversation.turns import Turn, Unusable
+from common.conversation.turns import Call, Turn, Unusable
 from common.data.formats import Notes, conversations_in
 from common.data.sources import read_records
 from common.errors import UserError
@@ -18,6 +18,17 @@ def talk(*texts):
 
 MONTHS, CLOSING = talk("一年有几个月？", "十二个月。"), talk("几点关门", "九点。")
 UNLEARNT = [Turn("user", "一加一"), Turn("assistant", "等于三。", False), *talk("不对", "等于二。")]
+WEATHER = (
+    '[{"type": "function", "function": {"name": "get_weather", "description": "查天气", '
+    '"parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]'
+)
+CALLED = [
+    Turn("system", "", tools=WEATHER),
+    Turn("user", "杭州天气"),
+    Turn("assistant", "", calls=(Call("get_weather", '{"city": "杭州"}'),)),
+    Turn("tool", '{"t": 21}'),
+    Turn("assistant", "杭州今天21度。"),
+]
 # file: the turns of its first row, and the repair if one was made
 READ = {
     "d01_same_role_twice.jsonl": (talk("在吗\n\n我想退货", "在的。\n\n请把订单号发给我。"), mend.JOINED),
@@ -26,6 +37,7 @@ READ = {
         mend.GREETING,
     ),
     "d03_ends_with_human.jsonl": (talk("几点关门", "晚上九点。"), mend.UNANSWERED),
+    "d04_openai_tool_calls.jsonl": (CALLED, None),
     "d05_chinese_keys.jsonl": (MONTHS, None),
     "d06_content_parts.jsonl": (MONTHS, None),
     "d07_number_labels.jsonl": (talk("这句话是正面的吗，答1或0\n第0次来，很好", "0"), None),
@@ -39,6 +51,10 @@ READ = {
     "d16_roles_yonghu.jsonl": (MONTHS, None),
     "d17_loss_flags.jsonl": (UNLEARNT, None),
     "d17b_weight.jsonl": (UNLEARNT, None),
+    "d20_reasoning_content.jsonl": (
+        [Turn("user", "3*4"), Turn("assistant", "12", thought="三个四相加是十二。")],
+        None,
+    ),
     "d23_rows_are_lists.json": (talk("你好", "您好。"), None),
     "d27_history_dicts.jsonl": ([*MONTHS, *talk("再说一遍", "十二个月。")], None),
     "d32_dialog.jsonl": (MONTHS, None),
@@ -63,10 +79,8 @@ READ = {
 COMMENTED = "d31_commented.jsonl"
 # file: words of the reason every row, or the file, is refused for
 REFUSED = {
-    "d04_openai_tool_calls.jsonl": ["messages.tool_calls", "would be lost"],
     "d14_preference.jsonl": ["chosen+rejected", "preference pair"],
     "d19_images.jsonl": ["images", "only text"],
-    "d20_reasoning_content.jsonl": ["messages.reasoning_content", "would be lost"],
     "d24_answer_list.jsonl": ["unknown keys", "answers"],
     "d26_nan.jsonl": ["input", "must be text", "nan"],
     "d29_pandas_columns.json": ["columns", "to_json(orient='records')"],

@@ -331,6 +331,7 @@ def test_what_changes_the_ids_is_tokenised_again(tmp_path, prepare, arrows, knob
 
 OTHER = {
     "prompt_style": "plain",
+    "thinking": "none",
     "loss_on": "all",
     "max_length_q": 7,
     "max_length_a": 7,
@@ -367,7 +368,7 @@ def test_tokenising_asks_for_no_knob_that_the_cache_key_leaves_out(tmp_path, tok
     rows = [QA, EMPTY, "broken", {"question": "问", "answer": "答" * 9}, {"question": "你是谁", "answer": "{{name}}"}]
     path = write(tmp_path, "a.jsonl", rows)
     cfg = Watched(settings(tmp_path, path, max_length_a=8))
-    dataset.tokenised(path, cfg, tokenizer, cache.tokenizer_hash(tokenizer), prompt)
+    dataset.tokenised(path, cfg, tokenizer, cache.encoding_hash(tokenizer), prompt)
     assert cfg.asked == IDS | {"cache_dir", "strict"}
 
 

@@ -48,7 +48,7 @@ def test_every_row_shown_is_read(page):
     from common.data.formats import read_row
 
     rows = [line for block in blocks(page, "json") for line in block.splitlines()]
-    assert len(rows) == 16 and all(read_row(json.loads(row)).conversations for row in rows)
+    assert len(rows) == 20 and all(read_row(json.loads(row)).conversations for row in rows)
 
 
 @pytest.mark.parametrize("page", ["docs/knobs.md", "docs/knobs_zh.md"])

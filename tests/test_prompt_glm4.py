@@ -7,7 +7,7 @@ import pytest
 from conftest import CHARACTERS
 
 from chatglm_sft import prompt_glm4 as prompt
-from common.conversation import render, templates
+from common.conversation import render, templates, thinking
 from common.conversation.render import IGNORED
 from common.conversation.turns import Turn
 
@@ -15,9 +15,10 @@ FORMS = {"GLM-4": glm4.PLAIN, "GLM-4.5": glm4.GLM45, "GLM-4.7": glm4.GLM47}
 THINKING_OFF = {"GLM-4": "", "GLM-4.5": "/nothink", "GLM-4.7": ""}  # behind a question
 ASK = {
     "GLM-4": "<|assistant|>\n",
-    "GLM-4.5": "<|assistant|>\n<think></think>\n",
+    "GLM-4.5": "<|assistant|>\n<think></think>",
     "GLM-4.7": "<|assistant|></think>",
 }
+NEWLINE = {"GLM-4": "", "GLM-4.5": "\n", "GLM-4.7": ""}  # of an answer
 PIECES = [*CHARACTERS, "\n\n"]  # two newlines are one, as in GLM-4's own vocabulary
 Q, A, S = (lambda text, role=role: Turn(role, text) for role in ("user", "assistant", "system"))
 CONVERSATIONS = {
@@ -36,12 +37,19 @@ def form(request):
 
 @pytest.fixture
 def tokenizer(form):
-    return glm4.make_tokenizer(PIECES, FORMS[form])
+    return made(form)
 
 
 @pytest.fixture
 def plain():
     return glm4.make_tokenizer(PIECES)
+
+
+def made(form):
+    """The tokenizer of a form, as --thinking none has it where it thinks."""
+    tokenizer = glm4.make_tokenizer(PIECES, FORMS[form])
+    thinking.set_mode(tokenizer, "none" if form != "GLM-4" else "auto", form)
+    return tokenizer
 
 
 def ids_of(tokenizer, turns, limit=512):
@@ -73,9 +81,9 @@ def test_the_ids_are_those_written_here(plain):
 
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_chat_equals_the_template_without_thinking(form, tokenizer, turns):
-    """Its prompt, and the newline that GLM-4 and 4.5 show with the answer."""
+    """Its prompt, and the newline that GLM-4 shows with the answer."""
     official = of(tokenizer, turns, add_generation_prompt=True, enable_thinking=False)
-    newline = [] if form == "GLM-4.7" else tokenizer.encode("\n", add_special_tokens=False)
+    newline = tokenizer.encode("\n", add_special_tokens=False) if form == "GLM-4" else []
     assert ids_of(tokenizer, turns) == official + newline
 
 
@@ -95,22 +103,24 @@ def test_an_answer_is_trained_as_the_next_prompt_shows_it(tokenizer, turns):
 
 def test_what_is_learnt(form, tokenizer):
     turns = [S("简短"), Q("一"), A("二"), Q("三"), A("四")]
-    assert learnt(tokenizer, sample_of(tokenizer, turns)) == ["二<|user|>", "四<|user|>"]
-    assert learnt(tokenizer, sample_of(tokenizer, turns, "last")) == ["四<|user|>"]
+    second, fourth = (f"{NEWLINE[form]}{text}<|user|>" for text in "二四")
+    assert learnt(tokenizer, sample_of(tokenizer, turns)) == [second, fourth]
+    assert learnt(tokenizer, sample_of(tokenizer, turns, "last")) == [fourth]
     (everything,) = learnt(tokenizer, sample_of(tokenizer, turns, "all"))
-    assert everything.startswith("<sop><|system|>") and everything.endswith(f"{ASK[form]}四<|user|>")
+    assert everything.startswith("<sop><|system|>") and everything.endswith(f"{ASK[form]}{fourth}")
     context = [turn._replace(learn=False) if turn.text == "二" else turn for turn in turns]
-    assert learnt(tokenizer, sample_of(tokenizer, context)) == ["四<|user|>"]
+    assert learnt(tokenizer, sample_of(tokenizer, context)) == [fourth]
 
 
 def test_a_greeting_is_a_turn_of_its_own(form, tokenizer):
     turns = [S("简短"), Turn("assistant", "您好。", learn=False), Q("几点关门"), A("九点")]
     newline = "" if form == "GLM-4.7" else "\n"
     asked = f"{newline}几点关门{THINKING_OFF[form]}{ASK[form]}"
-    text = f"[gMASK]<sop><|system|>{newline}简短{ASK[form]}您好。<|user|>{asked}"
+    welcome = f"{ASK[form]}{NEWLINE[form]}您好。<|user|>"
+    text = f"[gMASK]<sop><|system|>{newline}简短{welcome}{asked}"
     assert tokenizer.decode(ids_of(tokenizer, turns[:-1])) == text
-    assert learnt(tokenizer, sample_of(tokenizer, turns)) == ["九点<|user|>"]
-    greeting = tokenizer.encode(f"{ASK[form]}您好。<|user|>", add_special_tokens=False)
+    assert learnt(tokenizer, sample_of(tokenizer, turns)) == [f"{NEWLINE[form]}九点<|user|>"]
+    greeting = tokenizer.encode(welcome, add_special_tokens=False)
     assert sample_of(tokenizer, turns, "all").labels.count(IGNORED) == 1 + len(greeting)
 
 
@@ -137,7 +147,7 @@ def test_typed_control_tokens_stay_text(tokenizer, role):
 
 
 def test_a_switch_that_was_typed_stands_once():
-    tokenizer = glm4.make_tokenizer(PIECES, glm4.GLM45)
+    tokenizer = made("GLM-4.5")
     assert ids_of(tokenizer, [Q("问/nothink")]) == ids_of(tokenizer, [Q("问")])
 
 
@@ -158,7 +168,8 @@ def test_the_shipped_template_and_the_exported_one_give_what_is_trained(form, to
             tokenizer, stripped
         )
         answered = [*stripped, A("好")]
-        assert of(tokenizer, answered, chat_template=exported) == sample_of(tokenizer, answered).input_ids
+        end = [] if form == "GLM-4" else [tokenizer.convert_tokens_to_ids("<|user|>")]
+        assert of(tokenizer, answered, chat_template=exported) + end == sample_of(tokenizer, answered).input_ids
         assert ids_of(again, turns) == ids_of(tokenizer, turns)
     assert templates.modelfile(tokenizer, prompt, "chat") is None
 

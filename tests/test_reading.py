@@ -16,7 +16,7 @@ import pytest
 
 from common.conversation import turns
 from common.conversation.render import TooLongError
-from common.conversation.turns import FormatError, Turn, fill_identity
+from common.conversation.turns import Call, FormatError, Turn, fill_identity
 from common.data import arrays, defects, formats
 from common.data.defects import DEFECTS
 from common.data.sources import read_records
@@ -140,10 +140,23 @@ REAL_TURNS = {
     "gsm8k.jsonl": lambda row: talk(row["question"], row["answer"]),
     "messages.json": lambda row: talk(*(message["content"] for message in row["messages"])),
     "msra_instruct_query_answer.txt": lambda row: talk(f"{row['instruct']}\n{row['query']}", row["answer"]),
-    "sharegpt_conversations_tools.json": lambda row: talk(
-        *(message["value"] for message in row["conversations"]), system=row["tools"].replace("[]", "")
-    ),
+    "sharegpt_conversations_tools.json": lambda row: called(row),
 }
+WHO = {"human": "user", "gpt": "assistant", "observation": "tool"}
+
+
+def called(row):
+    """Turns of LLaMA-Factory's rows of tools: a call is a JSON object in a message of its own."""
+    tools = [{"type": "function", "function": tool} for tool in json.loads(row["tools"])]
+    turns = [Turn("system", "", tools=json.dumps(tools, ensure_ascii=False))] if tools else []
+    for message in row["conversations"]:
+        if message["from"] != "function_call":
+            turns.append(Turn(WHO[message["from"]], message["value"]))
+            continue
+        call = json.loads(message["value"])
+        arguments = json.dumps(call["arguments"], ensure_ascii=False)
+        turns.append(Turn("assistant", "", calls=(Call(call["name"], arguments),)))
+    return turns
 
 
 @pytest.mark.parametrize("name", REAL_TURNS)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.checking import rehearsal
 from common.checking.check_report import show_rows, show_step, show_verdict
 from common.conversation.render import IGNORED
-from common.conversation.turns import Conversation, Repair, Turn, Unusable
+from common.conversation.turns import Conversation, Repair, Turn, Unusable, said
 from common.data import accounts, cache, dataset
 from common.data.defects import DEFECTS
 from common.errors import UserError, is_out_of_memory
@@ -134,7 +134,7 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
     """The readable files of data_path, and the Findings of their rows."""
     files: list[Tokenised] = []
     findings: list[Finding] = []
-    tokenizer_id = cache.tokenizer_hash(tokenizer)
+    tokenizer_id = cache.encoding_hash(tokenizer)
     for path in _paths(cfg.data_path, findings):
         try:
             files.append(dataset.tokenised(path, cfg, tokenizer, tokenizer_id, prompt))
@@ -256,7 +256,7 @@ def _conversations(cfg: SFTConfig) -> Iterator[Conversation]:
 
 
 def _digest(turns: Sequence[Turn]) -> bytes:
-    text = json.dumps([(turn.role, turn.text.strip()) for turn in turns])
+    text = json.dumps(said([turn._replace(text=turn.text.strip()) for turn in turns]))
     return hashlib.blake2b(text.encode(), digest_size=12).digest()
 
 

@@ -56,12 +56,16 @@ class Family(Protocol):
 
     @property
     def CHAT_TEMPLATE(self) -> str:
-        """Jinja chat template for tokenizers that have none of their own."""
+        """Jinja chat template that gives the ids of the style chat."""
+
+    def template_for(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The chat template for a tokenizer that has none: CHAT_TEMPLATE, or that of its own generation."""
 
     def render(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
         """The pieces of a conversation: FRAME, QUESTION (may be cut), ANSWER (learnt, its last id is a stop id).
 
-        Turns may begin with an answer, a greeting. One with `learn` False is CONTEXT.
+        Turns may begin with an answer, a greeting. One with `learn` False is CONTEXT. FormatError where they cannot be
+        shown, such as tools in a template that has none.
         """
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:

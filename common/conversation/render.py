@@ -42,6 +42,10 @@ class TooLongError(RowError):
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text as text: no special tokens are added, and control tokens typed in it stay ordinary characters."""
+    words = template_words(tokenizer, str(tokenizer.chat_template))
+    typed = min((place for place in map(text.find, words) if place >= 0), default=None)
+    if typed is not None:  # the tokenizer takes these for text too, but has one id for each
+        return encode_text(tokenizer, text[: typed + 1]) + encode_text(tokenizer, text[typed + 1 :])
     if not tokenizer.is_fast:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     backend = tokenizer.backend_tokenizer  # the same ids in a third of the time
@@ -49,6 +53,13 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     backend.no_truncation()
     backend.encode_special_tokens = True
     return backend.encode(text, add_special_tokens=False).ids
+
+
+@lru_cache(maxsize=8)
+def template_words(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
+    """Control tokens of a template that the tokenizer does not call special, such as <think>."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    return tuple(token for token in added if token.strip() and token in template)
 
 
 @lru_cache(maxsize=64)
@@ -107,20 +118,21 @@ def training_sample(
 def fit_turns(length: Callable[[Sequence[Turn]], int], turns: Sequence[Turn], limit: int) -> tuple[list[Turn], bool]:
     """Turns whose `length(turns)` is at most `limit`, and whether something was cut: (turns, cut).
 
-    The greeting and the oldest question and answer go first, then the middle of the last question; the system text
-    stays.
+    The greeting and the oldest rounds, each a question and all up to the next one, go first, then the middle of the
+    last question; the system text stays, and the calls and results after the last question.
     """
     if length(turns) <= limit:
         return list(turns), False
     system, spoken = _apart(turns)
-    while len(spoken) > 1 and length([*system, *spoken]) > limit:
-        spoken = spoken[1 if spoken[0].role == "assistant" else 2 :]
+    later = [number for number, turn in enumerate(spoken) if turn.role == "user" and number]
+    rounds = [spoken, *(spoken[number:] for number in later)]
+    spoken = next((rest for rest in rounds if length([*system, *rest]) <= limit), rounds[-1])
     if length([*system, *spoken]) <= limit:
         return [*system, *spoken], True
-    question = spoken[0]
+    question, *rest = spoken
 
     def shortened(kept: int) -> list[Turn]:
-        return [*system, question._replace(text=_without_middle(question.text, kept))]
+        return [*system, question._replace(text=_without_middle(question.text, kept)), *rest]
 
     longest = _largest(lambda kept: length(shortened(kept)) <= limit, len(question.text))
     if longest < 1:

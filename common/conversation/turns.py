@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from common.errors import RowError
 
@@ -32,9 +33,25 @@ class Turn(NamedTuple):
     tools: str = ""
 
 
-def said(turns: Iterable[Turn]) -> list[tuple[str, str]]:
-    """The turns as (role, text), which is what hashes of conversations are made of."""
-    return [(turn.role, turn.text) for turn in turns]
+def said(turns: Sequence[Turn]) -> list[tuple[Any, ...]]:
+    """The turns as (role, text), which is what hashes of conversations are made of.
+
+    One with a thought, calls or tools is (role, text, thought, calls, tools).
+    """
+    return [
+        (turn.role, turn.text, turn.thought, turn.calls, turn.tools) if is_more(turn) else (turn.role, turn.text)
+        for turn in turns
+    ]
+
+
+def is_more(turn: Turn) -> bool:
+    """Whether a turn is more than its text: a thought, calls, tools on offer, or the result of a call."""
+    return bool(turn.thought or turn.calls or turn.tools or turn.role == "tool")
+
+
+def says(turn: Turn) -> bool:
+    """Whether a turn says something: a text, calls or tools on offer; a result may be empty."""
+    return bool(turn.text.strip() or turn.calls or turn.tools or turn.role == "tool")
 
 
 class Conversation(NamedTuple):
@@ -75,6 +92,7 @@ def fill_identity(turns: Sequence[Turn], name: Sequence[str], author: Sequence[s
     """Put `name` and `author` for {{name}}, {{AUTHOR}}, <NAME>, …; FormatError where one is needed and empty.
 
     Each is (Chinese, other) or (); a conversation with Chinese characters takes the first form, any other the second.
+    Thoughts, tools and the arguments of calls are filled too.
     """
     values = {"name": name, "author": author}
     form = 0 if any(CHINESE.search(turn.text) for turn in turns) else 1
@@ -85,7 +103,21 @@ def fill_identity(turns: Sequence[Turn], name: Sequence[str], author: Sequence[s
             raise FormatError("identity", f"{match[0]} 没有填 is not filled: give --model_name and --model_author")
         return values[key][form]
 
-    return [turn._replace(text=PLACEHOLDER.sub(value, turn.text)) for turn in turns]
+    def escaped(match: re.Match[str]) -> str:  # within JSON text
+        return json.dumps(value(match), ensure_ascii=False)[1:-1]
+
+    def filled(turn: Turn) -> Turn:
+        turn = turn._replace(text=PLACEHOLDER.sub(value, turn.text))
+        if not is_more(turn):
+            return turn  # most turns
+        calls = (call._replace(arguments=PLACEHOLDER.sub(escaped, call.arguments)) for call in turn.calls)
+        return turn._replace(
+            thought=PLACEHOLDER.sub(value, turn.thought),
+            calls=tuple(calls),
+            tools=PLACEHOLDER.sub(escaped, turn.tools),
+        )
+
+    return [filled(turn) for turn in turns]
 
 
 def fold_system(turns: Sequence[Turn]) -> Sequence[Turn]:
@@ -122,40 +154,69 @@ JOINED = "相邻同角色的几轮合并 turns of one role in a row are joined"
 GREETING = "开头的回答只作上文 a greeting is context only"
 NO_TEXT = "空的一轮略去 an empty turn is left out"
 UNANSWERED = "末尾没有回答的提问略去 a last question without answer is cut"
+NOT_USED = "末尾没有回答的工具结果略去 a last result of a tool without answer is cut"
 SYSTEM = "中间的系统提示并入提问 a system text in between is put into a question"
 
 
 def in_order(turns: Sequence[Turn], answered: bool = True) -> tuple[Sequence[Turn], list[str]]:
     """The turns as [system,] [greeting,] question, answer, question …, and what was repaired to make them so.
 
-    answered: the last turn has to be an answer, and a question at the end is cut; else the last one has to be a
-    question. Joined answers are learnt if all of them are. FormatError where no question, or no answer, is left.
+    Between an answer that calls tools and the next answer stand the results, each a turn. answered: the last turn has
+    to be an answer, and questions and results at the end are cut; else the last one has to be a question or a result.
+    Joined answers are learnt if all of them are. FormatError where no question, or no answer, is left, or a call has
+    no result.
     """
     roles = [turn.role for turn in turns]
     if answered and roles == ["user", "assistant"] and turns[0].text.strip() and turns[1].text.strip():
         return turns, []  # most rows
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     whole = (len(spoken) % 2 == 0) is answered
-    if roles == ["text"] or spoken and whole and _alternate(spoken) and all(turn.text.strip() for turn in turns):
+    if roles == ["text"] or spoken and whole and _alternate(spoken) and all(map(_is_plain, turns)):
         return turns, []
     repairs: dict[str, None] = {}
     mended: list[Turn] = []
     before = ""  # role of the turn before, as it was said
     for turn in turns:
-        if not turn.text.strip():
+        if not says(turn):
             repairs[NO_TEXT] = None
             continue
-        if before == turn.role:
+        if before == turn.role != "tool" and turn.text.strip() and mended[-1].text.strip():
             repairs[JOINED] = None
         before = turn.role
         if turn.role == "system" and mended and mended[-1].role != "system":
             repairs[SYSTEM] = None
             turn = turn._replace(role="user")
-        if mended and mended[-1].role == turn.role:
-            last = mended.pop()
-            turn = Turn(turn.role, f"{last.text}\n\n{turn.text}", last.learn and turn.learn)
+        if mended and mended[-1].role == turn.role != "tool" and not (turn.role == "assistant" and mended[-1].calls):
+            turn = _joined(mended.pop(), turn)
         mended.append(turn)
-    return _with_ends(mended, answered, repairs), list(repairs)
+    mended = _with_ends(mended, answered, repairs)
+    _check_calls(mended)
+    return mended, list(repairs)
+
+
+def _is_plain(turn: Turn) -> bool:
+    """Whether a turn is a text, and no call waits for its result."""
+    return bool(turn.text.strip()) and not turn.calls
+
+
+def _joined(first: Turn, second: Turn) -> Turn:
+    """Two turns of one role as one, an empty line between what they say."""
+    texts, thoughts = (
+        "\n\n".join(part for part in parts if part.strip())
+        for parts in ((first.text, second.text), (first.thought, second.thought))
+    )
+    learn = first.learn and second.learn
+    return Turn(first.role, texts, learn, thoughts, (*first.calls, *second.calls), first.tools or second.tools)
+
+
+def _check_calls(turns: Sequence[Turn]) -> None:
+    """FormatError where a call before the last turn has no result, or a result no call."""
+    for number, turn in enumerate(turns):
+        before = turns[number - 1] if number else None
+        if turn.role == "tool" and not (before and (before.role == "tool" or before.calls)):
+            raise FormatError("tool-order", "工具结果前没有调用 a result of a tool without a call before it")
+        if before and before.calls and turn.role != "tool":
+            raise FormatError("tool-order", f"调用 {before.calls[0].name} 没有结果 has no result: a tool turn expected")
 
 
 def _alternate(roles: Sequence[str]) -> bool:
@@ -173,19 +234,19 @@ def _with_ends(turns: list[Turn], answered: bool, repairs: dict[str, None]) -> l
             raise FormatError("first-turn", "第一轮应是 user the first turn must be the user's, found assistant alone")
         turns[first] = turns[first]._replace(learn=False)
         repairs[GREETING] = None
-    if answered and turns[-1].role == "user":
+    while answered and turns[-1].role in ("user", "tool"):
+        repairs[UNANSWERED if turns[-1].role == "user" else NOT_USED] = None
         turns = turns[:-1]
         if "user" not in [turn.role for turn in turns]:
             raise FormatError("last-turn", "最后一轮应是 assistant the last turn must be an answer, found user")
-        repairs[UNANSWERED] = None
-    elif not answered and turns[-1].role != "user":
+    if not answered and turns[-1].role not in ("user", "tool"):
         raise FormatError("last-turn", "最后一轮应是 the last one must be the user's")
     return turns
 
 
 def ends_asking(turns: Sequence[Turn]) -> bool:
     """Whether the last turn that says something is no answer."""
-    return next((turn.role for turn in reversed(turns) if turn.text.strip()), "") != "assistant"
+    return next((turn.role for turn in reversed(turns) if says(turn)), "") != "assistant"
 
 
 def teaches(turns: Sequence[Turn]) -> bool:

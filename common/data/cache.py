@@ -67,6 +67,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
+def encoding_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides the ids of a conversation but for a family's code: tokenizer and chat template, hex."""
+    return hashlib.sha256(f"{tokenizer_hash(tokenizer)} {tokenizer.chat_template}".encode()).hexdigest()
+
+
 def cache_key(path: str, content: str, cfg: SFTConfig, tokenizer_id: str, prompt: Family) -> str:
     """Name of a file's folder in the cache: a hash of all that its rows' ids, labels and reasons depend on."""
     rooms = [Path(__file__).parent, Path(str(family.__file__)).parent]

@@ -18,10 +18,10 @@ from common import distributed, workers
 from common.conversation import render
 from common.conversation.render import Sample
 from common.conversation.turns import Conversation, Repair, Unusable, said
-from common.data.cache import Listed, Tokenised, cache_key, tokenizer_hash
+from common.data.cache import Listed, Tokenised, cache_key, encoding_hash
 from common.data.formats import Notes, conversations_in
 from common.data.sources import Record, read_records
-from common.errors import UserError
+from common.errors import RowError, UserError
 from common.files import file_hash, line_of
 from common.inputs import files_of
 
@@ -64,7 +64,7 @@ def _prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family)
     offsets: dict[str, int] = {}  # of each file: where its rows begin among all rows
     drawn: list[numpy.ndarray] = []  # of each file named: row numbers among all rows
     rng = random.Random(cfg.seed)
-    tokenizer_id = tokenizer_hash(tokenizer)
+    tokenizer_id = encoding_hash(tokenizer)
     for path, wanted in files_of(cfg.data_path):
         file = tokenised(path, cfg, tokenizer, tokenizer_id, prompt)
         picked = draw_rows(len(file.rows), wanted, rng)
@@ -131,7 +131,7 @@ def tokenised(
 ) -> Tokenised:
     """One file, from the cache where its content and all that shapes its ids are the same.
 
-    tokenizer_id: `tokenizer_hash` of the tokenizer. UserError where the file cannot be read, or with `cfg.strict` a
+    tokenizer_id: `encoding_hash` of the tokenizer. UserError where the file cannot be read, or with `cfg.strict` a
     row cannot be used.
     """
     from datasets import Dataset
@@ -270,14 +270,14 @@ def _sample_of(
     """A row as ids and labels, or why it cannot be trained on; its uncut lengths go into `whole`."""
     if isinstance(row, Unusable):
         return row
-    pieces = prompt.render(tokenizer, row.turns, cfg.prompt_style)
-    whole.append((sum(len(piece.ids) for piece in pieces[:-1]), len(pieces[-1].ids)))
     try:
+        pieces = prompt.render(tokenizer, row.turns, cfg.prompt_style)
+        whole.append((sum(len(piece.ids) for piece in pieces[:-1]), len(pieces[-1].ids)))
         limits = cfg.max_length_q, cfg.max_length_a
         sample = render.training_sample(
             tokenizer, prompt, row.turns, cfg.prompt_style, cfg.loss_on, *limits, pieces=pieces
         )
-    except render.TooLongError as problem:
+    except RowError as problem:
         return Unusable(row.where, problem.reason, said(row.turns), problem.kind)
     if sample.labels.count(render.IGNORED) == len(sample.labels):
         reason = "没有可训练的 token no id of the row is supervised"

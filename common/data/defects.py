@@ -50,7 +50,13 @@ DEFECTS = {
     "first-turn": Defect("turn order", _IN_TURN, "delete what stands before a question"),
     "last-turn": Defect("turn order", "an answer at the end", "add the answer or delete the last question"),
     "identity": Defect("identity", "a value for each placeholder", "--model_name 小黄 'Xiao Huang' --model_author …"),
+    "thought": Defect("thought", "one whole thought before an answer", "write it as docs/data.md shows"),
+    "tool-call": Defect("tool calls", "functions with a name, calls with an object", "write it as docs/data.md shows"),
+    "tool-order": Defect("turn order", "each call with its results behind it", "add the results or delete the call"),
     # the ids of a conversation
+    "template": Defect(
+        "template", "what the prompt can show", "another --thinking or --prompt_style, or a model whose template has it"
+    ),
     "long-answer": Defect(
         "over-long", "an answer within --max_length_a", "a larger --max_length_a or a shorter answer"
     ),
@@ -84,7 +90,8 @@ MATTERS = [
         r"|reasoning([ _](content|process|steps|details))?|rationales?|思考(过程)?|思维链|推理(过程)?"
         r"|tool_calls|functions|function_calls?",
         "unread",
-        "不读 is not read and would be lost; join it to what is read, or remove it",
+        "不读 is not read here and would be lost; join it to what is read (a thought as <think>…</think> before the "
+        "answer), or remove it",
     ),
 ]
 # the same of keys of a message or a round

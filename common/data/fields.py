@@ -1,4 +1,4 @@
-"""The values of a row as text, lists and utterances, and which of its keys were read."""
+"""The values of a row as text and lists, and which of its keys were read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from common.conversation.turns import FormatError, Turn
+from common.conversation.turns import FormatError
 from common.data.arrays import DECODER, RepeatedError
 from common.data.defects import matter_of
 
@@ -23,10 +23,10 @@ ROLES = {  # any letter case
     "prompter": "user",
     "用户": "user",
     "人类": "user",
-    "observation": "user",  # a tool's result is what the model is told
-    "tool": "user",
-    "tool_response": "user",
-    "function": "user",
+    "observation": "tool",
+    "tool": "tool",
+    "tool_response": "tool",
+    "function": "tool",
     "assistant": "assistant",
     "gpt": "assistant",
     "gpt4": "assistant",
@@ -36,8 +36,8 @@ ROLES = {  # any letter case
     "model": "assistant",
     "助手": "assistant",
     "机器人": "assistant",
-    "function_call": "assistant",  # and a call is what it says
-    "tool_call": "assistant",
+    "function_call": "call",  # what an assistant calls, as a message of its own
+    "tool_call": "call",
 }
 SPEAKERS = ("role", "from")  # keys that say who speaks
 SAID = ("content", "value", "text")  # keys that hold what is said
@@ -173,7 +173,7 @@ class Fields:
         if not value:
             return []
         if isinstance(value, str):
-            value = _parsed(value)
+            value = parsed(value)
         if not isinstance(value, list):
             raise FormatError("not-a-list", f"{key} 应为列表 must be a list, found {type(value).__name__}")
         return value
@@ -217,37 +217,6 @@ class Fields:
                 raise FormatError("unread", f"{name}: 没有读 is not read here; {hint}")
         return [*names.values(), *self.inner]
 
-    def utterances(self, key: str) -> list[Turn]:
-        """The turns in a list of {role: …, content: …} or {from: …, value: …}."""
-        turns = [_plain_turn(message) for message in self.items(key)]
-        if all(turns):
-            return [turn for turn in turns if turn]
-        return [self._utterance(message) for message in self.objects(key, "role, content 或 from, value", SPOKEN)]
-
-    def _utterance(self, message: Fields) -> Turn:
-        """The turn of one message; "" is its text where the content is null or empty."""
-        name = message.name
-        row = {key: value for key, value in message.row.items() if value is not None}
-        speaker = next((key for key in SPEAKERS if key in row), None)
-        saying = [key for key in SAID if key in row]
-        if speaker is None or SPOKEN.isdisjoint(message.row.keys() - {*SPEAKERS}) and _says_something(message.row):
-            raise FormatError(
-                "not-an-utterance", f"{name}: 应有 role, content 或 from, value expected, found {str(row)[:60]!r}"
-            )
-        if len([key for key in saying if holds_something(row[key])]) > 1:
-            raise FormatError("ambiguous-keys", f"{name}: {' 和 and '.join(saying)} 都有文字 both hold text; keep one")
-        role = role_of(message.get(speaker))
-        if role is None:
-            raise FormatError(
-                "unknown-role", f"{name}: 未知角色 unknown role {message.row[speaker]!r}; known: {', '.join(ROLES)}"
-            )
-        said = next((key for key in saying if holds_something(row[key])), saying[0] if saying else "content")
-        value = message.get(said)
-        if isinstance(value, list):
-            value = message._parts(value, said)
-        learn = message.is_learnt()
-        return Turn(role, as_text(value, said, required=False), learn or role != "assistant")
-
     def is_learnt(self) -> bool:
         """Whether no mark of an utterance says that its text is context only."""
         if MARKS.keys().isdisjoint(self.row):
@@ -263,38 +232,8 @@ class Fields:
             if key == "weight" or str(self.row.get(key)).lower() in ("true", "false")
         )
 
-    def _parts(self, parts: list, name: str) -> str:
-        """The text of a content that is a list of text parts, a line each."""
-        texts = []
-        for value in parts:
-            part = Fields(value if isinstance(value, dict) else {"type": type(value).__name__}, f"{self.name}.{name}")
-            kind = part.get("type")
-            if kind != "text" or "text" not in part.row:
-                found = repr(kind) if kind != "text" else f"text 没有 text without one: {str(part.row)[:60]}"
-                raise FormatError("not-text", f"{name}: 只读文字 only text parts are read, found {found}")
-            texts.append(part.text("text", required=False))
-            self.inner += part.unread()
-        return "\n".join(texts)
 
-
-def _says_something(message: dict[str, Any]) -> bool:
-    """Whether a message has a text under a key of its own, which no reader knows."""
-    others = [key for key in message if key not in SPEAKERS and not matter_of(str(key), inside=True)[0]]
-    return any(type(message[key]) is str and message[key].strip() for key in others)
-
-
-def _plain_turn(message: object) -> Turn | None:
-    """The turn of a message of a known role and a text alone, as most are; None for others, and `_utterance` reads."""
-    if not isinstance(message, dict) or len(message) != 2:
-        return None
-    for speaker, said in (("role", "content"), ("from", "value")):
-        role = role_of(message.get(speaker))
-        if role and type(message.get(said)) is str:
-            return Turn(role, as_text(message[said], said, required=False))
-    return None
-
-
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """The value of JSON text, or of a list as Python prints it (pandas' to_csv); the text itself where it is none."""
     for read in (DECODER.decode, literal):
         try:

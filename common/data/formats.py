@@ -24,6 +24,8 @@ from common.conversation.turns import (
 from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
 from common.data.defects import matter_of
 from common.data.fields import SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
+from common.data.tools import opened
+from common.data.utterances import thought_apart, utterances
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
@@ -96,7 +98,7 @@ def read_row(row: object, asked: bool = False) -> Reading:
         raise FormatError("not-an-object", f"应为对象 an object expected, found {type(row).__name__}")
     shape, read = _shape_of(row)
     fields = Fields(row)
-    conversations = read(fields)
+    conversations = [[thought_apart(turn) for turn in turns] for turns in read(fields)]
     if asked:
         mended = [in_order(turns, answered=not ends_asking(turns)) for turns in conversations]
     else:
@@ -182,17 +184,14 @@ def _names(keys: Iterable[str]) -> str:
 
 
 def _opening(row: Fields) -> list[Turn]:
-    """System text (and the tools on offer, which are part of it), then the history."""
+    """System text and tools on offer, then the history."""
     if OPENING.isdisjoint(row.row):
         return []
-    tools = row.text("tools", required=False)
     parts = [row.text("system", required=False), row.text("system_prompt", required=False)]
-    parts.append("" if tools.strip() == "[]" else tools)
-    system = "\n".join(part for part in parts if part.strip())
-    turns = [Turn("system", system)] if system else []
+    turns = opened(row, "\n".join(part for part in parts if part.strip()))
     history = row.items("history")
     if history and all(isinstance(message, dict) for message in history):
-        return turns + row.utterances("history")
+        return turns + utterances(row, "history")
     for pair in history:
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise FormatError(
@@ -221,7 +220,7 @@ def _messages(key: str) -> Reader:
     """A reader of rows whose `key` lists utterances."""
 
     def read(row: Fields) -> list[list[Turn]]:
-        said = row.utterances(key)
+        said = utterances(row, key)
         return [_opening(row) + said]
 
     return read
@@ -230,14 +229,14 @@ def _messages(key: str) -> Reader:
 def _prompt_completion(row: Fields) -> list[list[Turn]]:
     """TRL's rows: prompt and completion are texts, or both are lists of messages."""
     if isinstance(row.row["prompt"], list) or isinstance(row.row["completion"], list):
-        return [_opening(row) + row.utterances("prompt") + row.utterances("completion")]
+        return [_opening(row) + utterances(row, "prompt") + utterances(row, "completion")]
     return _question_answer(("prompt",), "completion")(row)
 
 
 def _rounds(row: Fields) -> list[list[Turn]]:
     """Firefly's rounds {human, assistant}, XTuner's {system, input, output}, or utterances."""
     if any(isinstance(round_, dict) and round_.keys() & set(SPEAKERS) for round_ in row.items("conversation")):
-        return [_opening(row) + row.utterances("conversation")]
+        return [_opening(row) + utterances(row, "conversation")]
     turns = _opening(row)
     for round_ in row.objects("conversation", "human 和 assistant", ROUND):
         if not round_.row.keys() & ROUND and holds_something(round_.row):

@@ -159,7 +159,8 @@ def key_of(cfg: SFTConfig, base: bool, settings: list[Any]) -> str:
     adapter = Path(cfg.model_save_dir) / "adapter_model.safetensors"
     if not base:
         weights.append(files.file_hash(str(adapter)) if adapter.exists() else base_hash(cfg.model_save_dir))
-    parts = [weights, trained._asdict(), cfg.dtype, cfg.seed, base, *settings]
+    asked = {name: value for name, value in trained._asdict().items() if (name, value) != ("thinking", "auto")}
+    parts = [weights, asked, cfg.dtype, cfg.seed, base, *settings]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 

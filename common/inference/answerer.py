@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from common.conversation import render
+from common.conversation.turns import FormatError
 from common.errors import UserError
 from common.inference.text import Wording, decode
 from common.model.layers import causal_of
@@ -205,6 +206,8 @@ def fitted(
             f"提问放不下 not even one character of the question fits in {limit} tokens: shorten the system text, or "
             "give a smaller --max_new_tokens or a larger --max_length_q"
         ) from None
+    except FormatError as problem:
+        raise UserError(problem.reason) from None
     return ids, limit if cut else 0
 
 

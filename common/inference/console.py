@@ -53,7 +53,7 @@ def ask_once(answer: Answerer | Remote, sampling: Sampling, flags: PredictFlags)
 def print_prompt(cfg: SFTConfig, prompt: Family, question: str, system: str = "") -> None:
     """Print text and ids of the prompt for `question` as one JSON object; only the tokenizer is loaded."""
     trained = trained_with(cfg, find_manifest(cfg.model_save_dir), base=True)
-    tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
+    tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt, trained.thinking)
     turns = [*_system(system), Turn("user", question)]
     limit = prompt_limit(trained.max_length_q, context_of(cfg, trained), cfg.max_new_tokens)
     ids, cut_to = fitted(tokenizer, prompt, turns, trained.prompt_style, limit)

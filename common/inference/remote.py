@@ -173,5 +173,5 @@ class _RefusedError(UserError):
 def load(cfg: SFTConfig, prompt: Family, url: str) -> Remote:
     """The Remote at `url`; tokenizer, prompt style and context are those of the run in `cfg.model_save_dir`."""
     trained = trained_with(cfg, adopted.find_manifest(cfg.model_save_dir), base=True)
-    tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
+    tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt, trained.thinking)
     return Remote(url, tokenizer, prompt, trained.prompt_style, trained.max_length_q, context_of(cfg, trained))

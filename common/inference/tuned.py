@@ -41,9 +41,9 @@ def open_run(
 ) -> tuple[dict[str, Any], TrainedWith, PreTrainedTokenizerBase]:
     """(manifest, TrainedWith, tokenizer) of the run in `cfg.model_save_dir`.
 
-    base: its base model is enough; the manifest is {} where there is no run. Base model, prompt style and lengths are
-    the run's own; UserError where the user asks for others, or where base, tokenizer or template are no longer the
-    ones trained with.
+    base: its base model is enough; the manifest is {} where there is no run. Base model, prompt style, thinking and
+    lengths are the run's own; UserError where the user asks for others, or where base, tokenizer or template are no
+    longer the ones trained with.
     """
     manifest = adopted.find_manifest(cfg.model_save_dir)
     alone = not base and adopted.adapter_base(cfg.model_save_dir) is not None
@@ -55,7 +55,7 @@ def open_run(
             "the same train.py command resumes it, --checkpoint last answers as it is so far"
         )
     trained = trained_with(cfg, manifest, base)
-    tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt)
+    tokenizer = loading.load_tokenizer(trained.path_model_pretrain, prompt, trained.thinking)
     if manifest is not None and (not base or trained.path_model_pretrain == manifest["base"]["path"]):
         check_fits(manifest, trained.path_model_pretrain, tokenizer, prompt)
     if alone:
@@ -73,8 +73,8 @@ def context_of(cfg: SFTConfig, trained: TrainedWith) -> int:
 def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) -> TrainedWith:
     """The TrainedWith of the run in `manifest`, or what the user asks for where there is none.
 
-    UserError where the user asks for another base model or style; the same weights in another folder are the same
-    base. base: the base model alone may be any.
+    UserError where the user asks for another base model, style or thinking; the same weights in another folder are
+    the same base. base: the base model alone may be any.
     """
     asked = TrainedWith.asked_for(cfg)
     if manifest is None and "path_model_pretrain" not in cfg.given:
@@ -82,7 +82,7 @@ def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) ->
     if manifest is None or base and "path_model_pretrain" in cfg.given:
         check_base(asked.path_model_pretrain, cfg)
         return asked
-    config = {"tuning": "lora"} | manifest["config"]  # the first runs knew no other
+    config = {"tuning": "lora", "thinking": "auto"} | manifest["config"]  # the first runs knew no other
     stored = manifest["base"]
     same_weights = cfg.base and stored["sha256"] and loading.base_hash(cfg.base) == stored["sha256"]
     trained = TrainedWith(
@@ -91,8 +91,9 @@ def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) ->
         path_model_pretrain=cfg.base if same_weights else stored["path"],
         tuning=config["tuning"],
         bits=config["quantization_bit"] if config["tuning"] == "qlora" else 0,
+        thinking=config["thinking"],
     )
-    for name in ("path_model_pretrain", "prompt_style"):
+    for name in ("path_model_pretrain", "prompt_style", "thinking"):
         if name in cfg.given and getattr(asked, name) != getattr(trained, name):
             raise UserError(
                 f"--{name} {getattr(asked, name)}: 训练时用的是 the run in {cfg.model_save_dir} was trained "

@@ -40,11 +40,12 @@ class TrainedWith(NamedTuple):
     path_model_pretrain: str
     tuning: str
     bits: int
+    thinking: str = "auto"
 
     @classmethod
     def asked_for(cls, cfg: SFTConfig) -> TrainedWith:
         """What a config says, where no run says it."""
-        return cls(cfg.prompt_style, cfg.max_length_q, cfg.base, cfg.tuning, cfg.bits)
+        return cls(cfg.prompt_style, cfg.max_length_q, cfg.base, cfg.tuning, cfg.bits, cfg.thinking)
 
 
 def load_tuned(

@@ -27,6 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from common import distributed
+from common.conversation import thinking
 from common.device import device, resolve_dtype
 from common.errors import UserError, is_out_of_memory
 from common.launch import rank
@@ -49,11 +50,11 @@ EDGE = 1 << 20  # bytes hashed at each end of a weight file: a whole 70B checkpo
 UNMADE = re.compile("not implemented for '(Byte|Char)'")  # of torch, for a quantised weight made at random
 
 
-def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, prompt: Family, mode: str = "auto") -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with the family's chat template where it has none of its own.
 
-    UserError where there is none, it lacks a token the template needs, does not fit the model, or the model is for
-    other recipes.
+    mode: of --thinking; the template is switched to it. UserError where there is none, it lacks a token the template
+    needs, does not fit the model, the model is for other recipes, or the template has no such mode.
     """
     folders.check_folder(path, ("config.json", *folders.TOKENIZER_FILES))
     weights.check_tokenizer(path)
@@ -67,10 +68,11 @@ def load_tokenizer(path: str | Path, prompt: Family) -> PreTrainedTokenizerBase:
         raise
     own = tokenizer.chat_template
     if own is None:
-        tokenizer.chat_template = prompt.CHAT_TEMPLATE
+        tokenizer.chat_template = prompt.template_for(tokenizer)
     folders.check_template(tokenizer, path)
     folders.check_family(tokenizer, path, config, prompt, own)
     _check_vocabulary(tokenizer, path)
+    thinking.set_mode(tokenizer, mode, path)
     return tokenizer
 
 

@@ -19,14 +19,12 @@ from common.runs.chosen import chosen_folder
 from common.runs.manifest import check_fits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from common.config import TrainFlags
     from common.conversation.family import Family
 
 SHAPE = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}  # ours: peft's
 MODULES = ("target_modules", "modules_to_save")  # which are the same is known once the base is there
-HABITS = ("tuning", "quantization_bit", "prompt_style")  # of the earlier run: taken over, but free to be changed
+HABITS = ("tuning", "quantization_bit", "prompt_style", "thinking")  # of the earlier run, where the user sets none
 FLAG = "--adapter_name_or_path"
 
 Config = TypeVar("Config", bound=SFTConfig)  # a family's
@@ -35,9 +33,9 @@ Config = TypeVar("Config", bound=SFTConfig)  # a family's
 def inherit(cfg: Config, flags: TrainFlags) -> tuple[Config, Path | None]:
     """(`cfg` with what the adapter of --adapter_name_or_path decides, its folder); (`cfg`, None) without that flag.
 
-    Rank, scale, variant and modules are the adapter's own; tuning and prompt style are those of its run where the user
-    set none. UserError where the user asks for another rank, scale or variant, where the base is another one, or where
-    there is no LoRA adapter to start from.
+    Rank, scale, variant and modules are the adapter's own; tuning, prompt style and thinking are those of its run where
+    the user set none. UserError where the user asks for another rank, scale or variant, where the base is another one,
+    or where there is no LoRA adapter to start from.
     """
     if not flags.adapter_name_or_path:
         return cfg, None
@@ -54,14 +52,15 @@ def inherit(cfg: Config, flags: TrainFlags) -> tuple[Config, Path | None]:
     return replace(cfg, **taken), folder
 
 
-def generations(parent: Path, base: str, tokenizer: PreTrainedTokenizerBase, prompt: Family) -> list[dict[str, Any]]:
+def generations(parent: Path, base: str, prompt: Family) -> list[dict[str, Any]]:
     """The manifest's `lineage`: [{folder, sha256 of the adapter, data as in a manifest}], the one in `parent` last.
 
     UserError where base, tokenizer or template are not those that the run in `parent` was trained with.
     """
     manifest = adopted.find_manifest(parent) or {}
     if manifest:
-        check_fits(manifest, base, tokenizer, prompt)
+        mode = manifest["config"].get("thinking", "auto")  # the new run's may be another
+        check_fits(manifest, base, loading.load_tokenizer(base, prompt, mode), prompt)
     own = {
         "folder": str(parent),
         "sha256": files.file_hash(str(adapter_file(parent))),

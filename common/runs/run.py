@@ -68,7 +68,7 @@ def start(
     """
     folder, manifest = Path(cfg.model_save_dir), describe(cfg, tokenizer, prompt, rows)
     if parent:
-        manifest["lineage"] = generations(parent, cfg.base, tokenizer, prompt)
+        manifest["lineage"] = generations(parent, cfg.base, prompt)
     opened = distributed.first(lambda: _open(folder, manifest, resume, rows, resume_anyway))
     lock, checkpoint = opened or (None, None)
     return Run(folder, _seen_by_all(folder, manifest), lock, distributed.share(checkpoint))
@@ -201,7 +201,7 @@ def _check_same(earlier: dict[str, Any], manifest: dict[str, Any], checkpoint: P
 
 def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a resume, as one flat dict."""
-    of_old = {"optim": SFTConfig.optim}  # runs from before there was a choice had this one
+    of_old = {"optim": SFTConfig.optim, "thinking": SFTConfig.thinking}  # of runs from before there was a choice
     knobs = {name: value for name, value in (of_old | manifest["config"]).items() if name not in FREE}
     data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
     base, tokenizer, template = manifest["base"], manifest["tokenizer_sha256"], manifest["template"]["sha256"]

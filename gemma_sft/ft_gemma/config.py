@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Config(SFTConfig):
-    """gemma-2b and -7b, gemma-1.1, gemma-2, and gemma-3 (of 4b to 27b the text model)."""
+    """gemma-2b and -7b, gemma-1.1, gemma-2, gemma-3 and gemma-4 (of models of images or sound the text model)."""
 
     repo_id: str = "google/gemma-2b-it"  # hub id, used where given and path_model_pretrain is not
     model_save_dir: str = str(HERE / "model_sft")  # folder for the adapter, checkpoints, logs and pictures

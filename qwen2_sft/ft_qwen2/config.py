@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Config(SFTConfig):
-    """Qwen1.5 from 0.5B to 72B, Qwen2 and Qwen2.5 (Qwen3 answers without thinking)."""
+    """Qwen1.5 from 0.5B to 72B, Qwen2, Qwen2.5, and Qwen3 to 3.8."""
 
     repo_id: str = "Qwen/Qwen1.5-0.5B-Chat"  # hub id, used where given and path_model_pretrain is not
     model_save_dir: str = str(HERE / "model_sft")  # folder for the adapter, checkpoints, logs and pictures
