@@ -171,7 +171,7 @@ def test_the_shipped_template_and_the_exported_one_give_what_is_trained(form, to
         end = [] if form == "GLM-4" else [tokenizer.convert_tokens_to_ids("<|user|>")]
         assert of(tokenizer, answered, chat_template=exported) + end == sample_of(tokenizer, answered).input_ids
         assert ids_of(again, turns) == ids_of(tokenizer, turns)
-    assert templates.modelfile(tokenizer, prompt, "chat") is None
+    assert templates.modelfile(tokenizer, prompt, "chat", "m.gguf") is None
 
 
 def test_another_template_is_told_in_one_line(capfd, plain):
