@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from common.conversation.answer_form import AnswerForm
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
 from common.conversation.turns import Turn, fold_system
 
@@ -66,6 +67,11 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     if not hasattr(tokenizer, "gmask_token_id"):
         raise ValueError("分词器没有 the tokenizer has no gmask_token_id")
     return [tokenizer.eos_token_id]
+
+
+def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
+    """An answer is text: ChatGLM-6B knows neither thought nor tools."""
+    return AnswerForm()
 
 
 def clean(text: str, ended: bool = True) -> str:
