@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.conversation.answer_form import AnswerForm
+from common.conversation.answer_form import TEXT_ALONE, AnswerForm
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
 from common.conversation.turns import Turn, fold_system
 
@@ -71,7 +71,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
 
 def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
     """An answer is text: ChatGLM-6B knows neither thought nor tools."""
-    return AnswerForm()
+    return TEXT_ALONE
 
 
 def clean(text: str, ended: bool = True) -> str:

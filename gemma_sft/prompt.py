@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.conversation.answer_form import NO_MARKS, AnswerForm, Parameters, call_of, knows, own_template
+from common.conversation.answer_form import NO_MARKS, TEXT_ALONE, AnswerForm, Parameters, call_of, knows, own_template
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.turns import Call, Turn, fold_system
 
@@ -69,7 +69,7 @@ def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
     thought, call = ("<|channel>thought\n", "<channel|>"), ("<|tool_call>", "<tool_call|>")
     template = own_template(tokenizer)
     if style != "chat":
-        return AnswerForm()
+        return TEXT_ALONE
     return AnswerForm(
         thought=thought if knows(tokenizer, "<|channel>") else NO_MARKS,
         call=call,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from common.conversation.answer_form import (
     NO_MARKS,
+    TEXT_ALONE,
     AnswerForm,
     Parameters,
     json_calls,
@@ -85,7 +86,7 @@ def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
     thought, call = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")
     template = own_template(tokenizer)
     if style != "chat":
-        return AnswerForm()
+        return TEXT_ALONE
     return AnswerForm(
         thought=thought if knows(tokenizer, thought[0]) else NO_MARKS,
         call=call,

@@ -34,6 +34,9 @@ class AnswerForm(NamedTuple):
     switch: bool = False
 
 
+TEXT_ALONE = AnswerForm()  # of answers that are text, whatever is in it
+
+
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a tokenizer's own chat template, of all where it has several by name; "" where it has none."""
     template = tokenizer.chat_template or ""

@@ -64,6 +64,11 @@ class Answer(NamedTuple):
     thought: str = ""
     calls: tuple[Call, ...] = ()
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether it is all thought."""
+        return bool(self.thought) and not self.text and not self.calls
+
 
 class Answerer:
     """Answers conversations with one model; safe to call from several threads, one generation at a time."""
