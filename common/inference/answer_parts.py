@@ -6,18 +6,18 @@ call is text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.conversation import render
 from common.conversation.answer_form import parameters_of
+from common.conversation.turns import Call
 from common.inference.text import Cleaning, unsettled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.conversation.answer_form import AnswerForm
-    from common.conversation.turns import Call
 
 TAIL = 16  # ids at a prompt's end that may hold the mark which opens a thought
 
@@ -28,12 +28,24 @@ class Thought(NamedTuple):
     text: str
 
 
+Streamed = str | Thought | Call  # what a stream yields: some text, some of a thought, a call
+
+
 class Parts(NamedTuple):
     """Some of an answer. Calls stand behind the text, wherever the model wrote them."""
 
     thought: str = ""
     text: str = ""
     calls: tuple[Call, ...] = ()
+
+
+def pieces(parts: Parts) -> Iterator[Streamed]:
+    """What a stream yields of some Parts."""
+    if parts.thought:
+        yield Thought(parts.thought)
+    if parts.text:
+        yield parts.text
+    yield from parts.calls
 
 
 class Reading:

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from common.conversation import render
 from common.conversation.answer_form import tools_of
 from common.errors import UserError
-from common.inference.answer_parts import Parts, Reading, Thought, kept_of, reading_of
+from common.inference.answer_parts import Parts, Reading, kept_of, pieces, reading_of
 from common.inference.text import Wording, decode
 from common.model.layers import causal_of
 from common.model.loading import pad_id_of
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.conversation.family import Family
     from common.conversation.turns import Call, Turn
-
-    Streamed = str | Thought | Call  # what a stream yields: text, some of a thought, a call
+    from common.inference.answer_parts import Streamed
 
 
 @dataclass(frozen=True)
@@ -209,15 +208,6 @@ class Answerer:
         text = decode(self.tokenizer, kept, self.kept)
         thought, text, calls = reading.more(text, ended=True) if reading else Parts(text=text)
         return Answer(self.prompt.clean(text), "stop" if ends else "length", len(kept), cut_to, thought, calls)
-
-
-def pieces(parts: Parts) -> Iterator[Streamed]:
-    """What a stream yields of some Parts."""
-    if parts.thought:
-        yield Thought(parts.thought)
-    if parts.text:
-        yield parts.text
-    yield from parts.calls
 
 
 def prompt_limit(max_length_q: int, context: int, new_tokens: int) -> int:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from common.conversation import render
 from common.conversation.answer_form import tools_of
 from common.errors import UserError
-from common.inference.answer_parts import Parts, reading_of
-from common.inference.answerer import Answer, Sampling, fitted, pieces, prompt_limit
+from common.inference.answer_parts import Parts, pieces, reading_of
+from common.inference.answerer import Answer, Sampling, fitted, prompt_limit
 from common.inference.text import Cleaning
 from common.inference.tuned import context_of, trained_with
 from common.model import loading
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.conversation.family import Family
     from common.conversation.turns import Turn
-    from common.inference.answerer import Streamed
+    from common.inference.answer_parts import Streamed
 
 TOGETHER = 16  # requests at once
 BUSY = (429, 503)  # worth another try
