@@ -118,11 +118,8 @@ class Answerer:
         limit = prompt_limit(self.max_length_q, self.context, sampling.max_new_tokens)
         prompts = [self._fitted(turns, limit) for turns in conversations]
         rows = self.generate([ids for ids, _ in prompts], sampling, base)
-        readings = [self.reading(ids, tools_of(turns)) for (ids, _), turns in zip(prompts, conversations, strict=True)]
-        return [
-            self._answer(row, cut_to, reading)
-            for row, (_, cut_to), reading in zip(rows, prompts, readings, strict=True)
-        ]
+        asked = zip(rows, prompts, conversations, strict=True)
+        return [self._answer(row, cut_to, self.reading(ids, tools_of(turns))) for row, (ids, cut_to), turns in asked]
 
     def stream(self, turns: Sequence[Turn], sampling: Sampling, base: bool = False) -> Generator[Streamed, None, None]:
         """Yield the pieces of one answer as they are generated: text, Thoughts, Calls.
