@@ -124,6 +124,14 @@ def test_a_run_ends_with_a_word_on_answers_that_do_not(gemma, tmp_path, capsys, 
         assert ("--train_template_tokens true" in said) != ends[-1].get("looping", False)
 
 
+def test_a_run_ends_with_a_word_on_answers_that_are_all_thought(gemma, tmp_path, capsys):
+    ends = [{"answer": "", "reasoning_content": "想"}, {"answer": "好", "reasoning_content": "想"}, {"answer": ""}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(LINE | end) + "\n" for end in ends))
+    cfg, _ = gemma.parse(TrainFlags)
+    samples.conclude(SimpleNamespace(folder=tmp_path), {"adapter_of_step": 4}, cfg)
+    assert capsys.readouterr().out.endswith("no answer; remedy: a larger --max_new_tokens: 1 / 3\n")
+
+
 def test_the_picture_is_there_while_the_run_goes_on(gemma, monkeypatch):
     """It is drawn at each validation, from all lines up to it."""
     drawn = []

@@ -112,4 +112,5 @@ def _line(call: Call) -> str:
         arguments = json.loads(call.arguments)
     except (ValueError, RecursionError):
         arguments = call.arguments
-    return json.dumps({"name": call.name, "arguments": arguments}, ensure_ascii=False, sort_keys=True)
+    name, inside = (json.dumps(value, ensure_ascii=False, sort_keys=True) for value in (call.name, arguments))
+    return f'{{"name": {name}, "arguments": {inside}}}'

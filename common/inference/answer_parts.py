@@ -71,7 +71,7 @@ class Reading:
         while step != self.step:
             step = self.step
             found.append(step(ended))
-        thought, said = ("".join(part[number] for part in found) for number in (0, 1))
+        thought, said = "".join(part.thought for part in found), "".join(part.text for part in found)
         return Parts(thought, said, tuple(call for part in found for call in part.calls))
 
     def _at_start(self, ended: bool) -> Parts:
