@@ -24,7 +24,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.conversation.answer_form import NO_MARKS, AnswerForm, Parameters, call_of, knows, own_template, typed_call
+from common.conversation.answer_form import (
+    NO_MARKS,
+    AnswerForm,
+    Parameters,
+    call_of,
+    knows,
+    own_template,
+    switches,
+    typed_call,
+)
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.turns import Call, Turn
 from common.launch import rank
@@ -105,7 +114,7 @@ def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
         read_calls=read_marked_call if marked else read_bare_calls if "tools" in template else None,
         bare=None if marked else BARE,
         tokens=(*thought, *call, *ARGUMENT),
-        switch="enable_thinking" in template,
+        switch=switches(tokenizer),
     )
 
 

@@ -14,7 +14,16 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.conversation.answer_form import NO_MARKS, TEXT_ALONE, AnswerForm, Parameters, call_of, knows, own_template
+from common.conversation.answer_form import (
+    NO_MARKS,
+    TEXT_ALONE,
+    AnswerForm,
+    Parameters,
+    call_of,
+    knows,
+    own_template,
+    switches,
+)
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.turns import Call, Turn, fold_system
 
@@ -75,7 +84,7 @@ def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
         call=call,
         read_calls=read_calls if call[0] in template else None,
         tokens=("<|channel>", "<channel|>", *call, QUOTE),
-        switch="enable_thinking" in template,
+        switch=switches(tokenizer),
     )
 
 

@@ -24,6 +24,7 @@ from common.conversation.answer_form import (
     json_calls,
     knows,
     own_template,
+    switches,
     typed_call,
 )
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
@@ -92,7 +93,7 @@ def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
         call=call,
         read_calls=read_calls if call[0] in template else None,
         tokens=thought + call,
-        switch="enable_thinking" in template,
+        switch=switches(tokenizer),
     )
 
 

@@ -16,9 +16,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from chatglm_sft import prompt as chatglm_prompt
 from chatglm_sft import prompt_glm4
 from common.conversation.answer_form import TEXT_ALONE, tools_of
-from common.conversation.turns import Call, Turn
+from common.conversation.turns import Call, FormatError, Turn
 from common.engine import sampling as engine_sampling
 from common.engine.batcher import Batcher
+from common.errors import UserError
 from common.inference import remote
 from common.inference.answer_parts import Parts, Reading, Thought, asked_open, parts_of
 from common.inference.answerer import Answerer, Sampling
@@ -52,7 +53,8 @@ NESTED = Call(
     "get_weather", '{"city": "a\\nb \\"c\\" {,:}", "more": {"list": [1, true, null, "是"], "deep": {"x": 1.5}}}'
 )
 # what of the official templates this project's code looks at
-QWEN3 = qwen_prompt.CHAT_TEMPLATE + "{# <think> tools <tool_call> enable_thinking #}"
+SWITCHED = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+QWEN3 = qwen_prompt.CHAT_TEMPLATE + SWITCHED + "{# tools <tool_call> #}"
 GEMMA4 = make_gemma.prompt.CHAT_TEMPLATE + "{# <|channel> tools <|tool_call> enable_thinking #}"
 GLM45 = glm4.GLM45 + "{# tools <tool_call> <arg_key> #}"
 GLM4 = glm4.PLAIN + "{# tools #}"
@@ -215,6 +217,17 @@ def test_a_family_without_marks_reads_nothing(tokenizer):
         assert Answerer(Scripted([]), made, prompt, "chat", 64).reading([1, 2], OFFERED) is None
     for prompt, make in (FAMILIES["qwen"], FAMILIES["gemma"]):
         assert prompt.answer_form(make(), "plain") == TEXT_ALONE
+
+
+def test_the_switch_is_one_that_changes_the_prompt(forms):
+    assert {name: form.switch for name, form in forms.items()} == {
+        "qwen": True,
+        "gemma": False,  # named in its template, and without effect
+        "glm45": True,
+        "glm4": False,
+    }
+    refusing = qwen_tokenizer("{{ raise_exception('no') if enable_thinking else '' }}<tool_call>")
+    assert not qwen_prompt.answer_form(refusing, "chat").switch
 
 
 def test_a_prompt_that_ends_within_a_thought(forms):
@@ -543,6 +556,26 @@ def test_thinking_is_switched_by_a_request(served, says, asked, fields, thinking
     says("好")
     chat(served[2], extra_body=fields)
     assert asked == [(asked[0][0], thinking)]
+
+
+def test_messages_that_a_template_refuses(served, monkeypatch):
+    def refuse(turns, thinking=None):
+        raise FormatError("template", "模板不接受 the template takes no such turns")
+
+    monkeypatch.setattr(served[0].encoder, "whole_ids", refuse)
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(served[2], tools=TOOLS)
+    assert caught.value.param == "messages" and "takes no such turns" in str(caught.value)
+
+
+def test_a_conversation_that_a_template_refuses(monkeypatch):
+    def refuse(tokenizer, turns, style):
+        raise FormatError("template", "模板不接受 the template takes no such turns")
+
+    answer = Answerer(Scripted([]), qwen_tokenizer(), qwen_prompt, "chat", 64)
+    monkeypatch.setattr(qwen_prompt, "render", refuse)
+    with pytest.raises(UserError, match="takes no such turns"):
+        answer([ASKED], Sampling())
 
 
 def test_a_model_that_always_thinks_cannot_be_told_not_to(served, says, monkeypatch):

@@ -23,7 +23,7 @@ class AnswerForm(NamedTuple):
     calls that a text between the marks of a call is; () or ValueError where it is none; None where the chat template
     takes no tools. bare: where a call has no marks, a pattern that every beginning of one matches, and read_calls reads
     a whole answer. tokens: control tokens among the marks, kept in the text though a tokenizer leaves them out.
-    switch: the chat template knows `enable_thinking`.
+    switch: the chat template asks otherwise with `enable_thinking` than without.
     """
 
     thought: tuple[str, str] = NO_MARKS
@@ -41,6 +41,21 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a tokenizer's own chat template, of all where it has several by name; "" where it has none."""
     template = tokenizer.chat_template or ""
     return "\n".join(template.values()) if isinstance(template, dict) else template
+
+
+def switches(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's own chat template asks otherwise with thinking than without."""
+    if "enable_thinking" not in own_template(tokenizer):
+        return False
+    question = [{"role": "user", "content": "?"}]
+    try:
+        asked = [
+            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, enable_thinking=on)
+            for on in (True, False)
+        ]
+    except Exception:  # whatever a template raises
+        return False
+    return asked[0] != asked[1]
 
 
 def knows(tokenizer: PreTrainedTokenizerBase, mark: str) -> bool:

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from common.conversation import render
 from common.conversation.answer_form import tools_of
-from common.errors import UserError
+from common.errors import RowError, UserError
 from common.inference.answer_parts import Parts, Reading, kept_of, pieces, reading_of
 from common.inference.text import Wording, decode
 from common.model.layers import causal_of
@@ -229,6 +229,8 @@ def fitted(
             f"提问放不下 not even one character of the question fits in {limit} tokens: shorten the system text, or "
             "give a smaller --max_new_tokens or a larger --max_length_q"
         ) from None
+    except RowError as problem:
+        raise UserError(f"提问不能渲染 the prompt cannot be rendered: {problem}") from None
     return ids, limit if cut else 0
 
 

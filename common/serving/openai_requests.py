@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.engine.request import Ask
+from common.errors import RowError
 from common.inference.answer_parts import asked_open
 from common.inference.answerer import Sampling
 from common.serving.failures import RequestRefusedError
@@ -85,7 +86,11 @@ def read_chat(body: dict[str, Any], batcher: Batcher, defaults: Sampling) -> Wan
     given["max_tokens"] = given["max_completion_tokens"] or given["max_tokens"]
     form = batcher.answer.form
     tools, thinking = read_tools(body, form), _read_thinking(given, form)
-    ids = batcher.encoder.whole_ids(read_messages(given["messages"], form, tools), thinking)
+    turns = read_messages(given["messages"], form, tools)
+    try:
+        ids = batcher.encoder.whole_ids(turns, thinking)
+    except RowError as problem:  # the model's chat template does not take them
+        raise RequestRefusedError(f"messages: {problem}", param="messages", code="invalid_message") from None
     if thinking is False and asked_open(batcher.tokenizer, form, ids):
         raise _no_thinking("enable_thinking", "这个模型总会思考 this model always thinks; leave it out")
     logprobs = given["top_logprobs"] if given["logprobs"] else None
