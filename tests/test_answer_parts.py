@@ -1,5 +1,6 @@
 """Generated text as thought, text and calls: every form, cut at every place, from ids to OpenAI's client."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -11,7 +12,7 @@ import openai
 import pytest
 import torch
 from conftest import CHARACTERS
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from chatglm_sft import prompt as chatglm_prompt
 from chatglm_sft import prompt_glm4
@@ -24,6 +25,7 @@ from common.inference import remote
 from common.inference.answer_parts import Parts, Reading, Thought, asked_open, parts_of
 from common.inference.answerer import Answerer, Sampling
 from common.inference.text import Wording, decode
+from common.serving import openai_requests
 from common.serving.app import Service, create_app
 from common.serving.server import Server
 from gemma_sft import make_embedded as make_gemma
@@ -346,23 +348,20 @@ def test_marks_are_kept_where_decode_leaves_them_out():
 # --- HTTP -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """(Batcher, Service, openai client, url) of a small Qwen with the tokens of Qwen3."""
-    made = qwen_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(made),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    answer = Answerer(Qwen2ForCausalLM(config), made, qwen_prompt, "chat", 999)
-    batcher = Batcher(answer, {"base": None})
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4096,
+}
+
+
+@contextlib.contextmanager
+def serving(net, made, prompt):
+    """(Batcher, Service, openai client, url) of a model."""
+    batcher = Batcher(Answerer(net, made, prompt, "chat", 999), {"base": None})
     service = Service("m", "base", batcher)
     server = Server(create_app(service), "127.0.0.1", 0, 24)
     api = openai.OpenAI(base_url=server.address + "/v1", api_key="-", max_retries=0, timeout=60)
@@ -372,16 +371,24 @@ def served(tmp_path_factory):
     batcher.close()
 
 
+@pytest.fixture(scope="module")
+def served():
+    """A small Qwen with the tokens of Qwen3."""
+    made = qwen_tokenizer()
+    with serving(Qwen2ForCausalLM(Qwen2Config(vocab_size=len(made), **SMALL)), made, qwen_prompt) as found:
+        yield found
+
+
+def scripted(monkeypatch, batcher, text, end=True):
+    """Every answer is this text from now on."""
+    ids = batcher.tokenizer.encode(text, add_special_tokens=False) + [batcher.answer.stop_ids[0]] * end
+    monkeypatch.setattr(engine_sampling, "next_ids", lambda logits, rows: [ids[len(row.ids)] for row in rows])
+
+
 @pytest.fixture
 def says(served, monkeypatch):
     """says(text): every answer is this text from now on."""
-    batcher = served[0]
-
-    def say(text, end=True):
-        ids = batcher.tokenizer.encode(text, add_special_tokens=False) + [batcher.answer.stop_ids[0]] * end
-        monkeypatch.setattr(engine_sampling, "next_ids", lambda logits, rows: [ids[len(row.ids)] for row in rows])
-
-    return say
+    return lambda text, end=True: scripted(monkeypatch, served[0], text, end)
 
 
 QUESTION = [{"role": "user", "content": "天气"}]
@@ -457,6 +464,10 @@ def test_raw_completions_are_as_generated(served, says):
     says(SAID)
     found = served[2].completions.create(model="base", prompt="天气", max_tokens=512)
     assert found.choices[0].text == SAID
+    says("好<|im_start|>的")
+    for fields, text in (({}, "好的"), ({"extra_body": {"skip_special_tokens": False}}, "好<|im_start|>的")):
+        found = served[2].completions.create(model="base", prompt="天气", max_tokens=9, **fields)
+        assert found.choices[0].text == text
 
 
 def test_log_probabilities_are_of_all_that_was_generated(served, says):
@@ -682,3 +693,19 @@ def test_a_server_asked_by_predict_and_evaluation(served, says):
     (found,) = there([ASKED], Sampling(max_new_tokens=256))
     assert (found.thought, found.text, found.calls) == ("想", "查", (WEATHER,))
     assert list(there.stream(ASKED, Sampling(max_new_tokens=256))) == [Thought("想"), "查", WEATHER]
+
+
+def test_a_server_that_would_leave_the_marks_out(monkeypatch):
+    """Gemma 4's are special tokens: it is asked for them."""
+    made = gemma_tokenizer()
+    net = GemmaForCausalLM(GemmaConfig(vocab_size=len(made), head_dim=16, **SMALL))
+    with serving(net, made, gemma_prompt) as (batcher, _, _, url):
+        bodies, read = [], openai_requests.read_completion
+        monkeypatch.setattr(
+            openai_requests, "read_completion", lambda body, *rest: bodies.append(body) or read(body, *rest)
+        )
+        scripted(monkeypatch, batcher, WRITTEN["gemma"])
+        there = remote.Remote(url + "/v1", made, gemma_prompt, "chat", 999)
+        (found,) = there([ASKED], Sampling(max_new_tokens=256))
+    assert (found.thought, found.text, found.calls) == ("想", "查", (WEATHER,))
+    assert [body["skip_special_tokens"] for body in bodies] == [False]

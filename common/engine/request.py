@@ -40,7 +40,7 @@ class Ask:
 
     stop: strings that end the answer and are left out. logprobs: how many alternatives to report for each id, None
     for no log probabilities. clean: as chat answers are shown, thought and calls apart; else as generated. live: parts
-    are wanted on the way. tools: those on offer, a JSON list as text.
+    are wanted on the way. tools: those on offer, a JSON list as text. special: special tokens stay in the text.
     """
 
     ids: list[int]
@@ -53,6 +53,7 @@ class Ask:
     clean: bool = True
     live: bool = False
     tools: str = ""
+    special: bool = False
 
 
 class Entry(NamedTuple):
@@ -159,7 +160,7 @@ class Row:
         self.index = index
         self.ask = ask
         self.stop_ids = batcher.stop_ids
-        self.kept = batcher.answer.kept
+        self.kept = batcher.special if ask.special else batcher.answer.kept
         clean, reading = (batcher.clean, batcher.answer.reading(ask.ids, ask.tools)) if ask.clean else (None, None)
         self.words = Wording(batcher.tokenizer, clean, ask.stop, reading, self.kept)
         self.ids = self.words.ids

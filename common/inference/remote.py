@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from common.conversation import render
 from common.conversation.answer_form import tools_of
 from common.errors import UserError
-from common.inference.answer_parts import Parts, pieces, reading_of
+from common.inference.answer_parts import Parts, kept_of, pieces, reading_of
 from common.inference.answerer import Answer, Sampling, fitted, prompt_limit
 from common.inference.text import Cleaning
 from common.inference.tuned import context_of, trained_with
@@ -59,6 +59,7 @@ class Remote:
         self.max_length_q = max_length_q
         self.context = context
         self.form = prompt.answer_form(tokenizer, style)
+        self.kept = kept_of(tokenizer, self.form)  # marks that a server would leave out
         self.as_text = False  # the server has refused ids
         self.names: list[str] = []  # of the models it serves
         try:
@@ -145,8 +146,11 @@ class Remote:
         if sampling.do_sample:
             body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
             body |= {name: value for name in ("top_k", "min_p") if (value := getattr(sampling, name))}
-        if sampling.repetition_penalty != 1:  # not OpenAI's, and so not sent unasked
+        # not OpenAI's, and so not sent unasked
+        if sampling.repetition_penalty != 1:
             body["repetition_penalty"] = sampling.repetition_penalty
+        if self.kept:
+            body["skip_special_tokens"] = False
         return body
 
     def _open(

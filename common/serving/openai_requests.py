@@ -47,6 +47,7 @@ CHAT = SAMPLING | {
 }
 COMPLETION = SAMPLING | {
     "logprobs": Field(int, None, 0, 20, "log probabilities, with so many alternatives"),
+    "skip_special_tokens": Field(bool, True, about="false: special tokens stay in the text"),
 }
 # fields with the values that change nothing here; any other value is refused, but where the body has such a field
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -102,7 +103,8 @@ def read_completion(body: dict[str, Any], batcher: Batcher, defaults: Sampling) 
     """The Wanted of a completions body."""
     given = _read_body(body, COMPLETION, ("prompt",))
     prompts = _read_prompts(body.get("prompt"), batcher)
-    return _wanted(given, body, prompts, batcher, defaults, given["logprobs"], chat=False)
+    wanted = _wanted(given, body, prompts, batcher, defaults, given["logprobs"], chat=False)
+    return wanted._replace(asks=[replace(ask, special=not given["skip_special_tokens"]) for ask in wanted.asks])
 
 
 def _read_thinking(given: dict[str, Any], form: AnswerForm) -> bool | None:
