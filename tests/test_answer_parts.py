@@ -22,7 +22,7 @@ from common.engine import sampling as engine_sampling
 from common.engine.batcher import Batcher
 from common.errors import UserError
 from common.inference import remote
-from common.inference.answer_parts import Parts, Reading, Thought, asked_open, parts_of
+from common.inference.answer_parts import Parts, Reading, Thought, asked_open
 from common.inference.answerer import Answerer, Sampling
 from common.inference.text import Wording, decode
 from common.serving import openai_requests
@@ -177,6 +177,10 @@ ANSWERS = [  # form, prompt ends within a thought, text, thought, text, calls
 IDS = [f"{name} {text[:24]!r}{number}" for number, (name, _, text, *_) in enumerate(ANSWERS)]
 
 
+def parts_of(text, opened, form, tools=""):
+    return Reading(form, opened, tools).more(text, ended=True)
+
+
 def added(parts):
     """(thought, text as it is shown, calls) of Parts that came one after the other."""
     calls = tuple((call.name, arguments(call)) for part in parts for call in part.calls)
@@ -209,6 +213,15 @@ def test_a_thought_comes_as_it_is_thought(forms):
 def test_without_tools_on_offer_a_call_is_text(forms, name):
     for text in (as_json(WEATHER), gemma(WEATHER), glm(WEATHER), f"get_weather\n{WEATHER.arguments}"):
         assert parts_of(text, False, forms[name]) == Parts(text=text)
+
+
+def test_tools_of_any_shape_are_on_offer(forms):
+    """OpenAI's, functions alone, and what is neither."""
+    odd = json.dumps(
+        [TOOLS[0], {"name": "get_time", "parameters": {"properties": []}}, 7, {"function": None}, {"name": [1]}]
+    )
+    assert parts_of(f"get_time\n{TIME.arguments}", False, forms["glm4"], odd).calls == (TIME,)
+    assert parts_of(xml(TIME), False, forms["qwen"], odd).calls == (Call("get_time", '{"city": 7}'),), "no schema"
 
 
 def test_a_family_without_marks_reads_nothing(tokenizer):

@@ -8,6 +8,7 @@ import torch
 from runs import STEPS
 
 from common.config import TrainFlags
+from common.conversation.turns import Turn
 from common.errors import UserError
 from common.training import callbacks, curve, samples
 
@@ -53,8 +54,7 @@ def test_the_last_answers_are_those_of_the_saved_adapter(family, sampled):
     cfg, _ = family.parse(TrainFlags, "--model_save_dir", sampled)
     answer = family.recipe("predict").load_answer(cfg)
     for line in lines(sampled)[-3:]:
-        turns = [SimpleNamespace(role="user", text=line["question"])]
-        found = answer([turns], Sampling(max_new_tokens=6))[0]
+        found = answer([[Turn("user", line["question"])]], Sampling(max_new_tokens=6))[0]
         assert (found.text, found.stop, found.tokens) == (line["answer"], line["stop"], line["tokens"])
 
 

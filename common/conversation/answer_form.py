@@ -72,7 +72,8 @@ def parameters_of(tools: str) -> dict[str, dict[str, Any]]:
     """Parameters of tools given as a JSON list, OpenAI's or functions alone; what has no name is left out."""
     listed = json.loads(tools) if tools else []
     functions = [tool.get("function", tool) for tool in listed if isinstance(tool, dict)]
-    return {one["name"]: _properties(one) for one in functions if isinstance(one, dict) and "name" in one}
+    named = (one for one in functions if isinstance(one, dict) and isinstance(one.get("name"), str))
+    return {one["name"]: _properties(one) for one in named}
 
 
 def _properties(function: Mapping[str, Any]) -> dict[str, Any]:

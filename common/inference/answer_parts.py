@@ -137,11 +137,6 @@ class Reading:
         return before, found
 
 
-def parts_of(text: str, asked_open: bool, form: AnswerForm, tools: str = "") -> Parts:
-    """The Parts of a whole answer; arguments as in `Reading`."""
-    return Reading(form, asked_open, tools).more(text, ended=True)
-
-
 def reading_of(
     tokenizer: PreTrainedTokenizerBase, form: AnswerForm, prompt_ids: Sequence[int], tools: str
 ) -> Reading | None:

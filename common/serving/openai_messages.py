@@ -61,6 +61,8 @@ def read_tools(body: Mapping[str, Any], form: AnswerForm) -> str:
     if form.read_calls is None:
         why = "tools: 模型的聊天模板不接受工具 the chat template of this model takes no tools; leave it out"
         raise RequestRefusedError(why, param="tools", code="unsupported_parameter")
+    if not isinstance(tools, list):
+        raise _bad("tools", f"应为列表 must be a list, found {excerpt(tools)}")
     if body.get("parallel_tool_calls") is False:
         why = "parallel_tool_calls: 不支持 false is not supported here: an answer may call several; leave it out"
         raise RequestRefusedError(why, param="parallel_tool_calls", code="unsupported_parameter")

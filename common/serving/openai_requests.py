@@ -81,12 +81,13 @@ class Wanted(NamedTuple):
 
 def read_chat(body: dict[str, Any], batcher: Batcher, defaults: Sampling) -> Wanted:
     """The Wanted of a chat/completions body; defaults: the service's Sampling."""
+    form = batcher.answer.form
+    tools = read_tools(body, form)
     given = _read_body(body, CHAT, ("messages",))
     if given["top_logprobs"] and not given["logprobs"]:
         raise RequestRefusedError("top_logprobs 需要 needs logprobs: true", param="top_logprobs", code="invalid_value")
     given["max_tokens"] = given["max_completion_tokens"] or given["max_tokens"]
-    form = batcher.answer.form
-    tools, thinking = read_tools(body, form), _read_thinking(given, form)
+    thinking = _read_thinking(given, form)
     turns = read_messages(given["messages"], form, tools)
     try:
         ids = batcher.encoder.whole_ids(turns, thinking)
