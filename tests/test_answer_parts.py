@@ -54,11 +54,25 @@ TIME = Call("get_time", '{"city": "7"}')  # a text that reads as a number
 NESTED = Call(
     "get_weather", '{"city": "a\\nb \\"c\\" {,:}", "more": {"list": [1, true, null, "是"], "deep": {"x": 1.5}}}'
 )
-# what of the official templates this project's code looks at
-SWITCHED = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-QWEN3 = qwen_prompt.CHAT_TEMPLATE + SWITCHED + "{# tools <tool_call> #}"
-GEMMA4 = make_gemma.prompt.CHAT_TEMPLATE + "{# <|channel> tools <|tool_call> enable_thinking #}"
-GLM45 = glm4.GLM45 + "{# tools <tool_call> <arg_key> #}"
+# templates that show tools, thoughts and calls, such as the official ones do
+OFFERS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+QWEN3 = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}OFFERS{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages if m.role != 'system' or m.content %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>\n' }}{{ c.function | tojson }}{{ '\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+).replace("OFFERS", OFFERS)
+GEMMA4 = (
+    "{{ bos_token }}{% if tools %}{{ '<start_of_turn>system\n' }}OFFERS{{ '<end_of_turn>\n' }}{% endif %}"
+    "{% for m in messages if m.role != 'system' or m.content %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{# <|channel> <|tool_call> enable_thinking #}"
+).replace("OFFERS", OFFERS)
+GLM45 = glm4.GLM45.replace("<sop>", "<sop>{% if tools %}<|system|>\n" + OFFERS + "{% endif %}{# <tool_call> #}")
 GLM4 = glm4.PLAIN + "{# tools #}"
 
 
