@@ -144,7 +144,7 @@ def predict(
         yield {
             "row": number,
             "where": where,
-            "prompt": [message_of(turn) for turn in turns[:-1]],
+            "prompt": [_message(turn) for turn in turns[:-1]],
             "question": question,
             "reference": reference,
             "answer": text,
@@ -158,7 +158,7 @@ def predict(
         }
 
 
-def message_of(turn: Turn) -> dict[str, Any]:
+def _message(turn: Turn) -> dict[str, Any]:
     """A turn as a message in OpenAI's shape; tools stand with it as a text."""
     tools = {"tools": turn.tools} if turn.tools else {}
     return {"role": turn.role, "content": turn.text, **_apart(turn.thought, turn.calls), **tools}
