@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from chatglm_sft.models import CHATGLM2_FIELDS
 from common.conversation import through_template
+from common.conversation.answer_form import TEXT_ALONE, AnswerForm
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
 from common.conversation.turns import Turn, fold_system
@@ -75,6 +76,11 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     if not hasattr(tokenizer, "gmask_token_id"):
         raise ValueError("分词器没有 the tokenizer has no gmask_token_id")
     return [tokenizer.eos_token_id]
+
+
+def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
+    """An answer is text: ChatGLM-6B knows neither thought nor tools."""
+    return TEXT_ALONE
 
 
 def clean(text: str, ended: bool = True) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from chatglm_sft.prompt import without_greeting
 from common.conversation import through_template
+from common.conversation.answer_form import TEXT_ALONE, AnswerForm
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, special_id
 from common.conversation.turns import Turn, fold_system
@@ -75,6 +76,11 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     for token in ("[gMASK]", "sop"):
         special_id(tokenizer, token)
     return [tokenizer.eos_token_id]
+
+
+def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
+    """An answer is text: ChatGLM2 knows neither thought nor tools."""
+    return TEXT_ALONE
 
 
 def clean(text: str, ended: bool = True) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from chatglm_sft import prompt_chatglm2
 from common.conversation import through_template
+from common.conversation.answer_form import TEXT_ALONE, AnswerForm
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.turns import Turn
@@ -68,6 +69,11 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     for token in ("[gMASK]", "sop", "<|system|>", "<|assistant|>"):
         special_id(tokenizer, token)
     return [special_id(tokenizer, token) for token in ENDS]
+
+
+def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
+    """An answer is text: ChatGLM3 knows no thought, and its tools are not read."""
+    return TEXT_ALONE
 
 
 def clean(text: str, ended: bool = True) -> str:

@@ -18,6 +18,7 @@ prompt with <|assistant|> and shows its newline with the answer; here the newlin
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -25,11 +26,21 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from common.conversation import through_template
+from common.conversation.answer_form import (
+    NO_MARKS,
+    AnswerForm,
+    Parameters,
+    call_of,
+    knows,
+    own_template,
+    switches,
+    typed_call,
+)
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.thinking import leaves_out, thinks
 from common.conversation.through_template import Marks
-from common.conversation.turns import Turn
+from common.conversation.turns import Call, Turn
 from common.launch import rank
 
 if TYPE_CHECKING:
@@ -66,6 +77,12 @@ SWITCH = "/nothink"  # behind each question where a template is asked not to thi
 START, ASK = "[gMASK]<sop>", "<|assistant|>\n"  # before everything, before an answer
 
 
+# of calls
+BARE = re.compile(r"[\w.-]* ?(\n(\{.*)?)?", re.ASCII | re.DOTALL)  # what every beginning of those without marks is
+ARGUMENT = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+
+
 def template_for(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template for a tokenizer that has none."""
     return CHAT_TEMPLATE
@@ -93,6 +110,42 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     _tell_form(tokenizer)
     known = tokenizer.get_vocab()
     return [special_id(tokenizer, token) for token in ENDS if token != "<|observation|>" or token in known]
+
+
+def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
+    """Thought and marked calls of GLM-4.5 and later; before, an answer is a tool's name with its arguments below."""
+    thought, call = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")
+    template = own_template(tokenizer)
+    marked = call[0] in template
+    return AnswerForm(
+        thought=thought if knows(tokenizer, thought[0]) else NO_MARKS,
+        call=call if marked else NO_MARKS,
+        read_calls=read_marked_call if marked else read_bare_calls if "tools" in template else None,
+        bare=None if marked else BARE,
+        tokens=(*thought, *call, *ARGUMENT),
+        switch=switches(tokenizer),
+    )
+
+
+def read_marked_call(text: str, parameters: Parameters) -> Sequence[Call]:
+    """The call between its marks: a name, then pairs of <arg_key> and <arg_value>."""
+    name, mark, rest = text.partition(ARGUMENT[0])
+    if not name.strip() or PAIR.sub("", mark + rest).strip():
+        return ()
+    return [typed_call(name.strip(), dict(PAIR.findall(mark + rest)), parameters)]
+
+
+def read_bare_calls(text: str, parameters: Parameters) -> Sequence[Call]:
+    """The calls that a whole answer is, each a name on offer and a JSON object on the next line."""
+    calls = []
+    while text := text.strip():
+        name, _, text = text.partition("\n")
+        if name.strip() not in parameters or not text.startswith("{"):
+            return ()
+        arguments, end = json.JSONDecoder().raw_decode(text)
+        calls.append(call_of(name.strip(), arguments))
+        text = text[end:]
+    return calls
 
 
 def clean(text: str, ended: bool = True) -> str:

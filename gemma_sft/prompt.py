@@ -15,6 +15,7 @@ templates of google/gemma-4-E2B-it and its sisters, which say the same of these 
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -22,10 +23,20 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from common.conversation import through_template
+from common.conversation.answer_form import (
+    NO_MARKS,
+    TEXT_ALONE,
+    AnswerForm,
+    Parameters,
+    call_of,
+    knows,
+    own_template,
+    switches,
+)
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.through_template import Marks
-from common.conversation.turns import Turn, fold_system
+from common.conversation.turns import Call, Turn, fold_system
 from common.launch import rank
 
 if TYPE_CHECKING:
@@ -86,6 +97,12 @@ def template_for(tokenizer: PreTrainedTokenizerBase) -> str:
     return CHAT_TEMPLATE_4 if _is_4(tokenizer) else CHAT_TEMPLATE
 
 
+# of a call of Gemma 4
+CALL = re.compile(r"\s*call:([^\s{]+)(\{.*\})\s*", re.DOTALL)
+KEY = re.compile(r'(?<=[{,])([^\s{}\[\]",:]+):')
+QUOTE = '<|"|>'
+
+
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str) -> list[Piece]:
     """The Pieces of a conversation (Turns), in order; after a question comes the header that asks for an answer.
 
@@ -105,6 +122,31 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], style: str
     for turn in earlier:
         pieces += render_turn(tokenizer, turn, last=False)
     return pieces + render_turn(tokenizer, last, last=True)
+
+
+def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
+    """Thought and calls of Gemma 4; those before it have none."""
+    thought, call = ("<|channel>thought\n", "<channel|>"), ("<|tool_call>", "<tool_call|>")
+    template = own_template(tokenizer)
+    if style != "chat":
+        return TEXT_ALONE
+    return AnswerForm(
+        thought=thought if knows(tokenizer, "<|channel>") else NO_MARKS,
+        call=call,
+        read_calls=read_calls if call[0] in template else None,
+        tokens=("<|channel>", "<channel|>", *call, QUOTE),
+        switch=switches(tokenizer),
+    )
+
+
+def read_calls(text: str, parameters: Parameters) -> Sequence[Call]:
+    """The call between its marks: call:NAME{key:value,…}, JSON but for bare keys and QUOTE around a text."""
+    found = CALL.fullmatch(text)
+    if not found:
+        return ()
+    parts = found[2].split(QUOTE)  # texts are every other part
+    as_json = "".join(json.dumps(part) if n % 2 else KEY.sub(r'"\1":', part) for n, part in enumerate(parts))
+    return [call_of(found[1], json.loads(as_json))]
 
 
 def clean(text: str, ended: bool = True) -> str:

@@ -19,10 +19,21 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from common.conversation import through_template
+from common.conversation.answer_form import (
+    NO_MARKS,
+    TEXT_ALONE,
+    AnswerForm,
+    Parameters,
+    json_calls,
+    knows,
+    own_template,
+    switches,
+    typed_call,
+)
 from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.through_template import Marks
-from common.conversation.turns import Turn
+from common.conversation.turns import Call, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +69,11 @@ CHAT_TEMPLATE = (
 )
 
 
+# what a call is between its marks where it is no JSON object: Qwen3.5 and later
+FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
+PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+
+
 def template_for(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template for a tokenizer that has none."""
     return CHAT_TEMPLATE
@@ -89,6 +105,32 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     """Ids that end an answer, the trained one first."""
     ends = [special_id(tokenizer, token) for token in ("<|im_end|>", "<|endoftext|>")]
     return ends[::-1] if style == "plain" else ends
+
+
+def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
+    """Thought from Qwen3 on, calls from Qwen2.5 on: where the tokenizer has the tokens and its template writes them."""
+    thought, call = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")
+    template = own_template(tokenizer)
+    if style != "chat":
+        return TEXT_ALONE
+    return AnswerForm(
+        thought=thought if knows(tokenizer, thought[0]) else NO_MARKS,
+        call=call,
+        read_calls=read_calls if call[0] in template else None,
+        tokens=thought + call,
+        switch=switches(tokenizer),
+    )
+
+
+def read_calls(text: str, parameters: Parameters) -> Sequence[Call]:
+    """The call between its marks: a JSON object, or <function=NAME> around <parameter=NAME>."""
+    found = FUNCTION.fullmatch(text)
+    if not found:
+        return json_calls(text, parameters)
+    name, inside = found.groups()
+    if PARAMETER.sub("", inside).strip():
+        return ()
+    return [typed_call(name, dict(PARAMETER.findall(inside)), parameters)]
 
 
 def clean(text: str, ended: bool = True) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from common.cli import parse
 from common.config import PredictFlags
-from common.conversation.turns import Conversation, Turn
+from common.conversation.turns import Call, Conversation, Turn
 from common.data import dataset
 from common.errors import UserError
 from common.evaluation import answer_file, asking
@@ -160,6 +160,25 @@ def test_the_lines_in_order_with_all_that_is_said_of_a_row(tmp_path, answered, c
     shown = capsys.readouterr().out
     assert f"{path}:2: 没有提问" in shown and "questions 3, 不问 not asked 1" in shown
     assert "id: not used in 1 rows" in shown and "3 / 3" in shown and "cut off there 2" in shown
+
+
+def test_thought_and_calls_have_fields_of_their_own(tmp_path, answered, capsys):
+    class Thinking(Fake):
+        def __call__(self, conversations, sampling, base=False):
+            calls = (Call("f", '{"a": 1}'),)
+            return [
+                Answer("好", "stop", 3, 0, "想", calls)
+                if turns[-1].text == "一"
+                else Answer("", "length", 3, 0, "没想完")
+                for turns in conversations
+            ]
+
+    path = written(tmp_path / "q.jsonl", [{"question": "一"}, {"question": "二"}])
+    called, silent = answered(Thinking(), "--data_path", path)
+    assert (called["answer"], called["reasoning_content"]) == ("好", "想")
+    assert called["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+    assert (silent["answer"], silent["reasoning_content"]) == ("", "没想完") and "tool_calls" not in silent
+    assert "thought alone, no answer; remedy: a larger --max_new_tokens: 1 / 2" in capsys.readouterr().out
 
 
 def test_a_sample_of_several_files(tmp_path, many, answered):

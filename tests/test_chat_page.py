@@ -7,6 +7,7 @@ import pytest
 
 from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
+from common.engine.request import Part
 from common.inference.answerer import Sampling
 from common.serving import app
 from common.serving.server import Server
@@ -139,6 +140,38 @@ def test_streaming_and_the_stop_button(page, batcher, monkeypatch):
     page.wait_for_timeout(600)
     assert batcher.active_count == 0
     gate.set()
+
+
+def test_thought_is_folded_away(page, batcher, monkeypatch):
+    """It comes as it is thought, apart from the answer, and goes back apart with the next question."""
+    gate, bodies = threading.Event(), []
+
+    class Thinking:
+        model, rows, tokens, started, created, first = "tuned", (), 3, 0.0, 0.0, 0.0
+
+        def parts(self, gone):
+            yield [Part(0, "", [], None, "想<b>一</b>")]
+            gate.wait(30)
+            yield [Part(0, "答", [], "stop", "想")]
+
+        def cancel(self):
+            pass
+
+    monkeypatch.setattr(batcher, "submit", lambda *rest: Thinking())
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
+    send(page, "有")
+    until(page, lambda: page.locator(".turn details p").count() == 1)
+    assert page.text_content(".turn.running details p") == "想<b>一</b>"
+    assert page.text_content(".turn.running > p") == "" and not page.is_visible(".turn details p")
+    gate.set()
+    page.wait_for_selector(".turn.assistant:not(.running)")
+    assert page.text_content(".turn.assistant > p") == "答" and page.text_content("details p") == "想<b>一</b>想"
+    page.click("summary:has-text('思考')")
+    assert page.is_visible(".turn details p")
+    send(page, "他")
+    until(page, lambda: len(bodies) == 2)
+    sent = bodies[1]["messages"][1]
+    assert sent == {"role": "assistant", "content": "答", "reasoning_content": "想<b>一</b>想"}
 
 
 def test_models_and_languages(page, monkeypatch, batcher):

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from common.config import PredictFlags
-from common.conversation.turns import Turn
+from common.conversation.turns import Call, Turn
 from common.errors import UserError
 from common.inference import console
+from common.inference.answer_parts import Thought
 from common.inference.answerer import Answer, Answerer, Sampling
 from common.model import loading
 from gemma_sft import prompt
@@ -274,6 +275,37 @@ def test_half_a_character_typed_does_not_end_the_chat(monkeypatch, capsys):
     assert asked[-1] == "好"
     for question in asked:
         question.encode()  # no lone surrogate goes to the tokenizer
+
+
+def test_thought_and_calls_are_shown_apart(capsys):
+    call = Call("f", '{"a": 1}')
+    fake = Fake(Thought("想"), Thought("一想"), "答", "案", call)
+    console.chat(fake, GREEDY, PredictFlags(), typed("甲", "乙"))
+    shown = capsys.readouterr().out
+    assert '请稍等...\n[思考 thinking]\n想一想\n[回答 answer]\n答案\n调用 call: f {"a": 1}\n' in shown
+    assert fake.asked[1][0][1] == Turn("assistant", "答案", thought="想一想", calls=(call,)), "the mode decides on it"
+
+
+def test_thought_alone_is_told_with_a_remedy(capsys):
+    console.chat(Fake(Thought("想")), GREEDY, PredictFlags(), typed("甲"))
+    assert (
+        "想\n[只有思考，没有回答 thought alone, no answer: give a larger --max_new_tokens]\n" in capsys.readouterr().out
+    )
+
+
+def test_a_query_prints_thought_beside_the_answer(capsys):
+    """stdout is the answer alone."""
+
+    class Thinking(Fake):
+        def __call__(self, conversations, sampling, base=False):
+            return [Answer("" if base else "答", "stop", 1, 0, "想", () if base else (Call("f", "{}"),))]
+
+    console.ask_once(Thinking(), GREEDY, PredictFlags(query="甲"))
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("答\n调用 call: f {}\n", "[思考 thinking]\n想\n")
+    console.ask_once(Thinking(), GREEDY, PredictFlags(query="甲", base=True))
+    shown = capsys.readouterr()
+    assert shown.out == "\n" and shown.err.count("\n") == 3 and "a larger --max_new_tokens" in shown.err
 
 
 # --- one question ---------------------------------------------------------------------------------------------------

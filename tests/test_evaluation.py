@@ -9,7 +9,7 @@ import pytest
 
 from common.cli import parse
 from common.config import EvaluationFlags
-from common.conversation.turns import Turn
+from common.conversation.turns import Call, Turn
 from common.data import dataset
 from common.errors import UserError
 from common.evaluation import evaluate, metrics, records
@@ -166,6 +166,34 @@ def test_a_row_that_fails_scores_0_and_says_why(cfg, tmp_path):
     assert scores["rouge-1-f"] == pytest.approx(sum(record["scores"]["rouge-1-f"] for record in records.values()) / 6)
     again = Fake()
     assert evaluate.evaluate(again, rows, cfg()) == scores and again.asked == []
+
+
+def test_thought_is_not_scored_and_calls_are(cfg, tmp_path, capsys):
+    """Two answers with thought, one all thought, one that calls as its reference does."""
+    call = Call("f", '{"b":1, "a": "参"}')
+    answers = {
+        "甲": Answer("参考答案", "stop", 3, 0, "想了很多"),
+        "乙": Answer("", "length", 3, 0, "想不完"),
+        "丙": Answer("", "stop", 3, 0, "", (Call("f", '{"a": "参", "b": 1}'),)),
+    }
+
+    def thinking(conversations, sampling, base=False):
+        return [answers[turns[-1].text] for turns in conversations]
+
+    rows = rows_of(("甲", "参考答案"), ("乙", "参考答案"), ("丙", ""))
+    rows[2] = (rows[2][0], [Turn("user", "丙"), Turn("assistant", "", calls=(call,))])
+    knobs = cfg()
+    scores = evaluate.evaluate(thinking, rows, knobs)
+    assert scores["exact"] == scores["stopped"] == pytest.approx(2 / 3)
+    first, second, third = records.predictions(knobs).values()
+    assert (first["answer"], first["reasoning_content"]) == ("参考答案", "想了很多")
+    assert (second["answer"], second["reasoning_content"], second["scores"]["bleu-4"]) == ("", "想不完", 0)
+    assert third["answer"] == third["reference"] == '{"name": "f", "arguments": {"a": "参", "b": 1}}'
+    assert (third["content"], third["tool_calls"][0]["function"]["name"]) == ("", "f") and "tool_calls" not in first
+    told = "只有思考，没有回答 thought alone, no answer; remedy: a larger --max_new_tokens: 1 / 3"
+    assert told in capsys.readouterr().out
+    evaluate.conclude(knobs, rows, {"tuned": scores})
+    assert f"- tuned: {told}\n" in (tmp_path / "run/eval_report.md").read_text(encoding="utf-8")
 
 
 def test_predictions_of_earlier_runs_keep_their_keys(tmp_path):

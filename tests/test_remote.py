@@ -10,7 +10,7 @@ from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
 from common.errors import UserError
 from common.inference import remote
-from common.inference.answerer import Sampling
+from common.inference.answerer import Answer, Sampling
 from common.serving import app
 from common.serving.server import Server
 from gemma_sft import prompt
@@ -133,7 +133,7 @@ def test_a_server_that_takes_text_alone(cfg, capsys):
         with pytest.raises(UserError, match="no model called base: theirs"):
             there([QUESTIONS[0]], Sampling(), base=True)
         server.shutdown()
-    assert found == [("好", "length", 0, 0)] and "text" in capsys.readouterr().out
+    assert found == [Answer("好", "length", 0, 0)] and "text" in capsys.readouterr().out
     ids, busy, taken, again = TextOnly.asked
     assert isinstance(ids["prompt"], list) and busy == taken
     assert taken["prompt"] == "<start_of_turn>user\n有<end_of_turn>\n<start_of_turn>model\n"  # the bos is the server's

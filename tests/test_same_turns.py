@@ -8,7 +8,7 @@ import pytest
 from common.data.formats import read_row
 from common.engine.batcher import Batcher
 from common.serving.app import Service, create_app
-from common.serving.openai_requests import read_messages
+from common.serving.openai_messages import read_messages
 
 CHAT = "/v1/chat/completions"
 U, A, S = (lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant", "system"))

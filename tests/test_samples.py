@@ -8,6 +8,7 @@ import torch
 from runs import STEPS
 
 from common.config import TrainFlags
+from common.conversation.turns import Turn
 from common.errors import UserError
 from common.training import callbacks, curve, samples
 
@@ -53,8 +54,7 @@ def test_the_last_answers_are_those_of_the_saved_adapter(family, sampled):
     cfg, _ = family.parse(TrainFlags, "--model_save_dir", sampled)
     answer = family.recipe("predict").load_answer(cfg)
     for line in lines(sampled)[-3:]:
-        turns = [SimpleNamespace(role="user", text=line["question"])]
-        found = answer([turns], Sampling(max_new_tokens=6))[0]
+        found = answer([[Turn("user", line["question"])]], Sampling(max_new_tokens=6))[0]
         assert (found.text, found.stop, found.tokens) == (line["answer"], line["stop"], line["tokens"])
 
 
@@ -122,6 +122,14 @@ def test_a_run_ends_with_a_word_on_answers_that_do_not(gemma, tmp_path, capsys, 
         assert f"回答不停止 answers do not stop: {told}" in said and said.count("\n") == 1
         assert ("--repetition_penalty 1.05" in said) == ends[-1].get("looping", False)
         assert ("--train_template_tokens true" in said) != ends[-1].get("looping", False)
+
+
+def test_a_run_ends_with_a_word_on_answers_that_are_all_thought(gemma, tmp_path, capsys):
+    ends = [{"answer": "", "reasoning_content": "想"}, {"answer": "好", "reasoning_content": "想"}, {"answer": ""}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(LINE | end) + "\n" for end in ends))
+    cfg, _ = gemma.parse(TrainFlags)
+    samples.conclude(SimpleNamespace(folder=tmp_path), {"adapter_of_step": 4}, cfg)
+    assert capsys.readouterr().out.endswith("no answer; remedy: a larger --max_new_tokens: 1 / 3\n")
 
 
 def test_the_picture_is_there_while_the_run_goes_on(gemma, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from common.conversation.answer_form import AnswerForm
 from common.conversation.render import Piece
 from common.conversation.turns import Turn
 
@@ -70,6 +71,9 @@ class Family(Protocol):
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
         """Ids that end an answer, the trained one first; ValueError where the tokenizer lacks one."""
+
+    def answer_form(self, tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
+        """How thought and calls are written in an answer: what vocabulary and chat template of the tokenizer have."""
 
     def clean(self, text: str, ended: bool = True) -> str:
         """An answer as it is shown; until it has `ended`, what later text could change is kept back.

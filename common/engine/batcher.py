@@ -69,6 +69,8 @@ class Batcher:
         self.tokenizer = answer.tokenizer
         self.stop_ids = set(answer.stop_ids)
         self.clean = answer.prompt.clean
+        self.special = dict(zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens, strict=True))
+        self.special |= answer.kept
         self.encoder = PromptEncoder(answer)
         self.net = causal_of(answer.net)
         new_cache(self.net.config)  # refused now, not with the first request

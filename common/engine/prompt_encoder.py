@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.conversation import render
+from common.conversation.thinking import switched
 from common.engine.kv_batch import prompt_positions
 from common.inference.text import BYTE
 from common.model.layers import causal_of
@@ -31,9 +32,12 @@ class PromptEncoder:
         self.lock = threading.Lock()
         self.anchor = render.encode_text(answer.tokenizer, "a")  # a piece shows its blank only after another piece
 
-    def whole_ids(self, turns: Sequence[Turn]) -> list[int]:
-        """Ids that ask for the answer to `turns`; nothing is cut."""
-        with self.lock:
+    def whole_ids(self, turns: Sequence[Turn], thinking: bool | None = None) -> list[int]:
+        """Ids that ask for the answer to `turns`; nothing is cut.
+
+        thinking: on or off where a request says so; None: as the model was trained.
+        """
+        with self.lock, switched(self.tokenizer, thinking):
             return render.joined(self.answer.prompt.render(self.tokenizer, turns, self.answer.style))
 
     def text_ids(self, text: str) -> list[int]:

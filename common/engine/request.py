@@ -14,6 +14,7 @@ from common.inference.answerer import Sampling
 from common.inference.text import Wording, decode
 
 if TYPE_CHECKING:
+    from common.conversation.turns import Call
     from common.engine.batcher import Batcher
 
 POLL = 0.2  # seconds between two looks whether a client is still there
@@ -38,7 +39,8 @@ class Ask:
     """One answer to generate: prompt ids, how to draw, and how to show it.
 
     stop: strings that end the answer and are left out. logprobs: how many alternatives to report for each id, None
-    for no log probabilities. clean: as chat answers are shown; else as generated. live: parts are wanted on the way.
+    for no log probabilities. clean: as chat answers are shown, thought and calls apart; else as generated. live: parts
+    are wanted on the way. tools: those on offer, a JSON list as text. special: special tokens stay in the text.
     """
 
     ids: list[int]
@@ -50,6 +52,8 @@ class Ask:
     logprobs: int | None = None
     clean: bool = True
     live: bool = False
+    tools: str = ""
+    special: bool = False
 
 
 class Entry(NamedTuple):
@@ -62,12 +66,17 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Some text of answer `index` and its Entries. `stop` is "stop" or "length" with the last part, else None."""
+    """Some text of answer `index` and its Entries. `stop` is "stop" or "length" with the last part, else None.
+
+    thought stands before the text, calls behind it.
+    """
 
     index: int
     text: str
     entries: list[Entry]
     stop: str | None
+    thought: str = ""
+    calls: tuple[Call, ...] = ()
 
 
 class Ticket:
@@ -117,7 +126,7 @@ class Ticket:
         first = self.rows[0]
         return {
             "prompt": decode(first.words.tokenizer, first.ask.ids),
-            "texts": [row.words.shown for row in self.rows],
+            "texts": [row.text for row in self.rows],
         }
 
     def _next(self, gone: Callable[[], bool]) -> list[Part]:
@@ -151,7 +160,9 @@ class Row:
         self.index = index
         self.ask = ask
         self.stop_ids = batcher.stop_ids
-        self.words = Wording(batcher.tokenizer, batcher.clean if ask.clean else None, ask.stop)
+        self.kept = batcher.special if ask.special else batcher.answer.kept
+        clean, reading = (batcher.clean, batcher.answer.reading(ask.ids, ask.tools)) if ask.clean else (None, None)
+        self.words = Wording(batcher.tokenizer, clean, ask.stop, reading, self.kept)
         self.ids = self.words.ids
         self.counts: Counter[int] = Counter()
         self.random = random.Random(ask.seed)
@@ -166,6 +177,11 @@ class Row:
         """Columns it may come to fill."""
         return len(self.ask.ids) + self.ask.sampling.max_new_tokens
 
+    @property
+    def text(self) -> str:
+        """All that was given out so far; where thought and calls are apart, the answer as it is written."""
+        return decode(self.words.tokenizer, self.ids, self.kept) if self.words.reading else self.words.shown
+
     def take(self, id_: int, logprob: tuple[float, TopIds] | None = None) -> None:
         """Add the next id (with its log probability and alternatives); `over` where the answer ends with it."""
         self.ticket.first = self.ticket.first or time.monotonic()
@@ -179,8 +195,8 @@ class Row:
             self.entries.append((self.words.length, Entry(id_, *logprob)))
         if self.words.stopped or len(self.ids) >= self.ask.sampling.max_new_tokens:
             self.end("length")
-        elif self.ask.live and (self.unsent or len(self.ids) == 1):  # the first id is a sign of life
-            self._send(None)
+        elif self.ask.live and (self.unsent or self.words.thought or self.words.calls or len(self.ids) == 1):
+            self._send(None)  # the first id is a sign of life
 
     def end(self, stop: str) -> None:
         """Hand over what is left of the text; stop: "stop" or "length", why it ended."""
@@ -197,8 +213,9 @@ class Row:
     def _send(self, stop: str | None) -> None:
         """Hand over the new text with the entries of its ids; those of a stop string stay behind."""
         text, self.unsent = self.unsent, ""
-        self.sent += len(text)
+        thought, calls = self.words.aside()
+        self.sent += len(thought) + len(text)
         whole = stop and not self.words.stopped
         ready = [entry for length, entry in self.entries if whole or length <= self.sent]
         self.entries = self.entries[len(ready) :]
-        self.ticket.events.put(Part(self.index, text, ready, stop))
+        self.ticket.events.put(Part(self.index, text, ready, stop, thought, calls))

@@ -24,6 +24,7 @@ from common.evaluation.records import (
     score_rows,
     shortest_first,
     show_cut,
+    show_unanswered,
 )
 from common.evaluation.results import sampling_of
 from common.runs import places
@@ -98,6 +99,7 @@ def write(answer: Answers, rows: ToAsk, cfg: SFTConfig, flags: PredictFlags) -> 
     if not records:
         raise UserError(f"{path}: 一行也没有回答 no row was answered, for the reasons above")
     show_cut(records)
+    show_unanswered(records)
     cut_off = sum(record["finish_reason"] == "length" for record in records)
     print(
         f"完成 done: 回答 answers {len(records)} / {len(rows)}, 到 --max_new_tokens {sampling.max_new_tokens} 为止 "
@@ -129,6 +131,8 @@ def _with_reference(turns: Sequence[Turn]) -> Sequence[Turn]:
 def _line(record: Record) -> dict[str, Any]:
     """What a line of the file says of an answer; `prompt` is there where more was asked than the question."""
     line = {name: record[name] for name in ("row", "where", "question", "answer")}
+    line["answer"] = record.get("content", line["answer"])  # without the calls
+    line |= {name: record[name] for name in ("reasoning_content", "tool_calls") if name in record}
     line |= {"finish_reason": record["stop"], "tokens": record["tokens"]}
     if len(record["prompt"]) > 1:
         line["prompt"] = record["prompt"]

@@ -25,6 +25,7 @@ from common.evaluation.records import (
     score_rows,
     shortest_first,
     show_cut,
+    show_unanswered,
 )
 from common.evaluation.report import leave_report
 from common.evaluation.results import read_results, write_results
@@ -53,7 +54,9 @@ def report(
     models = evaluate.models_of(flags)
     for model in models:
         for task, asked in questions.items():
-            show_cut(run_task(answer, task, asked, cfg, model == "base"))
+            records = run_task(answer, task, asked, cfg, model == "base")
+            show_cut(records)
+            show_unanswered(records)
     if evaluate.is_first():
         results = save_results(questions, models, cfg, flags)
         leave_report(cfg, results)

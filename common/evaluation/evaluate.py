@@ -23,6 +23,7 @@ from common.evaluation.records import (
     score_rows,
     shortest_first,
     show_cut,
+    show_unanswered,
 )
 from common.evaluation.report import leave_report
 from common.evaluation.results import add_scores, sampling_of
@@ -162,6 +163,7 @@ def evaluate(answer: Answers, rows: HeldOut, cfg: SFTConfig, base: bool = False)
         Progress("评估基座 base" if base else "评估微调 tuned", "bleu-4", answer),
     )
     show_cut(found)
+    show_unanswered(found)
     return metrics.average([record["scores"] for record in found])
 
 

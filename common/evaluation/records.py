@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from common import distributed, files, launch
 from common.config import SFTConfig
-from common.conversation.turns import Turn
+from common.conversation.answer_form import as_openai, written
+from common.conversation.turns import Call, Turn
 from common.errors import UserError
 from common.evaluation import metrics
 from common.inference.answerer import Answer, Answerer, Sampling
@@ -27,6 +28,7 @@ from common.runs.adopted import find_manifest
 
 EVERY = 2.0  # seconds between two words of how far a batch is
 Record = dict[str, Any]  # row, where, prompt, question, reference, answer, stop, cut_to, seconds, scores, …
+UNANSWERED = "只有思考，没有回答 thought alone, no answer; remedy: a larger --max_new_tokens"
 FAILED = "error: "  # how the `stop` of a row that could not be asked begins; the reason follows
 
 
@@ -119,7 +121,8 @@ def predict(
 
     UnreachableError where a server answers nothing at all.
 
-    score(answer, reference, question) gives {name: value}; whether it "stopped" by itself is added.
+    score(answer, reference, question) gives {name: value}; whether it "stopped" by itself is added. Thought is not
+    scored; calls are, as lines of JSON behind the text.
     """
     started = time.monotonic()
     questions = [turns[:-1] for _, _, turns in batch]
@@ -134,22 +137,47 @@ def predict(
             return
         answers = [Answer("", f"{FAILED}{problem}", 0)]
     seconds = (time.monotonic() - started) / len(batch)
-    for (number, where, turns), (text, stop, tokens, cut_to) in zip(batch, answers, strict=True):
-        question, reference = turns[-2].text, turns[-1].text
-        ended = {"stopped": float(stop == "stop" and bool(text.strip()))}
+    for (number, where, turns), found in zip(batch, answers, strict=True):
+        question, reference = turns[-2].text, written(turns[-1].text, turns[-1].calls)
+        text = written(found.text, found.calls)
+        ended = {"stopped": float(found.stop == "stop" and bool(text.strip()))}
         yield {
             "row": number,
             "where": where,
-            "prompt": [{"role": turn.role, "content": turn.text} for turn in turns[:-1]],
+            "prompt": [_message(turn) for turn in turns[:-1]],
             "question": question,
             "reference": reference,
             "answer": text,
-            "stop": stop,
-            "tokens": tokens,
-            "cut_to": cut_to,
+            **_apart(found.thought, found.calls),
+            **({"content": found.text} if found.calls else {}),
+            "stop": found.stop,
+            "tokens": found.tokens,
+            "cut_to": found.cut_to,
             "seconds": round(seconds, 3),
             "scores": score(text, reference, question) | ended,
         }
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """A turn as a message in OpenAI's shape; tools stand with it as a text."""
+    tools = {"tools": turn.tools} if turn.tools else {}
+    return {"role": turn.role, "content": turn.text, **_apart(turn.thought, turn.calls), **tools}
+
+
+def _apart(thought: str, calls: Sequence[Call]) -> dict[str, Any]:
+    """Thought and calls under OpenAI's names, where there are any."""
+    return ({"reasoning_content": thought} if thought else {}) | ({"tool_calls": as_openai(calls)} if calls else {})
+
+
+def unanswered(records: Iterable[Record]) -> int:
+    """Number of records whose answer is all thought."""
+    return sum("reasoning_content" in each and not (each["answer"] or "tool_calls" in each) for each in records)
+
+
+def show_unanswered(records: Sequence[Record]) -> None:
+    """Print how many of the answers are all thought, and what helps; nothing where none is."""
+    if count := unanswered(records):
+        print(f"{UNANSWERED}: {count} / {len(records)}")
 
 
 def key_of(cfg: SFTConfig, base: bool, settings: list[Any]) -> str:

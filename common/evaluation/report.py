@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from common.evaluation.intervals import RESAMPLES
-from common.evaluation.records import Record, predictions
+from common.evaluation.records import UNANSWERED, Record, predictions, unanswered
 from common.evaluation.tables import (
     REST_NOTE,
     ROW_METRIC,
@@ -53,7 +53,7 @@ def write(folder: Path, results: Mapping[str, Any], records: Mapping[str, Mappin
     parts = ["# Evaluation"]
     if records:
         groups = by_length(records, seed)
-        parts += [_held_out_part(results, list(records)), _length_part(groups, list(records))]
+        parts += [_held_out_part(results, records), _length_part(groups, list(records))]
     if len(records) == 2:
         parts.append(_worst_part(**records))
     if "tasks" in results:
@@ -63,14 +63,16 @@ def write(folder: Path, results: Mapping[str, Any], records: Mapping[str, Mappin
     _draw(folder, results, groups, list(records))
 
 
-def _held_out_part(results: Mapping[str, Any], models: Sequence[str]) -> str:
-    held_out = results["held_out"]
+def _held_out_part(results: Mapping[str, Any], records: Mapping[str, Mapping[int, Record]]) -> str:
+    held_out, models = results["held_out"], list(records)
+    silent = {name: unanswered(each.values()) for name, each in records.items()}
     lines = [
         f"## Held-out rows: {held_out['rows']}\n",
         f"- answers: {held_out['decoding']}",
         f"- {overlap_text(held_out)}",
         f"- [low, high]: 95 % interval, {RESAMPLES} bootstrap resamples of the rows",
         f"- {results['signature']}",
+        *(f"- {name}: {UNANSWERED}: {count} / {len(records[name])}" for name, count in silent.items() if count),
     ]
     first, others = (_table(["metric", *heads(models)], metric_rows(results, models, part)) for part in (True, False))
     return "\n\n".join(["\n".join(lines), first, REST_NOTE, others])

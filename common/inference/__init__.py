@@ -5,6 +5,7 @@ In reading order:
 tuned          a run's folder, opened to answer
 answerer       a model that answers conversations, in batches or as a stream
 text           ids as whole characters, while they arrive
+answer_parts   that text as thought, text and calls
 console        the chat of predict.py
 remote         the same questions, asked of a server
 likelihood     how likely a model finds given answers

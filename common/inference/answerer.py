@@ -13,8 +13,10 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from common.conversation import render
+from common.conversation.answer_form import tools_of
 from common.conversation.turns import FormatError
 from common.errors import UserError
+from common.inference.answer_parts import Parts, Reading, kept_of, pieces, reading_of
 from common.inference.text import Wording, decode
 from common.model.layers import causal_of
 from common.model.loading import pad_id_of
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
     from common.config import SFTConfig
     from common.conversation.family import Family
-    from common.conversation.turns import Turn
+    from common.conversation.turns import Call, Turn
+    from common.inference.answer_parts import Streamed
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,21 @@ class Sampling:
 class Answer(NamedTuple):
     """One generated answer. `stop` is "stop" (it ended itself) or "length" (it was cut off).
 
-    cut_to: the limit in tokens to which its prompt had to be cut; 0 where nothing was.
+    cut_to: the limit in tokens to which its prompt had to be cut; 0 where nothing was. thought, calls: what was thought
+    before the text, and the tools called behind it.
     """
 
     text: str
     stop: str
     tokens: int
     cut_to: int = 0
+    thought: str = ""
+    calls: tuple[Call, ...] = ()
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether it is all thought."""
+        return bool(self.thought) and not self.text and not self.calls
 
 
 class Answerer:
@@ -86,6 +97,8 @@ class Answerer:
         self.load_base = load_base
         self.base_net: PreTrainedModel | None = None
         self.stop_ids = prompt.stop_ids(tokenizer, style)
+        self.form = prompt.answer_form(tokenizer, style)
+        self.kept = kept_of(tokenizer, self.form)
         self.pad_id = pad_id_of(tokenizer, self.stop_ids[0])
         self.watch: Callable[[int], None] | None = None  # told of each step of a batch: new tokens of a row so far
         self.lock = threading.Lock()
@@ -107,15 +120,23 @@ class Answerer:
         limit = prompt_limit(self.max_length_q, self.context, sampling.max_new_tokens)
         prompts = [self._fitted(turns, limit) for turns in conversations]
         rows = self.generate([ids for ids, _ in prompts], sampling, base)
-        return [self._answer(row, cut_to) for row, (_, cut_to) in zip(rows, prompts, strict=True)]
+        asked = zip(rows, prompts, conversations, strict=True)
+        return [self._answer(row, cut_to, self.reading(ids, tools_of(turns))) for row, (ids, cut_to), turns in asked]
 
-    def stream(self, turns: Sequence[Turn], sampling: Sampling, base: bool = False) -> Generator[str, None, None]:
-        """Yield the pieces of text of one answer as they are generated. Closing the generator stops the generation."""
+    def stream(self, turns: Sequence[Turn], sampling: Sampling, base: bool = False) -> Generator[Streamed, None, None]:
+        """Yield the pieces of one answer as they are generated: text, Thoughts, Calls.
+
+        Closing the generator stops the generation.
+        """
         if sampling.num_beams > 1:  # beams change their minds: there is nothing to show before the end
-            yield self([turns], sampling, base)[0].text
+            found = self([turns], sampling, base)[0]
+            yield from pieces(Parts(thought=found.thought))
+            yield found.text
+            yield from found.calls
             return
-        streamer = _Pieces(Wording(self.tokenizer, self.prompt.clean), self.stop_ids)
         ids, _ = self._fitted(turns, prompt_limit(self.max_length_q, self.context, sampling.max_new_tokens))
+        reading = self.reading(ids, tools_of(turns))
+        streamer = _Pieces(Wording(self.tokenizer, self.prompt.clean, (), reading, self.kept), self.stop_ids)
         arguments = ([ids], sampling, base, streamer)
         worker = threading.Thread(target=streamer.run, args=(self.generate, *arguments), daemon=True)
         worker.start()
@@ -124,6 +145,10 @@ class Answerer:
         finally:
             streamer.cancelled = True
             worker.join()
+
+    def reading(self, ids: Sequence[int], tools: str) -> Reading | None:
+        """Reads the answer to the prompt `ids`; None where there is nothing to be read in it but text."""
+        return reading_of(self.tokenizer, self.form, ids, tools)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, base: bool = False, streamer: _Pieces | None = None
@@ -176,12 +201,13 @@ class Answerer:
     def _fitted(self, turns: Sequence[Turn], limit: int) -> tuple[list[int], int]:
         return fitted(self.tokenizer, self.prompt, turns, self.style, limit)
 
-    def _answer(self, ids: list[int], cut_to: int) -> Answer:
+    def _answer(self, ids: list[int], cut_to: int, reading: Reading | None) -> Answer:
         """The Answer that generated ids are: up to the first stop id."""
         ends = [number for number, id_ in enumerate(ids) if id_ in self.stop_ids]
         kept = ids[: ends[0]] if ends else ids
-        text = self.prompt.clean(decode(self.tokenizer, kept))
-        return Answer(text, "stop" if ends else "length", len(kept), cut_to)
+        text = decode(self.tokenizer, kept, self.kept)
+        thought, text, calls = reading.more(text, ended=True) if reading else Parts(text=text)
+        return Answer(self.prompt.clean(text), "stop" if ends else "length", len(kept), cut_to, thought, calls)
 
 
 def prompt_limit(max_length_q: int, context: int, new_tokens: int) -> int:
@@ -237,7 +263,7 @@ class _Pieces(BaseStreamer):
         self.prompt_seen = False
         self.cancelled = False  # the reader is gone
         self.ready = threading.Condition()  # guards what follows
-        self.parts: list[str] = []
+        self.parts: list[Streamed] = []
         self.done = False
         self.error: BaseException | None = None
 
@@ -262,9 +288,10 @@ class _Pieces(BaseStreamer):
         self._hand_over(self.words.more())
 
     def _hand_over(self, text: str) -> None:
-        if text:
+        thought, calls = self.words.aside()
+        if new := list(pieces(Parts(thought, text, calls))):
             with self.ready:
-                self.parts.append(text)
+                self.parts += new
                 self.ready.notify()
 
     def end(self) -> None:
@@ -274,7 +301,7 @@ class _Pieces(BaseStreamer):
         """A stopping criterion, bool [B]: whether the reader is gone."""
         return torch.full((input_ids.shape[0],), self.cancelled, device=input_ids.device)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Streamed]:
         """The parts, as they come; raises what `generate` raised."""
         while True:
             with self.ready:

@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from common.conversation import render
+from common.conversation.answer_form import tools_of
 from common.errors import UserError
+from common.inference.answer_parts import Parts, kept_of, pieces, reading_of
 from common.inference.answerer import Answer, Sampling, fitted, prompt_limit
 from common.inference.text import Cleaning
 from common.inference.tuned import context_of, trained_with
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.conversation.family import Family
     from common.conversation.turns import Turn
+    from common.inference.answer_parts import Streamed
 
 TOGETHER = 16  # requests at once
 BUSY = (429, 503)  # worth another try
@@ -55,6 +58,8 @@ class Remote:
         self.style = style
         self.max_length_q = max_length_q
         self.context = context
+        self.form = prompt.answer_form(tokenizer, style)
+        self.kept = kept_of(tokenizer, self.form)  # marks that a server would leave out
         self.as_text = False  # the server has refused ids
         self.names: list[str] = []  # of the models it serves
         try:
@@ -71,10 +76,18 @@ class Remote:
         with ThreadPoolExecutor(TOGETHER) as pool:
             return list(pool.map(lambda turns: self._answer(turns, sampling, base), conversations))
 
-    def stream(self, turns: Sequence[Turn], sampling: Sampling, base: bool = False) -> Generator[str, None, None]:
-        """Yield the pieces of text of one answer as they come. Closing the generator leaves the server."""
-        cleaning = Cleaning(self.prompt.clean)
+    def stream(self, turns: Sequence[Turn], sampling: Sampling, base: bool = False) -> Generator[Streamed, None, None]:
+        """Yield the pieces of one answer as they come: text, Thoughts, Calls.
+
+        Closing the generator leaves the server.
+        """
         ids, _ = self._fitted(turns, sampling.max_new_tokens)
+        cleaning, reading = Cleaning(self.prompt.clean), reading_of(self.tokenizer, self.form, ids, tools_of(turns))
+
+        def read(text: str, ended: bool = False) -> Parts:
+            thought, text, calls = reading.more(text, ended) if reading else Parts(text=text)
+            return Parts(thought, cleaning.more(text, ended), calls)
+
         with self._complete(ids, sampling, base, stream=True) as response:
             for line in response:
                 data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b"[DONE]"
@@ -83,8 +96,8 @@ class Remote:
                 event = json.loads(data)
                 if "error" in event:
                     raise UserError(f"{self.url}: {event['error'].get('message', event['error'])}")
-                yield cleaning.more(event["choices"][0]["text"] if event["choices"] else "")
-        yield cleaning.more("", ended=True)
+                yield from pieces(read(event["choices"][0]["text"] if event["choices"] else ""))
+        yield from pieces(read("", ended=True))
 
     def cut_to(self, turns: Sequence[Turn], new_tokens: int) -> int:
         """The limit to which the prompt is cut where `new_tokens` may be generated; 0 where nothing of it is."""
@@ -99,7 +112,9 @@ class Remote:
         with self._complete(ids, sampling, base) as response:
             found = json.load(response)
         choice, tokens = found["choices"][0], (found.get("usage") or {}).get("completion_tokens", 0)
-        return Answer(self.prompt.clean(choice["text"]), choice["finish_reason"] or "stop", tokens, cut_to)
+        reading = reading_of(self.tokenizer, self.form, ids, tools_of(turns))
+        thought, text, calls = reading.more(choice["text"], ended=True) if reading else Parts(text=choice["text"])
+        return Answer(self.prompt.clean(text), choice["finish_reason"] or "stop", tokens, cut_to, thought, calls)
 
     def _complete(self, ids: list[int], sampling: Sampling, base: bool, stream: bool = False) -> HTTPResponse:
         """The open response to a completion of a prompt."""
@@ -131,8 +146,11 @@ class Remote:
         if sampling.do_sample:
             body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
             body |= {name: value for name in ("top_k", "min_p") if (value := getattr(sampling, name))}
-        if sampling.repetition_penalty != 1:  # not OpenAI's, and so not sent unasked
+        # not OpenAI's, and so not sent unasked
+        if sampling.repetition_penalty != 1:
             body["repetition_penalty"] = sampling.repetition_penalty
+        if self.kept:
+            body["skip_special_tokens"] = False
         return body
 
     def _open(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from common.conversation.turns import Call
+    from common.inference.answer_parts import Reading
 
     Clean = Callable[[str, bool], str]  # Family.clean: (text, ended) to the text that is shown
 
@@ -17,8 +20,14 @@ WINDOW = 8  # ids that are decoded again with those after them; one character ha
 AROUND = 64  # characters that are cleaned again with those after them; a family's clean looks at fewer neighbours
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of generated ids; bytes that make no whole character are left out."""
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], kept: Mapping[int, str] | None = None) -> str:
+    """Text of generated ids; bytes that make no whole character are left out, and special ids but those of `kept`.
+
+    kept: {id: its text}.
+    """
+    if kept and not kept.keys().isdisjoint(ids):
+        runs = itertools.groupby(ids, lambda id_: kept.get(id_))
+        return "".join(mark * len(list(run)) if mark else decode(tokenizer, list(run)) for mark, run in runs)
     if not tokenizer.is_fast:
         return tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
     text = ""
@@ -45,8 +54,9 @@ class Decoding:
     The caller appends to `ids`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kept: Mapping[int, str] | None = None) -> None:
         self.tokenizer = tokenizer
+        self.kept = kept
         self.ids: list[int] = []
         self.context = 0
         self.end = 0
@@ -54,12 +64,12 @@ class Decoding:
 
     def more(self) -> str:
         """The text that is new since the last call; a character whose bytes are not all there waits."""
-        text = decode(self.tokenizer, self.ids[self.context :])
+        text = decode(self.tokenizer, self.ids[self.context :], self.kept)
         new = text[self.given :]
         self.given = max(self.given, len(text))
         if len(self.ids) - self.end >= WINDOW:
             self.context, self.end = self.end, len(self.ids)
-            self.given = len(decode(self.tokenizer, self.ids[self.context :]))
+            self.given = len(decode(self.tokenizer, self.ids[self.context :], self.kept))
         return new
 
 
@@ -98,15 +108,24 @@ class Wording:
     """Turns the ids of an answer into its text as they come: whole characters, cleaned, up to a stop string.
 
     clean(text, ended): how the family shows an answer; None leaves it as generated.
-    stops: strings that end the text; of one that may be about to appear nothing is given out.
-    The caller appends to `ids`. `length`: characters so far, also of what is kept back.
+    stops: strings that end the text; of one that may be about to appear nothing is given out. reading: takes thought
+    and calls out of the text, to be had by `aside`. kept: as in `decode`.
+    The caller appends to `ids`. `length`: characters so far, also of what is kept back, and those of the thought.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, clean: Clean | None = None, stops: Sequence[str] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        clean: Clean | None = None,
+        stops: Sequence[str] = (),
+        reading: Reading | None = None,
+        kept: Mapping[int, str] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.decoding = Decoding(tokenizer)
+        self.decoding = Decoding(tokenizer, kept)
+        self.reading = reading
+        self.thought = ""  # not taken yet by `aside`, as the calls
+        self.calls: tuple[Call, ...] = ()
         self.cleaning = Cleaning(clean) if clean else None
         self.stops = stops
         self.ids = self.decoding.ids
@@ -125,19 +144,30 @@ class Wording:
         if self.stopped:
             return ""
         new = self.decoding.more()
+        if self.reading:
+            thought, new, calls = self.reading.more(new, ended)
+            self.thought += thought
+            self.calls += calls
+            self.length += len(thought)
         if self.cleaning:
             new = self.cleaning.more(new, ended)
         self.length += len(new)
         self.kept += new
         found = [at for stop in self.stops if (at := self.kept.find(stop)) >= 0]
         self.stopped = bool(found)
-        end = min(found) if found else len(self.kept) - (0 if ended else self._held())
+        end = min(found) if found else len(self.kept) - (0 if ended else unsettled(self.kept, self.stops))
         part, self.kept = self.kept[:end], self.kept[end:]
         self.parts.append(part)
         return part
 
-    def _held(self) -> int:
-        """Number of characters at the end of `kept` that may be the start of a stop string."""
-        longest = max((len(stop) for stop in self.stops), default=1) - 1
-        ends = (self.kept[-length:] for length in range(min(longest, len(self.kept)), 0, -1))
-        return next((len(end) for end in ends if any(stop.startswith(end) for stop in self.stops)), 0)
+    def aside(self) -> tuple[str, tuple[Call, ...]]:
+        """(thought, calls) that have come since they were last taken."""
+        taken, self.thought, self.calls = (self.thought, self.calls), "", ()
+        return taken
+
+
+def unsettled(text: str, marks: Sequence[str]) -> int:
+    """Number of characters at the end of a text that may be the start of one of `marks`."""
+    longest = max((len(mark) for mark in marks), default=1) - 1
+    ends = (text[-length:] for length in range(min(longest, len(text)), 0, -1))
+    return next((len(end) for end in ends if any(mark.startswith(end) for mark in marks)), 0)

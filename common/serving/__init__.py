@@ -7,6 +7,7 @@ app                the service's life and routes, who may use them; a request be
 failures           what a client is told where it gets none
 middleware         around every request: id, log line, counts
 validation         bodies, read strictly
+openai_messages    OpenAI's messages and tools as turns
 openai_requests    OpenAI's bodies as what the engine is asked
 openai_responses   its parts as OpenAI's choices and chunks
 text_generate      the fields of POST /nlg/text_generate

@@ -235,14 +235,16 @@ def _add_answers(app: Flask, service: Service) -> None:
 
 
 def _text_of(service: Service) -> Response:
-    """Answer the current request of POST /nlg/text_generate: one JSON string."""
+    """Answer the current request of POST /nlg/text_generate: one JSON string, or text and thought where it thought."""
     body, batcher = read_json(request), service.loaded
     turns, sampling = text_generate.read_request(body, service.fields)
     ids = batcher.encoder.whole_ids(turns)
     asked = "max_new_tokens" if "max_new_tokens" in body else ""
     ask = Ask(ids, openai_requests.fitted(sampling, len(ids), batcher.context, asked))
     ticket = _submit(service, service.model, [ask])
-    return json_response("".join(part.text for parts in ticket.parts(_gone()) for part in parts))
+    parts = [part for more in ticket.parts(_gone()) for part in more]
+    text, thought = "".join(part.text for part in parts), "".join(part.thought for part in parts)
+    return json_response({"text": text, "reasoning_content": thought} if thought else text)
 
 
 def _complete(service: Service, read: Callable[[dict[str, Any], Batcher, Sampling], Wanted]) -> Response:

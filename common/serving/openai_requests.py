@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.conversation.turns import FormatError, Turn, in_order
 from common.engine.request import Ask
+from common.errors import RowError
+from common.inference.answer_parts import asked_open
 from common.inference.answerer import Sampling
 from common.serving.failures import RequestRefusedError
+from common.serving.openai_messages import read_messages, read_tools
 from common.serving.validation import Field, check_value, excerpt, is_unicode, read_fields
 
 if TYPE_CHECKING:
+    from common.conversation.answer_form import AnswerForm
     from common.engine.batcher import Batcher
 
 MOST_ANSWERS = 16  # prompts × n
@@ -34,15 +37,19 @@ SAMPLING = {
     "user": Field(str, "", about="ignored"),
 }
 CHAT = SAMPLING | {
-    "messages": Field(list, None, about='[{"role": "system|user|assistant", "content": text}]'),
+    "messages": Field(list, None, about='[{"role": "system|user|assistant|tool", "content": text}]'),
+    "tools": Field(list, None, about='[{"type": "function", "function": {"name", "description", "parameters"}}]'),
     "max_completion_tokens": Field(int, None, 1, 1 << 20, "as max_tokens"),
     "logprobs": Field(bool, False, about="log probability of each piece"),
     "top_logprobs": Field(int, 0, 0, 20, "and of the most probable ones in its place"),
+    "enable_thinking": Field(bool, None, about="thought before the answer, where the chat template can switch it"),
+    "chat_template_kwargs": Field(dict, None, about='{"enable_thinking": true or false}'),
 }
 COMPLETION = SAMPLING | {
     "logprobs": Field(int, None, 0, 20, "log probabilities, with so many alternatives"),
+    "skip_special_tokens": Field(bool, True, about="false: special tokens stay in the text"),
 }
-# fields with the values that change nothing here; any other value is refused
+# fields with the values that change nothing here; any other value is refused, but where the body has such a field
 ONLY: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -59,15 +66,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 CHOICES = {"tools": "tool_choice", "functions": "function_call"}  # what is offered: the field whose "none" forbids it
 IGNORED = "metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls reasoning_effort".split()
-ECHOED = (
-    "id",
-    "name",
-    "reasoning_content",
-    "reasoning",
-    "refusal",
-    "annotations",
-)  # of an answer that a client sends back
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 class Wanted(NamedTuple):
@@ -83,64 +81,52 @@ class Wanted(NamedTuple):
 
 def read_chat(body: dict[str, Any], batcher: Batcher, defaults: Sampling) -> Wanted:
     """The Wanted of a chat/completions body; defaults: the service's Sampling."""
+    form = batcher.answer.form
+    tools = read_tools(body, form)
     given = _read_body(body, CHAT, ("messages",))
     if given["top_logprobs"] and not given["logprobs"]:
         raise RequestRefusedError("top_logprobs 需要 needs logprobs: true", param="top_logprobs", code="invalid_value")
     given["max_tokens"] = given["max_completion_tokens"] or given["max_tokens"]
-    turns = read_messages(given["messages"])
+    thinking = _read_thinking(given, form)
+    turns = read_messages(given["messages"], form, tools)
+    try:
+        ids = batcher.encoder.whole_ids(turns, thinking)
+    except RowError as problem:  # the model's chat template does not take them
+        raise RequestRefusedError(f"messages: {problem}", param="messages", code="invalid_message") from None
+    if thinking is False and asked_open(batcher.tokenizer, form, ids):
+        raise _no_thinking("enable_thinking", "这个模型总会思考 this model always thinks; leave it out")
     logprobs = given["top_logprobs"] if given["logprobs"] else None
-    return _wanted(given, body, [batcher.encoder.whole_ids(turns)], batcher, defaults, logprobs, chat=True)
+    wanted = _wanted(given, body, [ids], batcher, defaults, logprobs, chat=True)
+    return wanted._replace(asks=[replace(ask, tools=tools) for ask in wanted.asks])
 
 
 def read_completion(body: dict[str, Any], batcher: Batcher, defaults: Sampling) -> Wanted:
     """The Wanted of a completions body."""
     given = _read_body(body, COMPLETION, ("prompt",))
     prompts = _read_prompts(body.get("prompt"), batcher)
-    return _wanted(given, body, prompts, batcher, defaults, given["logprobs"], chat=False)
+    wanted = _wanted(given, body, prompts, batcher, defaults, given["logprobs"], chat=False)
+    return wanted._replace(asks=[replace(ask, special=not given["skip_special_tokens"]) for ask in wanted.asks])
 
 
-def read_messages(messages: Any) -> list[Turn]:
-    """Turns, ending with a question, of a list of messages, brought in order as those of a file are."""
-    if not isinstance(messages, list) or not messages:
-        raise RequestRefusedError(
-            "messages 应为非空列表 must be a list that is not empty", param="messages", code="invalid_type"
-        )
-    turns = [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
-    if turns[-1].role == "user" and not turns[-1].text.strip():
-        raise _bad_message(f"messages[{len(messages) - 1}].content", "是空的 is empty")
-    try:
-        return list(in_order(turns, answered=False)[0])
-    except FormatError as problem:
-        raise _bad_message(f"messages[{len(messages) - 1}]", problem.reason) from None
+def _read_thinking(given: dict[str, Any], form: AnswerForm) -> bool | None:
+    """Whether a body wants thought before the answer, None where it does not say."""
+    options = given["chat_template_kwargs"] or {}
+    if other := [name for name in options if name != "enable_thinking"]:
+        why = f"{excerpt(other[0])} 不支持 is not supported here; leave it out"
+        raise _no_thinking("chat_template_kwargs", why)
+    inside = check_value("chat_template_kwargs.enable_thinking", options.get("enable_thinking", False), Field(bool))
+    said = {given["enable_thinking"]} - {None} | ({inside} if options else set())
+    if len(said) > 1:
+        raise _no_thinking("enable_thinking", "两处不一致 says otherwise than chat_template_kwargs; leave it out")
+    thinking = next(iter(said), None)
+    if thinking and not form.switch:
+        name = "chat_template_kwargs" if options else "enable_thinking"
+        raise _no_thinking(name, "不支持 is not supported by this model's chat template; leave it out, or send false")
+    return thinking
 
 
-def _read_message(message: Any, where: str) -> Turn:
-    if not isinstance(message, dict):
-        raise _bad_message(where, f"应为对象 an object expected, found {excerpt(message)}")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise _bad_message(f"{where}.role", f"应为 must be one of {', '.join(ROLES)}, found {excerpt(role)}")
-    for name, value in message.items():
-        if name not in ("role", "content", *ECHOED) and value:
-            raise _bad_message(f"{where}.{name[:64]}", "不支持 is not supported; leave it out")
-    if "name" in message and not isinstance(message["name"], str | None):
-        raise _bad_message(f"{where}.name", "应为文字 must be text")
-    return Turn(ROLES[role], "" if content is None else _read_content(content, f"{where}.content"))
-
-
-def _read_content(content: Any, where: str) -> str:
-    """The text of a content: a string, or a list of text parts."""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise _bad_message(where, f"应为文字 must be text, or a list of text parts, found {excerpt(content)}")
-        if not is_unicode(part["text"]):
-            raise _bad_message(where, "有半个字符 holds half a character (a lone surrogate)")
-    return "\n".join(part["text"] for part in parts)
-
-
-def _bad_message(where: str, why: str) -> RequestRefusedError:
-    return RequestRefusedError(f"{where} {why}", param=where, code="invalid_message")
+def _no_thinking(name: str, why: str) -> RequestRefusedError:
+    return RequestRefusedError(f"{name}: {why}", param=name, code="unsupported_parameter")
 
 
 def _read_prompts(prompt: Any, batcher: Batcher) -> list[list[int]]:
@@ -172,6 +158,8 @@ def _read_prompt(prompt: Any, batcher: Batcher) -> list[int]:
 def _read_body(body: dict[str, Any], fields: Mapping[str, Field], others: tuple[str, ...]) -> dict[str, Any]:
     """The checked fields. Those of ONLY and IGNORED may be there too; a value that ONLY does not list is refused."""
     for name, allowed in ONLY.items():
+        if name in fields:
+            continue
         not_used = name in CHOICES and body.get(CHOICES[name]) == "none"
         if body.get(name) is not None and body[name] not in allowed and not not_used:
             good = " 或 or ".join(map(json.dumps, allowed))

@@ -8,14 +8,34 @@ from typing import Any
 from common.serving.validation import Field
 
 KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+APART = {
+    "reasoning_content": {"type": "string", "description": "what was thought before an answer"},
+    "tool_calls": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {
+                "id": {"type": "string"},
+                "type": {"type": "string", "enum": ["function"]},
+                "function": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
+                },
+            },
+        },
+    },
+}
+TOOL_CHOICE = {"type": "string", "enum": ["auto", "none"], "description": "none: the tools are not offered"}
 MESSAGES = {
     "type": "array",
     "items": {
         "type": "object",
-        "required": ["role", "content"],
+        "required": ["role"],
         "properties": {
-            "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
-            "content": {"type": "string"},
+            "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
+            "content": {"type": "string", "nullable": True},
+            **{name: APART[name] for name in ("reasoning_content", "tool_calls")},
+            "tool_call_id": {"type": "string", "description": "of the call that a tool's message answers"},
         },
     },
 }
@@ -52,9 +72,14 @@ def document(
     text_generate: Mapping[str, Field], chat: Mapping[str, Field], completion: Mapping[str, Field]
 ) -> dict[str, Any]:
     """The OpenAPI 3.0 document; each argument is {name: Field} of a body."""
+    chat_fields = {"messages": MESSAGES, "tool_choice": TOOL_CHOICE, "stop": STOP}
     bodies: dict[str, tuple[str, Mapping[str, Field], dict[str, Any]]] = {
         "/nlg/text_generate": ("One question, one text", text_generate, {}),
-        "/v1/chat/completions": ("OpenAI's chat completions", chat, {"messages": MESSAGES, "stop": STOP}),
+        "/v1/chat/completions": (
+            "OpenAI's chat completions; reasoning_content and tool_calls of an answer where there are any",
+            chat,
+            chat_fields,
+        ),
         "/v1/completions": ("OpenAI's completions", completion, {"prompt": PROMPT, "stop": STOP}),
     }
     pages = {

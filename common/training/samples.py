@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from common.runs.run import Run
 
 NAME = "samples.jsonl"
-KEPT = "where question reference answer stop tokens".split()  # of a record of evaluation
+KEPT = "where question reference answer reasoning_content tool_calls stop tokens".split()  # of a record of evaluation
 MANY = 32  # rows answered at once, at most
 
 
@@ -90,7 +90,7 @@ class Samples(TrainerCallback):
             causal.generation_config = own
         shares = ("stopped", "looping")
         return [
-            {"step": step, **{name: record[name] for name in KEPT}}
+            {"step": step, **{name: record[name] for name in KEPT if name in record}}
             | {name: bool(record["scores"].get(name)) for name in shares}  # one not asked has no scores but 0
             for record in found
         ]
@@ -124,6 +124,7 @@ def conclude(work: Run, results: dict[str, Any], cfg: SFTConfig) -> None:
     lines = [line for line in _lines(work.folder / NAME) if line["step"] == results.get("adapter_of_step")]
     endless = [line for line in lines if line["stop"] == "length"]
     looping = [line for line in endless if line["looping"]]
+    records.show_unanswered(lines)
     if endless:
         print(
             f"回答不停止 answers do not stop: {len(endless)} / {len(lines)} within --max_new_tokens "
