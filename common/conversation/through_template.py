@@ -133,8 +133,8 @@ def _opening(tokenizer: PreTrainedTokenizerBase, template: str, asker: str, mark
         asked = _Shown(tokenizer, turns).text(turns, ask=True)
     except FormatError:
         return ""
-    *_, begin = [None, *marks.begin.finditer(asked)]
-    return asked[begin.end() :] if begin else ""
+    begins = list(marks.begin.finditer(asked))
+    return asked[begins[-1].end() :] if begins else ""
 
 
 @lru_cache(maxsize=8)
