@@ -518,6 +518,9 @@ def test_a_sentencepiece_tokenizer_can_be_handed_to_a_process():
     for text in ("问 a\n[MASK]b", TYPED):
         assert encode_text(copy, text) == encode_text(tokenizer, text)
     assert cache.tokenizer_hash(copy) == cache.tokenizer_hash(tokenizer)
+    assert cache.encoding_hash(copy) == cache.encoding_hash(tokenizer)
+    copy.chat_template = f"{copy.chat_template} "
+    assert cache.encoding_hash(copy) != cache.encoding_hash(tokenizer), "ids may be another template's"
 
 
 def die(chunk):
