@@ -25,7 +25,8 @@ STYLES = ("chat",)
 ONE_ANSWER = True
 RECIPES = "chatglm_sft/ft_chatglm"
 MODEL_TYPES = ("chatglm",)
-ENGINES = UNTIED_ENGINES = ()  # besides transformers with the model of this folder, nothing runs it
+ENGINES: dict[str, dict[str, str]] = {}  # besides transformers with the model of this folder, nothing runs it
+UNTIED_ENGINES = UNTRIED_ENGINES = ()
 CHAT_TEMPLATE = (  # the prompt's text; calling the tokenizer on it adds [gMASK] and <sop>
     "{% set ns = namespace(system='', greeting='', round=0, asked=false) %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}"

@@ -34,7 +34,9 @@ STYLES = ("chat",)
 ONE_ANSWER = False
 RECIPES = "chatglm_sft/ft_glm4"
 MODEL_TYPES = ("glm", "glm4", "glm4_moe", "glm4_moe_lite")
-ENGINES = UNTIED_ENGINES = ()  # none has been run with an exported folder
+ENGINES = {"glm4": {"llama.cpp": ""}, "glm": {"llama.cpp": ""}}  # what gave transformers' text from an export
+UNTIED_ENGINES = ("llama.cpp",)
+UNTRIED_ENGINES = ()
 CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}"
     "{% if message['role'] != 'user' or loop.first or loop.previtem['role'] != 'assistant' %}"

@@ -25,7 +25,13 @@ MODEL_TYPES = tuple(
     "gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text "
     "vaultgemma".split()
 )
-ENGINES = ("vllm", "llama.cpp", "ollama", "mlx", "keras")  # besides transformers, what runs an exported folder
+GGUF_ENGINES = {"llama.cpp": "", "ollama": ""}
+ENGINES = {  # besides transformers, what gave its text from an exported folder, and the file it needs for that
+    "gemma": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "tokenizer.model"},
+    "gemma2": GGUF_ENGINES,
+    "gemma3_text": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": ""},
+}
+UNTRIED_ENGINES = ("vllm",)
 UNTIED_ENGINES = ()  # of these, what runs a head of its own: vLLM refuses it, llama.cpp would drop it without a word
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"

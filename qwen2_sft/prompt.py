@@ -28,8 +28,13 @@ MODEL_TYPES = tuple(
     "qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp "
     "qwen4_exp_text".split()
 )
-ENGINES = ("vllm", "llama.cpp", "ollama", "mlx")  # besides transformers, what runs an exported folder
-UNTIED_ENGINES = ENGINES  # of these, what runs a head of its own: the larger Qwen have one
+GGUF_ENGINES = {"llama.cpp": "", "ollama": ""}
+ENGINES = {  # besides transformers, what gave its text from an exported folder, and the file it needs for that
+    "qwen2": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": ""},
+    "qwen3": GGUF_ENGINES,
+}
+UNTRIED_ENGINES = ("vllm",)
+UNTIED_ENGINES = tuple(ENGINES["qwen2"])  # of these, what runs a head of its own: the larger Qwen have one
 SYSTEM = "You are a helpful assistant."
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}{% endif %}"

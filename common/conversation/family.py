@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from common.conversation.render import Piece
@@ -35,12 +35,16 @@ class Family(Protocol):
         """`model_type` of the models these recipes are for; of a type that none names, the tokenizer decides."""
 
     @property
-    def ENGINES(self) -> tuple[str, ...]:
-        """What runs an exported folder besides transformers: keys of export.show_engines."""
+    def ENGINES(self) -> Mapping[str, Mapping[str, str]]:
+        """{model_type: {engine: a file it needs beside tokenizer.json, or ""}}: what gave transformers' text here."""
+
+    @property
+    def UNTRIED_ENGINES(self) -> tuple[str, ...]:
+        """What is said to run an exported folder, but was not run here."""
 
     @property
     def UNTIED_ENGINES(self) -> tuple[str, ...]:
-        """Those of them that run a head which is not tied to the embeddings."""
+        """Engines of ENGINES that run a head which is not tied to the embeddings."""
 
     @property
     def CHAT_TEMPLATE(self) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SYSTEM, GREETED, ASKED, ANSWERED, AGAIN = "{system}", "{greeting}", "{question 1}", "{answer 1}", "{question 2}"
 MODELFILE = (
-    'FROM .\nTEMPLATE """{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ else }}}}{header}{{{{ end }}}}'
+    'FROM {gguf}\nTEMPLATE """{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ else }}}}{header}{{{{ end }}}}'
     '{{{{ .Prompt }}}}{ask}{{{{ .Response }}}}{end}"""\n'
 )
 JINJA = (  # ask: what stands before the next question; greet: before a greeting, nothing before other answers
@@ -90,12 +90,12 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str
     return next((found for found in candidates if found and _renders_alike(tokenizer, prompt, style, found)), None)
 
 
-def modelfile(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> str | None:
-    """An Ollama Modelfile for a folder in this style, or None where Ollama's template cannot express it."""
+def modelfile(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str, gguf: str) -> str | None:
+    """An Ollama Modelfile for a model in the file `gguf`, or None where Ollama's template cannot express the style."""
     made = layout(tokenizer, prompt, style)
     if made is None or made.header != made.first and not made.default:  # it says the same before every question
         return None
-    text = MODELFILE.format(**made._asdict())
+    text = MODELFILE.format(gguf=gguf, **made._asdict())
     if made.default:
         text += f'SYSTEM """{made.default}"""\n'
     stops = [tokenizer.decode([id_], skip_special_tokens=False) for id_ in prompt.stop_ids(tokenizer, style)]

@@ -17,17 +17,19 @@ from qwen2_sft.ft_qwen2.config import Config
 
 def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ExportFlags, argv)
-    from common import export
+    from common.export import engines, folder, merging, proof, repair
     from common.runs import chosen
 
+    if flags.repair:
+        return repair.mend(cfg, flags, prompt)
     cfg = chosen.choose(cfg, flags)
-    folder = export.new_folder(cfg, flags)
-    tuned = export.load(cfg, prompt)
-    expected = export.measure(tuned)
-    whole = export.merge(tuned)
-    export.check_merge(whole, expected)
-    export.write(whole, expected, folder, cfg, prompt)
-    export.show_engines(tuned, folder, prompt)
+    place = folder.new_folder(cfg, flags)
+    tuned = proof.load(cfg, prompt)
+    expected = proof.measure(tuned)
+    whole = merging.merge(tuned)
+    proof.check_merge(whole, expected)
+    folder.write(whole, expected, place, cfg, prompt)
+    engines.show(tuned, place, prompt)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,9 @@
+"""What leaves the project: a run as one whole model, proved to answer as the run does. In: a finished run.
+
+proof        how the run answers (logits and greedy ids of eight prompts), and whether another model does
+merging      the adapter added to the base's weights
+folder       the place, what is written there, reloaded and compared before it is put in place
+older        what readers older than transformers 5 need beside that: rope keys, template, tokenizer.model
+engines      which engines run it, by which commands
+repair       --repair: an earlier export given what `older` names
+"""

@@ -1,0 +1,45 @@
+"""A run's adapter added to the weights of its base."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+
+from common.export.proof import say
+from common.model.layers import causal_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from common.export.proof import Tuned
+
+
+def merge(tuned: Tuned) -> PreTrainedModel:
+    """The base model with the adapter added to its weights, in fp32; a run without adapter is merged as it is.
+
+    A head tied to the embeddings is untied first where the adapter changes one or the other: merged into the matrix
+    they share, the change of one would change both.
+    """
+    if not tuned.rank:
+        return tuned.net
+    say("合并 merging: 适配器并入基座 the adapter into the base")
+    untie(causal_of(tuned.net))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's advice on tied heads, followed above
+        return tuned.net.merge_and_unload(safe_merge=True)
+
+
+def untie(causal: PreTrainedModel) -> None:
+    """Give the head a matrix of its own where an adapter sits on it or on the embeddings it is tied to."""
+    ends = [causal.get_input_embeddings(), causal.get_output_embeddings()]
+    if causal.config.tie_word_embeddings and any(
+        isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends
+    ):
+        head = getattr(ends[1], "original_module", ends[1])
+        head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        causal.config.tie_word_embeddings = False
