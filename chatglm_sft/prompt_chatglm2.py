@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from chatglm_sft.prompt import without_greeting
 from common.conversation import through_template
 from common.conversation.answer_form import TEXT_ALONE, AnswerForm
-from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, special_id
 from common.conversation.turns import Turn, fold_system
 
@@ -31,7 +30,8 @@ STYLES = ("chat",)
 ONE_ANSWER = True
 RECIPES = "chatglm_sft/ft_chatglm2"
 MODEL_TYPES = ("chatglm2",)  # as chatglm_sft.prompt.kinds names what calls itself chatglm
-ENGINES: dict[str, Engine] = {}  # besides transformers with the model of models/chatglm2, none has been run
+ENGINES: dict[str, dict[str, str]] = {}  # besides transformers with the model of models/chatglm2, none has been run
+UNTIED_ENGINES = UNTRIED_ENGINES = ()
 CHAT_TEMPLATE = (
     "[gMASK]sop{% set ns = namespace(before='', round=0) %}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% set ns.round = ns.round + 1 %}"

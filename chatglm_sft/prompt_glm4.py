@@ -36,7 +36,6 @@ from common.conversation.answer_form import (
     switches,
     typed_call,
 )
-from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.thinking import leaves_out, thinks
 from common.conversation.through_template import Marks
@@ -50,7 +49,9 @@ STYLES = ("chat",)
 ONE_ANSWER = False
 RECIPES = "chatglm_sft/ft_glm4"
 MODEL_TYPES = ("glm", "glm4", "glm4_moe", "glm4_moe_lite")
-ENGINES: dict[str, Engine] = {}  # none has been run with an exported folder
+ENGINES = {"glm4": {"llama.cpp": ""}, "glm": {"llama.cpp": ""}}  # what gave transformers' text from an export
+UNTIED_ENGINES = ("llama.cpp",)
+UNTRIED_ENGINES = ()
 CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}"
     "{% if message['role'] != 'user' or loop.first or loop.previtem['role'] != 'assistant' %}"

@@ -191,7 +191,7 @@ class ExportFlags:
 
     checkpoint: str = ""  # answer as this checkpoint of the run: best (by validation loss), last, or a step
     output_dir: str = ""  # new folder for the whole model; default: the one exported + _merged
-    repair: str = ""  # a folder that was exported earlier: add what other engines look for, and nothing else
+    repair: str = ""  # mend this folder, exported by an earlier version, for other engines, and exit
 
 
 TASKS = ("ceval", "cmmlu", "mmlu", "arc", "gsm8k", "probe")

@@ -79,7 +79,7 @@ HABITS = {  # other tools' flags that are more or less than a knob here: what to
 }
 
 # a path typed by a user is relative to where the command is called
-PATHS = frozenset("model_save_dir adapter_name_or_path output_dir output deepspeed".split())
+PATHS = frozenset("model_save_dir adapter_name_or_path output_dir output deepspeed repair".split())
 PATH_LISTS = frozenset("data_path eval_data_path".split())  # URLs are left as they are
 
 BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belong to

@@ -33,7 +33,6 @@ from common.conversation.answer_form import (
     own_template,
     switches,
 )
-from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.through_template import Marks
 from common.conversation.turns import Call, Turn, fold_system
@@ -49,14 +48,14 @@ MODEL_TYPES = tuple(
     "gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text "
     "vaultgemma".split()
 )
-EXPORTED, OLDER = ("gemma", "gemma2", "gemma3_text"), ("gemma", "gemma2")
-ENGINES = {  # besides transformers, what runs an exported folder; none does where its head is no longer tied:
-    "vllm": Engine(EXPORTED),  # refuses it
-    "llama.cpp": Engine(EXPORTED, sentencepiece=OLDER),  # would drop it without a word
-    "ollama": Engine(EXPORTED, sentencepiece=EXPORTED),
-    "mlx": Engine(EXPORTED),
-    "keras": Engine(EXPORTED, sentencepiece=OLDER),
+GGUF_ENGINES = {"llama.cpp": "", "ollama": ""}
+ENGINES = {  # besides transformers, what gave its text from an exported folder, and the file it needs for that
+    "gemma": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "tokenizer.model"},
+    "gemma2": GGUF_ENGINES,
+    "gemma3_text": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": ""},
 }
+UNTRIED_ENGINES = ("vllm",)
+UNTIED_ENGINES = ()  # of these, what runs a head of its own: vLLM refuses it, llama.cpp would drop it without a word
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}{% else %}"

@@ -30,7 +30,6 @@ from common.conversation.answer_form import (
     switches,
     typed_call,
 )
-from common.conversation.family import Engine
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.through_template import Marks
 from common.conversation.turns import Call, Turn
@@ -45,14 +44,13 @@ MODEL_TYPES = tuple(
     "qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp "
     "qwen4_exp_text".split()
 )
-EXPORTED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
-ENGINES = {  # besides transformers, what runs an exported folder
-    "vllm": Engine(EXPORTED, untied=True),
-    "llama.cpp": Engine(EXPORTED, untied=True),
-    "ollama": Engine(("qwen2",), untied=True),
-    "mlx": Engine(EXPORTED, untied=True),
-    "keras": Engine(("qwen2",), untied=True),
+GGUF_ENGINES = {"llama.cpp": "", "ollama": ""}
+ENGINES = {  # besides transformers, what gave its text from an exported folder, and the file it needs for that
+    "qwen2": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": ""},
+    "qwen3": GGUF_ENGINES,
 }
+UNTRIED_ENGINES = ("vllm",)
+UNTIED_ENGINES = tuple(ENGINES["qwen2"])  # of these, what runs a head of its own: the larger Qwen have one
 ANSWERS = Marks(
     begin=re.compile(r"<\|im_start\|>assistant\n"),
     end=re.compile(r"<\|im_end\|>"),

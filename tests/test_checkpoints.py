@@ -13,7 +13,7 @@ from common.config import EvaluationFlags, ExportFlags, PredictFlags, ServeFlags
 from common.conversation.turns import Turn
 from common.data import dataset
 from common.errors import UserError, run_main
-from common.export.writing import new_folder
+from common.export.folder import new_folder
 from common.model import adapter, loading, loss
 from common.runs import chosen, lineage, manifest, run
 from common.serving import adapters

@@ -5,25 +5,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
 
 from common.cli import parse
 from common.config import PredictFlags
 from common.conversation import templates
-from common.conversation.family import Engine
 from common.conversation.render import ANSWER, FRAME, QUESTION, Piece, encode_text, special_id, template_text
 from common.conversation.turns import Turn, in_order, said
 from common.errors import UserError
-from common.export import engines, merging, writing
+from common.export import folder, merging, proof
 from common.inference.answerer import Sampling
 from common.model import loading
 from gemma_sft import prompt as gemma_prompt
-from gemma_sft.ft_gemma import config as gemma_config
 
 # families whose exported folder plain transformers loads; a family more is one entry more
 FAMILIES = ["gemma_sft.ft_gemma", "qwen2_sft.ft_qwen2"]
@@ -74,7 +70,7 @@ print(json.dumps([answers, "peft" in sys.modules, "common" in sys.modules]))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_alone_gives_the_adapters_answers(family, trained, tmp_path, capsys, monkeypatch):
     run = trained(family)
-    monkeypatch.setattr(writing, "SHARD", "3MB")
+    monkeypatch.setattr(folder, "SHARD", "3MB")
     exported(family, run, "--output_dir", tmp_path / "whole", "--dtype", "float32")
     shards = list((tmp_path / "whole").glob("model-*.safetensors"))
     assert len(shards) > 1 and all(shard.stat().st_mode & 0o044 for shard in shards)
@@ -105,25 +101,25 @@ def test_transformers_alone_gives_the_adapters_answers(family, trained, tmp_path
 
 def test_the_folder_is_what_engines_load(trained, tmp_path, capsys):
     exported("gemma_sft.ft_gemma", trained("gemma_sft.ft_gemma"), "--output_dir", tmp_path / "whole")
-    folder = tmp_path / "whole"
-    weights = load_file(folder / "model.safetensors")
+    whole = tmp_path / "whole"
+    weights = load_file(whole / "model.safetensors")
     assert "lm_head.weight" not in weights, "mlx-lm and keras-hub refuse a tied head written twice"
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}, "the dtype of the base's own files"
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((whole / "config.json").read_text())
     assert config["tie_word_embeddings"] is True and config["dtype"] == "bfloat16"
-    generation = json.loads((folder / "generation_config.json").read_text())
+    generation = json.loads((whole / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [6, 1] and generation["bos_token_id"] == 2 and generation["pad_token_id"] == 0
-    assert (folder / "chat_template.jinja").read_text() == gemma_prompt.CHAT_TEMPLATE.replace("\\n", "\n")
-    assert (folder / "Modelfile").read_text() == (
-        'FROM ./whole.gguf\nTEMPLATE """{{ if .System }}<start_of_turn>user\n{{ .System }}\n\n'
-        "{{ else }}<start_of_turn>user\n"
+    assert (whole / "chat_template.jinja").read_text() == gemma_prompt.CHAT_TEMPLATE.replace("\\n", "\n")
+    assert (whole / "Modelfile").read_text() == (
+        "FROM ./whole.gguf\n"
+        'TEMPLATE """{{ if .System }}<start_of_turn>user\n{{ .System }}\n\n{{ else }}<start_of_turn>user\n'
         "{{ end }}{{ .Prompt }}<end_of_turn>\n<start_of_turn>model\n{{ .Response }}<end_of_turn>\n"
         '"""\nPARAMETER stop "<end_of_turn>"\nPARAMETER stop "<eos>"\n'
     )
     printed = capsys.readouterr().out
-    assert f"vllm serve {folder}" in printed and "mlx_lm" in printed
-    for engine in ("llama.cpp", "ollama", "keras"):  # the embedded base has no tokenizer.model
-        assert f"  {engine + ':':<11}不能 no: 它要 it needs tokenizer.model" in printed
+    for line in (f"vllm serve {whole}", f"cd {whole} && ollama create whole -f Modelfile", "mlx_lm.generate --model"):
+        assert line in printed
+    assert "keras:       不能 cannot: 需要 needs tokenizer.model" in printed
     assert "--enable-lora --max-lora-rank 16 --lora-modules run=" in printed
 
 
@@ -168,13 +164,13 @@ def test_a_merge_that_changes_the_answers_is_refused(trained, tmp_path, monkeypa
 
 @pytest.mark.parametrize("damage", [0.5, float("nan")])
 def test_a_written_folder_that_reloads_otherwise_is_removed(trained, tmp_path, monkeypatch, damage):
-    save = writing.save
+    save = folder.save
 
     def spoiled(net, *rest):
         net.get_input_embeddings().weight.data[:300] += damage
         save(net, *rest)
 
-    monkeypatch.setattr(writing, "save", spoiled)
+    monkeypatch.setattr(folder, "save", spoiled)
     with pytest.raises(UserError, match="the exported model differs: a logit by"):
         exported("gemma_sft.ft_gemma", trained("gemma_sft.ft_gemma"), "--output_dir", tmp_path / "whole")
     assert list(tmp_path.iterdir()) == []
@@ -182,12 +178,12 @@ def test_a_written_folder_that_reloads_otherwise_is_removed(trained, tmp_path, m
 
 def test_an_answer_may_only_part_at_a_tie():
     logits = torch.tensor([[0.0, 5.0, 4.999], [0.0, 1.0, 9.0], [7.0, 0.0, 0.0]])
-    assert merging.same_answer([1, 2], [1, 2], logits, 0.01) is True
-    assert merging.same_answer([2, 0], [1, 2], logits, 0.01) is False
+    assert proof.same_answer([1, 2], [1, 2], logits, 0.01) is True
+    assert proof.same_answer([2, 0], [1, 2], logits, 0.01) is False
     with pytest.raises(UserError, match="differs from token 2 on"):
-        merging.same_answer([1, 1], [1, 2], logits, 0.01)
+        proof.same_answer([1, 1], [1, 2], logits, 0.01)
     with pytest.raises(UserError, match="differs from token 2 on"):
-        merging.same_answer([1], [1, 2], logits, 0.01)
+        proof.same_answer([1], [1, 2], logits, 0.01)
 
 
 class Numbered:
@@ -256,8 +252,10 @@ def test_templates_say_what_the_renderer_says(tokenizer, family, turns):
     prompt, style = family
     ids = [id_ for piece in prompt.render(tokenizer, turns, style) for id_ in piece.ids]
     text = tokenizer.decode(ids)
-    modelfile = templates.modelfile(tokenizer, prompt, style, "m.gguf")
-    assert "<bos>" * (prompt is gemma_prompt) + ollama(modelfile, turns) == text
+    assert (
+        "<bos>" * (prompt is gemma_prompt) + ollama(templates.modelfile(tokenizer, prompt, style, "./x.gguf"), turns)
+        == text
+    )
     made = templates.jinja_of(templates.layout(tokenizer, prompt, style))
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     assert (
@@ -338,31 +336,4 @@ def test_the_chat_template_is_the_runs_style(tokenizer):
 
 def test_numbered_rounds_have_no_template(tokenizer):
     assert templates.layout(tokenizer, Numbered, "chat") is None
-    assert templates.modelfile(tokenizer, Numbered, "chat", "m.gguf") is None
-
-
-def test_engines_are_the_familys_own(tmp_path, capsys):
-    """Each with its command, or with why it cannot take this folder."""
-    base = gemma_config.Config.EMBEDDED_DIR
-    manifest = {"base": {"path": str(base)}, "config": {"model_save_dir": "out", "path_model_pretrain": "embedded"}}
-    tuned = SimpleNamespace(manifest=manifest, merge_reasons=["DoRA"], rank=8)
-
-    def shown(folder, **known):
-        engines.show_engines(tuned, folder, SimpleNamespace(ENGINES=known))
-        return capsys.readouterr().out.splitlines()
-
-    served, alone = shown(base, vllm=Engine(("gemma",)), mlx=Engine(("gemma2",)))
-    assert served == f"  vllm:      vllm serve {base}"
-    assert alone == "  适配器不能单独服务 the adapter alone is not served by vLLM: DoRA"
-    assert shown(base) == shown(base, mlx=Engine(("gemma2",))) == ["  只有 only transformers 跑过 has been run with it"]
-    needing, only = shown(base, keras=Engine(("gemma",), sentencepiece=("gemma",)))
-    assert (
-        needing == "  keras:     不能 no: 它要 it needs tokenizer.model, 基座没有 and the base has none"
-        and "only" in only
-    )
-    assert "not that of the embedded base" in shown(base, ollama=Engine(("gemma",)))[0]
-    untied = AutoConfig.from_pretrained(base)
-    untied.tie_word_embeddings = False
-    untied.save_pretrained(tmp_path)
-    first, second = shown(tmp_path, mlx=Engine(("gemma",)), keras=Engine(("gemma",), untied=True))
-    assert "the head is no longer tied" in first and second.startswith("  keras:     keras_hub")
+    assert templates.modelfile(tokenizer, Numbered, "chat", "./x.gguf") is None

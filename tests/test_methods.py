@@ -14,7 +14,7 @@ from common.config import TrainFlags
 from common.conversation import render
 from common.conversation.turns import Turn
 from common.errors import UserError
-from common.export import merging
+from common.export import proof
 from common.inference.answerer import Sampling
 from common.model import loading, loss, verify
 from common.training import batches, callbacks, packing, report, trainer, tuning
@@ -136,7 +136,7 @@ def test_it_learns_and_is_reloaded_alike(runs, family, method):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_it_is_exported_with_its_self_test(runs, tmp_path, capsys, monkeypatch, family, method):
-    monkeypatch.setattr(merging, "NEW_TOKENS", 8)
+    monkeypatch.setattr(proof, "NEW_TOKENS", 8)
     folder = runs[family, method][0]
     recipe(family, "export").main(
         ["--model_save_dir", str(folder), "--output_dir", str(tmp_path / "whole"), "--dtype", "float32"]

@@ -23,7 +23,7 @@ from common.data import dataset, formats, sources
 from common.device import resolve_dtype
 from common.errors import UserError
 from common.evaluation import evaluate, metrics
-from common.export import merging
+from common.export import merging, proof
 from common.inference import tuned
 from common.inference.answerer import Answer
 from common.model import loading, loss, verify
@@ -346,7 +346,7 @@ def test_pain_16_a_merged_model_that_answers_otherwise_is_refused(trained, tmp_p
 
 def test_pain_16_without_the_guard_it_is_written(trained, tmp_path, rows_file, monkeypatch, small_gemma):
     forget_the_adapter(monkeypatch)
-    off(monkeypatch, merging, "compare")
+    off(monkeypatch, proof, "compare")
     exported(trained, tmp_path / "whole", rows_file)
     written, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", small_gemma))
     assert all(torch.equal(tensor.float(), base[name]) for name, tensor in written.items())

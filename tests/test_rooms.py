@@ -37,6 +37,7 @@ KEPT_IN = {  # library: where it may be imported
     "waitress": {"serving"},
     "werkzeug": {"serving"},
     "peft": {"model", "training", "export"},
+    "gguf": {"export"},
     "nltk": {"evaluation"},
     "rouge": {"evaluation"},
     "sacrebleu": {"evaluation"},

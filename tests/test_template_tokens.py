@@ -15,7 +15,7 @@ from common.cli import parse
 from common.conversation.render import training_sample
 from common.conversation.turns import Turn
 from common.errors import UserError
-from common.export import merging
+from common.export import proof
 from common.model import adapter, frozen_layers, loading, loss, template_tokens
 from common.training import tuning
 from gemma_sft import prompt
@@ -299,7 +299,7 @@ def test_failure_and_cure(family, tmp_path):
 
 def test_a_run_says_it_and_is_exported_with_its_rows(alike, tmp_path, capsys, monkeypatch):
     """Learnt, merged into the matrix that embedding and head still share, the same answers; vLLM is told off."""
-    monkeypatch.setattr(merging, "NEW_TOKENS", 8)
+    monkeypatch.setattr(proof, "NEW_TOKENS", 8)
     data, folder = tmp_path / "rows.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps({"query": f"{n}+{n}", "response": str(2 * n)}) + "\n" for n in range(24)))
     flags = ["--path_model_pretrain", alike, "--data_path", data, "--max_steps", 6, "--learning_rate", 0.01]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from common.conversation.answer_form import AnswerForm
 from common.conversation.render import Piece
@@ -11,17 +11,6 @@ from common.conversation.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Engine(NamedTuple):
-    """For which exported folders an engine is: `model_type`s, and those that need a tokenizer.model in the folder.
-
-    untied: it runs a head that is not tied to the embeddings, where the base's is.
-    """
-
-    model_types: tuple[str, ...]
-    sentencepiece: tuple[str, ...] = ()
-    untied: bool = False
 
 
 class Family(Protocol):
@@ -52,8 +41,16 @@ class Family(Protocol):
         """
 
     @property
-    def ENGINES(self) -> dict[str, Engine]:
-        """What runs an exported folder besides transformers, by the names of export/engines.py's commands."""
+    def ENGINES(self) -> Mapping[str, Mapping[str, str]]:
+        """{model_type: {engine: a file it needs beside tokenizer.json, or ""}}: what gave transformers' text here."""
+
+    @property
+    def UNTRIED_ENGINES(self) -> tuple[str, ...]:
+        """What is said to run an exported folder, but was not run here."""
+
+    @property
+    def UNTIED_ENGINES(self) -> tuple[str, ...]:
+        """Engines of ENGINES that run a head which is not tied to the embeddings."""
 
     @property
     def CHAT_TEMPLATE(self) -> str:

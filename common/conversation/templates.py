@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SYSTEM, GREETED, ASKED, ANSWERED, AGAIN = "{system}", "{greeting}", "{question 1}", "{answer 1}", "{question 2}"
 MODELFILE = (
-    'FROM ./{gguf}\nTEMPLATE """{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ else }}}}{header}{{{{ end }}}}'
+    'FROM {gguf}\nTEMPLATE """{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ else }}}}{header}{{{{ end }}}}'
     '{{{{ .Prompt }}}}{ask}{{{{ .Response }}}}{end}"""\n'
 )
 JINJA = (  # ask: what stands before the next question; greet: before a greeting, nothing before other answers
@@ -91,7 +91,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str, gguf: str) -> str | None:
-    """An Ollama Modelfile for the file `gguf` beside it, or None where Ollama's template cannot express the style."""
+    """An Ollama Modelfile for a model in the file `gguf`, or None where Ollama's template cannot express the style."""
     made = layout(tokenizer, prompt, style)
     if made is None or made.header != made.first and not made.default:  # it says the same before every question
         return None

@@ -1,7 +1,9 @@
-"""A run in, a whole model out: merged in fp32, written in the dtype asked for, reloaded, compared, then published.
+"""What leaves the project: a run as one whole model, proved to answer as the run does. In: a finished run.
 
-merging  base and adapter as one model, and what it has to repeat
-writing  the files of the whole model, as transformers and other engines read them
-older    what older readers look for in it; earlier folders completed
-engines  the commands of what runs it
+proof        how the run answers (logits and greedy ids of eight prompts), and whether another model does
+merging      the adapter added to the base's weights
+folder       the place, what is written there, reloaded and compared before it is put in place
+older        what readers older than transformers 5 need beside that: rope keys, template, tokenizer.model
+engines      which engines run it, by which commands
+repair       --repair: an earlier export given what `older` names
 """

@@ -1,4 +1,4 @@
-"""What runs an exported folder, as the commands to do it."""
+"""How other engines serve what was exported: only commands that a run has shown to give transformers' text."""
 
 from __future__ import annotations
 
@@ -7,59 +7,56 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
 
-from common.export.older import SENTENCEPIECE
+from common.export import older
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from common.conversation.family import Family
+    from common.export.proof import Tuned
 
-    from common.conversation.family import Engine, Family
-    from common.export.merging import Tuned
-
-CONVERTED = ("llama.cpp", "ollama")  # run a GGUF file
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
+COMMANDS = {
+    "mlx": "mlx_lm.generate --model {folder} --prompt 你好",
+    "keras": 'keras_hub.models.CausalLM.from_preset("{folder}")',
+    "ctranslate2": "ct2-transformers-converter --model {folder} --output_dir {folder}_ct2",
+    "llama.cpp": "llama-cli -m {folder}/{name}.gguf",
+    "ollama": "cd {folder} && ollama create {name} -f Modelfile && ollama run {name}",
+    "vllm": "vllm serve {folder}",
+}
 
 
-def show_engines(tuned: Tuned, folder: Path, prompt: Family) -> None:
-    """Print how the family's engines serve the folder, and whether the adapter alone can be served."""
-    base, whole = (AutoConfig.from_pretrained(path) for path in (tuned.manifest["base"]["path"], folder))
-    if base.get_text_config() is not base:
+def show(tuned: Tuned, folder: Path, prompt: Family) -> None:
+    """Print how engines run the export in `folder`, which of them cannot and why, and which were not tried here."""
+    configs = [AutoConfig.from_pretrained(path) for path in (tuned.manifest["base"]["path"], folder)]
+    if configs[0].get_text_config() is not configs[0]:
         print("  多模态模型里的语言模型 the text model of one of images or sound: 只在 only tried in transformers")
         return
-    suited = {name: engine for name, engine in prompt.ENGINES.items() if whole.model_type in engine.model_types}
-    untied = base.tie_word_embeddings and not whole.tie_word_embeddings
-    embedded = tuned.manifest["config"].get("path_model_pretrain") == "embedded"
-    reasons = {name: _why_not(name, engine, folder, whole, untied, embedded) for name, engine in suited.items()}
-    commands = _commands(folder)
-    for name, reason in reasons.items():
-        print(f"  {name + ':':<11}{'不能 no: ' + reason if reason else commands[name]}")
-    if all(reasons.values()):
-        print("  只有 only transformers 跑过 has been run with it")
-    if "vllm" in suited and tuned.rank:
-        _show_adapter(tuned, Path(tuned.manifest["config"]["model_save_dir"]))
+    untied = configs[0].tie_word_embeddings and not configs[1].tie_word_embeddings
+    _show_folder(tuned, folder, prompt, configs[1].model_type, untied)
 
 
-def _commands(folder: Path) -> dict[str, str]:
-    """How each engine runs the folder; llama.cpp's converter is in a checkout of it."""
-    name = folder.name
-    convert = f"python convert_hf_to_gguf.py {folder} --outfile {folder / name}.gguf"
-    return {
-        "vllm": f"vllm serve {folder}",
-        "llama.cpp": f"{convert} && llama-cli -m {folder / name}.gguf",
-        "ollama": f"{convert} && cd {folder} && ollama create {name} -f Modelfile && ollama run {name}",
-        "mlx": f"mlx_lm.generate --model {folder} --prompt 你好",
-        "keras": f'keras_hub.models.CausalLM.from_preset("{folder}")',
-    }
+def _show_folder(tuned: Tuned, folder: Path, prompt: Family, model_type: str, untied: bool) -> None:
+    """Print the commands for a folder of safetensors. untied: its head has a matrix of its own, the base's has not."""
+    engines = prompt.ENGINES.get(model_type, {})
+    able = {name: file for name, file in engines.items() if not untied or name in prompt.UNTIED_ENGINES}
+    lacking = older.add_pieces(folder, tuned.manifest["base"]["path"], tuned.tokenizer)
+    for engine, needed in able.items():
+        if needed and lacking:
+            print(f"  {engine + ':':<13}不能 cannot: 需要 needs {needed}; {lacking}")
+        elif engine != "ollama" or (folder / "Modelfile").is_file():
+            _line(engine, COMMANDS[engine], tuned, folder, prompt)
+    if not able:
+        alone = "没有在其他引擎上跑过 run in no other engine"
+        why = "输出层不再与嵌入共享 the head is no longer tied to the embeddings" if untied else alone
+        print(f"  只有 only transformers: {why}")
+    for engine in () if untied and not prompt.UNTIED_ENGINES else prompt.UNTRIED_ENGINES:
+        _line(engine, COMMANDS[engine] + "  (没有在这里跑过 not run here)", tuned, folder, prompt)
+        if tuned.rank:
+            _show_adapter(tuned, Path(tuned.manifest["config"]["model_save_dir"]))
 
 
-def _why_not(name: str, engine: Engine, folder: Path, whole: PreTrainedConfig, untied: bool, embedded: bool) -> str:
-    """Why an engine cannot take the folder, or "". embedded: it was tuned on the base that is shipped here."""
-    if untied and not engine.untied:
-        return "输出层不再与嵌入共享 the head is no longer tied to the embeddings"
-    if whole.model_type in engine.sentencepiece and not (folder / SENTENCEPIECE).exists():
-        return f"它要 it needs {SENTENCEPIECE}, 基座没有 and the base has none"
-    if embedded and name in CONVERTED:
-        return "转换器只认识公开的分词器 its converter knows published tokenizers, not that of the embedded base"
-    return ""
+def _line(engine: str, command: str, tuned: Tuned, folder: Path, prompt: Family) -> None:
+    run = tuned.manifest["config"]["model_save_dir"]
+    print(f"  {engine + ':':<13}{command.format(folder=folder, name=folder.name, run=run, recipes=prompt.RECIPES)}")
 
 
 def _show_adapter(tuned: Tuned, adapter: Path) -> None:

@@ -1,85 +1,125 @@
-"""What readers older than transformers 5 look for in a folder, beside what it writes."""
+"""What readers older than transformers 5 need in a model's folder, beside what it writes.
+
+Found by running them: mlx-lm 0.32 and Ollama's converter take a theta of their own where config.json has only
+`rope_parameters`; some read the chat template from tokenizer_config.json alone; keras-hub and llama.cpp's converter
+want tokenizer.model of some families.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
+from common import files
 from common.errors import UserError
-from common.files import write_json
+from common.model.folders import read_object
 
-CONFIG, TOKENIZER, SENTENCEPIECE = "config.json", "tokenizer_config.json", "tokenizer.model"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-
-def repair(folder: str) -> None:
-    """Complete a folder that export.py wrote earlier, and say what was added; UserError where it is none of those."""
-    place = Path(folder)
-    try:
-        base = json.loads((place / "export.json").read_text(encoding="utf-8"))["base"]["path"]
-    except (OSError, ValueError, KeyError) as problem:
-        raise UserError(f"{folder}: 不是 export.py 写的 not a folder of export.py, it has no export.json") from problem
-    added = complete(place, base)
-    print(f"{folder}: 补上 added {', '.join(added)}" if added else f"{folder}: 不缺什么 nothing is missing")
-    if not (place / SENTENCEPIECE).exists():
-        print(f"  没有 no {SENTENCEPIECE}: 基座没有，或词表不同 the base {base} has none, or another vocabulary")
+CONFIG, TOKENIZER, TEMPLATE, PIECES = (
+    "config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
 
 
-def complete(folder: Path, base: str) -> list[str]:
-    """Add to the folder what older readers look for, and tell what was missing.
+def add_rope(folder: Path) -> list[str]:
+    """Write into config.json what `rope_parameters` says by its older names too; the names that were not there.
 
-    Keys of the rotary embedding and of the layers' pattern in config.json, the chat template in tokenizer_config.json,
-    and tokenizer.model of the base model (a folder or hub id), where it has one for the same vocabulary.
+    UserError where transformers would read other positions from it than before; the file is then as it was.
     """
-    added = _add_keys(folder / CONFIG, older_keys(json.loads((folder / CONFIG).read_text(encoding="utf-8"))))
-    template = folder / "chat_template.jinja"
-    if template.exists():
-        added += _add_keys(folder / TOKENIZER, {"chat_template": template.read_text(encoding="utf-8")})
-    source = _sentencepiece_of(base)
-    if source and not (folder / SENTENCEPIECE).exists() and _same_vocabulary(folder, base):
-        shutil.copyfile(source, folder / SENTENCEPIECE)
-        added.append(SENTENCEPIECE)
-    return added
+    config = read_object(folder / CONFIG)
+    new = {name: value for name, value in older_names(config).items() if config.get(name) != value}
+    if not new:
+        return []
+    before = _positions(folder)
+    files.write_json(folder / CONFIG, config | new)
+    if _positions(folder) != before:
+        files.write_json(folder / CONFIG, config)
+        raise UserError(f"{folder / CONFIG}: 位置编码会改变 its positions would change with {', '.join(new)}")
+    return list(new)
 
 
-def older_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys at the top of a config.json that say what `rope_parameters` and `layer_types` say.
-
-    rope_theta, rope_scaling (where it is not the default one), rope_local_base_freq of the layers that see a window,
-    sliding_window_pattern (each n-th layer sees all) where the pattern is regular.
-    """
+def older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """What `rope_parameters` of a config.json says, under the names that were used before transformers 5."""
     rope = config.get("rope_parameters") or {}
-    full = rope.get("full_attention", rope)
-    keys = {"rope_theta": full["rope_theta"]} if "rope_theta" in full else {}
-    if full.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = {name: value for name, value in full.items() if name != "rope_theta"}
+    whole = rope.get("full_attention", rope)
+    if "rope_theta" not in whole:
+        return {}
+    scaling = {name: value for name, value in whole.items() if name != "rope_theta"}
+    found = {"rope_theta": whole["rope_theta"]}
+    if "partial_rotary_factor" in scaling:
+        found["partial_rotary_factor"] = scaling["partial_rotary_factor"]
+    if scaling.get("rope_type", "default") != "default":
+        found["rope_scaling"] = scaling
     if "sliding_attention" in rope:
-        keys["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        layers = config["layer_types"]
-        every = layers.index("full_attention") + 1 if "full_attention" in layers else 0
-        if every and all((kind == "full_attention") == (n % every == 0) for n, kind in enumerate(layers, 1)):
-            keys["sliding_window_pattern"] = every
-    return keys
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        if period := sliding_period(config):
+            found["sliding_window_pattern"] = period
+    return found
 
 
-def _add_keys(path: Path, keys: dict[str, Any]) -> list[str]:
-    """Add to a JSON file the keys that it lacks, and tell them as file:key."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    missing = [name for name in keys if content.get(name) is None]
-    if missing:
-        write_json(path, content | {name: keys[name] for name in missing})
-    return [f"{path.name}:{name}" for name in missing]
+def sliding_period(config: dict[str, Any]) -> int:
+    """n where every n-th layer sees the whole text and the others a window; 0 where `layer_types` are otherwise."""
+    kinds = config.get("layer_types") or []
+    windows = [kind == "sliding_attention" for kind in kinds]
+    for period in range(2, len(kinds) + 2):
+        if windows == [bool((number + 1) % period) for number in range(len(kinds))]:
+            return period
+    return 0
 
 
-def _sentencepiece_of(base: str) -> str | None:
-    """The path of a checkpoint's tokenizer.model, or None; nothing is downloaded but it."""
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
-    return cached_file(base, SENTENCEPIECE, **quiet)
+def add_template(folder: Path) -> list[str]:
+    """Write the chat template to each of its two places, from the one where it is; the names of files written."""
+    file, config = folder / TEMPLATE, read_object(folder / TOKENIZER)
+    template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if not template:
+        return []
+    written = []
+    if not file.is_file():
+        file.write_text(template, encoding="utf-8")
+        written.append(TEMPLATE)
+    if config.get("chat_template") != template:
+        files.write_json(folder / TOKENIZER, config | {"chat_template": template})
+        written.append(TOKENIZER)
+    return written
 
 
-def _same_vocabulary(folder: Path, base: str) -> bool:
-    return AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+def add_pieces(folder: Path, base: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Copy the base's tokenizer.model beside tokenizer.json; why not, or "" where it is there now."""
+    if (folder / PIECES).is_file():
+        return ""
+    found = _file_of(base, PIECES)
+    if found is None:
+        return f"{base} 里没有 has no {PIECES}"
+    pieces = SentencePieceProcessor(model_file=found)
+    names = [pieces.id_to_piece(number) for number in range(pieces.get_piece_size())]
+    if names != tokenizer.convert_ids_to_tokens(list(range(len(names)))):
+        return f"{base} 的 {PIECES} 词表不同 holds another vocabulary than its tokenizer"
+    shutil.copyfile(found, folder / PIECES)
+    return ""
+
+
+def _file_of(base: str, name: str) -> str | None:
+    """The path of a file of a folder or hub id; None where it has none, or the hub cannot be reached."""
+    quiet = ("missing_entries", "gated_repo", "connection_errors")
+    options = {f"_raise_exceptions_for_{problem}": False for problem in quiet}
+    if Path(base).is_dir():
+        return str(Path(base) / name) if (Path(base) / name).is_file() else None
+    try:
+        return cached_file(base, name, **options)
+    except OSError:  # neither a folder nor the name of a repository
+        return None
+
+
+def _positions(folder: Path) -> Any:
+    """How transformers reads the positions from a folder's config.json."""
+    config = AutoConfig.from_pretrained(folder)
+    return config.rope_parameters, getattr(config, "layer_types", None)

@@ -17,19 +17,19 @@ from qwen2_sft.ft_qwen2.config import Config
 
 def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ExportFlags, argv)
-    from common.export import engines, merging, older, writing
+    from common.export import engines, folder, merging, proof, repair
     from common.runs import chosen
 
     if flags.repair:
-        return older.repair(flags.repair)
+        return repair.mend(cfg, flags, prompt)
     cfg = chosen.choose(cfg, flags)
-    folder = writing.new_folder(cfg, flags)
-    tuned = merging.load(cfg, prompt)
-    expected = merging.measure(tuned)
+    place = folder.new_folder(cfg, flags)
+    tuned = proof.load(cfg, prompt)
+    expected = proof.measure(tuned)
     whole = merging.merge(tuned)
-    merging.check_merge(whole, expected)
-    writing.write(whole, expected, folder, cfg, prompt)
-    engines.show_engines(tuned, folder, prompt)
+    proof.check_merge(whole, expected)
+    folder.write(whole, expected, place, cfg, prompt)
+    engines.show(tuned, place, prompt)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The folder of a whole model: written as a draft, reloaded, compared, then put in place."""
+"""Where an export goes, and how it is written: beside its place, reloaded and compared, and only then put there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from common import files
 from common.conversation import templates
 from common.device import device
 from common.errors import UserError
-from common.export import merging, older
+from common.export import older, proof
+from common.export.proof import say
 from common.model.loading import load_whole, pad_id_of
 from common.runs.checkpoints import step_of
 from common.runs.places import check_writable
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from common.config import ExportFlags, SFTConfig
     from common.conversation.family import Family
-    from common.export.merging import Expected, Tuned
+    from common.export.proof import Expected, Tuned
 
 SHARD = "5GB"
 
@@ -50,12 +51,12 @@ def write(whole: PreTrainedModel, expected: Expected, folder: Path, cfg: SFTConf
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         draft = Path(scratch) / folder.name
-        merging.say(f"写入 writing: {folder}, in {str(dtype).removeprefix('torch.')}")
+        say(f"写入 writing: {folder}, in {str(dtype).removeprefix('torch.')}")
         save(whole.to(dtype), tuned, draft, prompt)
-        merging.say("重新加载 reloading: 与训练后的模型比较 and comparing with the tuned model")
+        say("重新加载 reloading: 与训练后的模型比较 and comparing with the tuned model")
         reloaded = load_whole(draft, dtype=dtype).to(device()).eval()
         reloaded.generation_config = GenerationConfig()  # as for the model it is compared with
-        verdict = merging.compare(reloaded, expected, dtype)
+        verdict = proof.compare(reloaded, expected, dtype)
         record = {"run": cfg.model_save_dir, "base": tuned.manifest["base"], "dtype": str(dtype), "check": verdict}
         files.write_json(draft / "export.json", record)
         os.rename(draft, folder)
@@ -64,15 +65,16 @@ def write(whole: PreTrainedModel, expected: Expected, folder: Path, cfg: SFTConf
 
 
 def save(net: PreTrainedModel, tuned: Tuned, draft: Path, prompt: Family) -> None:
-    """Weights, config, generation config, tokenizer with the run's chat template, and the Modelfile, into `draft`."""
+    """Weights, config, generation config, tokenizer with the run's chat template, and the Modelfile, into `draft`.
+
+    What older readers need is there too: see `older`.
+    """
     tokenizer, style = tuned.tokenizer, tuned.manifest["template"]["style"]
-    pad_id = pad_id_of(tokenizer, tuned.stop_ids[0])
-    penalty = tuned.manifest["config"].get("repetition_penalty", 1.0)
     net.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tuned.stop_ids,
-        pad_token_id=pad_id,
-        **({"repetition_penalty": penalty} if penalty != 1 else {}),
+        pad_token_id=pad_id_of(tokenizer, tuned.stop_ids[0]),
+        **_penalty(tuned.manifest),
     )
     net.save_pretrained(draft, max_shard_size=SHARD)
     files.share_weights(draft)
@@ -80,10 +82,26 @@ def save(net: PreTrainedModel, tuned: Tuned, draft: Path, prompt: Family) -> Non
     if tokenizer.chat_template is None:
         print(f"没有聊天模板 no chat template is written: none can express prompt_style {style}")
     tokenizer.save_pretrained(draft)
-    older.complete(draft, tuned.manifest["base"]["path"])
-    text = templates.modelfile(tokenizer, prompt, style, f"{draft.name}.gguf") if "ollama" in prompt.ENGINES else None
+    older.add_rope(draft)
+    older.add_template(draft)
+    older.add_pieces(draft, tuned.manifest["base"]["path"], tokenizer)
+    write_modelfile(draft, tuned, prompt)
+
+
+def write_modelfile(draft: Path, tuned: Tuned, prompt: Family) -> None:
+    """Ollama's Modelfile, which wants the model as NAME.gguf beside it, where the family's models run there."""
+    if not any("ollama" in engines for engines in prompt.ENGINES.values()):
+        return
+    style = tuned.manifest["template"]["style"]
+    text = templates.modelfile(tuned.tokenizer, prompt, style, f"./{draft.name}.gguf")
     if text:
         (draft / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def _penalty(manifest: dict[str, Any]) -> dict[str, float]:
+    """The run's own repetition penalty, as a GenerationConfig takes it; {} for none."""
+    penalty = manifest["config"].get("repetition_penalty", 1.0)
+    return {"repetition_penalty": penalty} if penalty != 1 else {}
 
 
 def _dtype(cfg: SFTConfig, manifest: dict[str, Any]) -> torch.dtype:

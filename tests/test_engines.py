@@ -1,0 +1,247 @@
+"""What other engines need of an export: keys, files, templates, commands; earlier exports mended."""
+
+import importlib
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from sentencepiece import sentencepiece_model_pb2
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from common.errors import UserError
+from common.export import engines, folder, older
+from common.export.proof import Tuned
+from common.model import loading
+from gemma_sft import prompt as gemma_prompt
+from gemma_sft.ft_gemma import export as gemma_export
+from qwen2_sft import prompt as qwen_prompt
+
+SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+TWO_THETAS = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "rope_theta": 5e5}
+FIRST = ["sliding_attention"] * 2 + ["full_attention"]
+
+
+class Kind:
+    """A model with random weights of a family's tokenizer, and the older names its config.json is to have."""
+
+    def __init__(self, fixture, family, name, expected, **options):
+        self.fixture, self.family, self.name, self.expected, self.options = fixture, family, name, expected, options
+
+
+KINDS = {
+    "gemma": Kind("small_gemma", "gemma_sft.prompt", "Gemma", {"rope_theta": 1e4}),
+    "gemma3": Kind(
+        "small_gemma",
+        "gemma_sft.prompt",
+        "Gemma3",
+        {
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "sliding_window_pattern": 3,
+        },
+        rope_parameters=TWO_THETAS,
+        layer_types=FIRST,
+        num_hidden_layers=3,
+    ),
+    "qwen2": Kind(
+        "small_qwen",
+        "qwen2_sft.prompt",
+        "Qwen2",
+        {"rope_theta": 7e3},
+        rope_parameters={"rope_type": "default", "rope_theta": 7e3},
+    ),
+    "qwen3": Kind(
+        "small_qwen",
+        "qwen2_sft.prompt",
+        "Qwen3",
+        {"rope_theta": 5e5, "rope_scaling": {name: value for name, value in YARN.items() if name != "rope_theta"}},
+        rope_parameters=YARN,
+    ),
+    "glm4": Kind(
+        "small_glm4",
+        "chatglm_sft.prompt_glm4",
+        "Glm4",
+        {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        pad_token_id=0,
+    ),
+}
+
+
+def model_of(kind, tokenizer):
+    name = "Gemma3TextConfig" if kind.name == "Gemma3" else f"{kind.name}Config"
+    options = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 1024} | SIZES
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**options | kind.options)
+    return getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
+
+
+def tuned_of(base, prompt, net=None, path=None, **more):
+    """A Tuned of the folder `base` as if it had been trained."""
+    tokenizer = loading.load_tokenizer(base, prompt)
+    manifest = {"template": {"style": "chat"}, "config": {"model_save_dir": "out"}, "base": {"path": str(path or base)}}
+    parts = dict(questions=[], prompts=[], stop_ids=prompt.stop_ids(tokenizer, "chat"), rank=0, merge_reasons=[])
+    return Tuned(net, tokenizer, manifest, **parts | more)
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def saved(request, tmp_path):
+    """(the Kind, its model, the folder it was saved to as an export)."""
+    kind, base = request.param, request.getfixturevalue(request.param.fixture)
+    prompt = importlib.import_module(kind.family)
+    net = model_of(kind, AutoTokenizer.from_pretrained(base))
+    tuned = tuned_of(base, prompt, net)
+    folder.save(net, tuned, tmp_path / "whole", prompt)
+    return kind, net, tmp_path / "whole"
+
+
+def test_an_export_holds_what_older_readers_take(saved):
+    kind, net, whole = saved
+    config = read(whole / "config.json")
+    assert older.older_names(config) == kind.expected and kind.expected.items() <= config.items()
+    files = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json".split()
+    files += ["chat_template.jinja"] + ["Modelfile"] * ("glm4" not in kind.fixture)
+    assert sorted(path.name for path in whole.iterdir()) == sorted(files)
+    template = (whole / "chat_template.jinja").read_text(encoding="utf-8")
+    assert read(whole / "tokenizer_config.json")["chat_template"] == template
+    stops = importlib.import_module(kind.family).stop_ids(AutoTokenizer.from_pretrained(whole), "chat")
+    assert read(whole / "generation_config.json")["eos_token_id"] == stops
+
+
+def test_transformers_reads_equal_logits_from_it(saved):
+    _, net, whole = saved
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(whole)(input_ids=ids).logits, net(input_ids=ids).logits)
+    assert AutoConfig.from_pretrained(whole).rope_parameters == net.config.rope_parameters
+
+
+def test_keys_that_would_change_the_positions_are_not_written(saved, monkeypatch):
+    _, _, whole = saved
+    config = (whole / "config.json").read_text()
+    monkeypatch.setattr(older, "older_names", lambda config: {"rope_scaling": {"rope_type": "linear", "factor": 3.0}})
+    with pytest.raises(UserError, match="its positions would change with rope_scaling"):
+        older.add_rope(whole)
+    assert (whole / "config.json").read_text() == config
+
+
+@pytest.fixture
+def with_pieces(small_gemma, tmp_path):
+    """with_pieces(other): a base with a tokenizer.model; with `other` not that of its tokenizer."""
+
+    def make(other=False):
+        base = shutil.copytree(small_gemma, tmp_path / "base")
+        names = AutoTokenizer.from_pretrained(base).convert_ids_to_tokens(list(range(300)))
+        model = sentencepiece_model_pb2.ModelProto()
+        model.trainer_spec.byte_fallback = True
+        for number, name in enumerate(names):
+            kind = 2 if name == "<unk>" else 6 if name.startswith("<0x") else 3 if number < 7 else 1
+            model.pieces.add(piece=name + "x" * (other and number == 299), score=-number, type=kind)
+        (base / "tokenizer.model").write_bytes(model.SerializeToString())
+        return base
+
+    return make
+
+
+def test_the_bases_pieces_are_copied(with_pieces, tmp_path, capsys):
+    base = with_pieces()
+    tuned = tuned_of(base, gemma_prompt, AutoModelForCausalLM.from_pretrained(base))
+    folder.save(tuned.net, tuned, tmp_path / "whole", gemma_prompt)
+    assert (tmp_path / "whole/tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    engines.show(tuned, tmp_path / "whole", gemma_prompt)
+    assert f'keras:       keras_hub.models.CausalLM.from_preset("{tmp_path}/whole")' in capsys.readouterr().out
+
+
+def test_pieces_of_another_vocabulary_are_not(with_pieces, tmp_path, capsys):
+    base = with_pieces(other=True)
+    tuned = tuned_of(base, gemma_prompt, AutoModelForCausalLM.from_pretrained(base))
+    folder.save(tuned.net, tuned, tmp_path / "whole", gemma_prompt)
+    assert not (tmp_path / "whole/tokenizer.model").exists()
+    engines.show(tuned, tmp_path / "whole", gemma_prompt)
+    printed = capsys.readouterr().out
+    assert "keras:       不能 cannot" in printed and "holds another vocabulary than its tokenizer" in printed
+
+
+def test_only_engines_that_can_are_named(saved, request, capsys):
+    kind, net, whole = saved
+    prompt = importlib.import_module(kind.family)
+    engines.show(tuned_of(whole, prompt), whole, prompt)
+    found = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    able = prompt.ENGINES[net.config.model_type]
+    assert "ollama" not in able or (whole / "Modelfile").exists()
+    assert found == [*able, *prompt.UNTRIED_ENGINES]
+
+
+def test_why_an_engine_is_not_named(small_gemma, small_qwen, tmp_path, capsys):
+    path = str(tmp_path / "untied")
+    for base, prompt, named in ((small_gemma, gemma_prompt, False), (small_qwen, qwen_prompt, True)):
+        shutil.rmtree(path, ignore_errors=True)
+        config = AutoConfig.from_pretrained(base)
+        config.tie_word_embeddings = False
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        shutil.copy(base / "tokenizer.json", path)
+        engines.show(tuned_of(base, prompt, rank=8, merge_reasons=["DoRA"]), tmp_path / "untied", prompt)
+        printed = capsys.readouterr().out
+        assert ("only transformers: 输出层不再与嵌入共享 the head is no longer tied" in printed) is not named
+        assert (f"vllm serve {path}" in printed) is named
+        assert ("the adapter alone is not served by vLLM: DoRA" in printed) is named
+    none = SimpleNamespace(ENGINES={}, UNTIED_ENGINES=(), UNTRIED_ENGINES=(), RECIPES="x")
+    engines.show(tuned_of(small_gemma, gemma_prompt), small_gemma, none)
+    assert capsys.readouterr().out == "  只有 only transformers: 没有在其他引擎上跑过 run in no other engine\n"
+
+
+# ---------------------------------------------------------------- --repair
+
+
+@pytest.fixture
+def earlier(with_pieces, tmp_path):
+    """A folder as an earlier version exported it, of a base that has a tokenizer.model."""
+    base, old = with_pieces(), tmp_path / "old"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(old)
+    AutoTokenizer.from_pretrained(base).save_pretrained(old)
+    (old / "Modelfile").write_text("FROM .\nTEMPLATE x\n")
+    (old / "export.json").write_text(json.dumps({"run": "out", "base": {"path": str(base)}}))
+    return old
+
+
+def test_an_earlier_export_is_mended(earlier, capsys):
+    weights = (earlier / "model.safetensors").read_bytes()
+    gemma_export.main(["--repair", str(earlier)])
+    printed = capsys.readouterr().out
+    mended = ["config.json: rope_theta", "tokenizer_config.json: chat_template", "tokenizer.model"]
+    mended.append("Modelfile: FROM ./old.gguf")
+    assert all(f"已补 mended: {one}" in printed for one in mended) and "已补 4 处 mended" in printed
+    assert read(earlier / "config.json")["rope_theta"] == 1e4 and (earlier / "tokenizer.model").is_file()
+    assert (earlier / "Modelfile").read_text() == "FROM ./old.gguf\nTEMPLATE x\n"
+    assert (earlier / "model.safetensors").read_bytes() == weights
+    gemma_export.main(["--repair", str(earlier)])
+    assert capsys.readouterr().out == f"{earlier}: 没有可补的 nothing to mend\n"
+
+
+def test_what_cannot_be_mended_is_said(earlier, tmp_path, capsys):
+    (earlier / "chat_template.jinja").unlink()
+    shutil.rmtree(tmp_path / "base")
+    gemma_export.main(["--repair", str(earlier)])
+    printed = capsys.readouterr().out
+    assert "不能补 cannot be mended: chat_template.jinja" in printed
+    assert "不能补 cannot be mended: tokenizer.model (keras)" in printed
+
+
+def test_what_is_no_export_is_refused(small_gemma, tmp_path, earlier):
+    with pytest.raises(UserError, match="no such folder"):
+        gemma_export.main(["--repair", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="it has no export.json"):
+        gemma_export.main(["--repair", str(small_gemma)])
+    with pytest.raises(UserError, match="--repair 与 --output_dir 不能同用"):
+        gemma_export.main(["--repair", str(earlier), "--output_dir", str(tmp_path / "new")])
