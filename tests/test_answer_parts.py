@@ -372,6 +372,14 @@ def test_marks_are_kept_where_decode_leaves_them_out():
     assert shown + words.more(ended=True) == decode(made, ids, answer.kept)
 
 
+def test_a_character_of_private_use_stays_in_arguments_alone():
+    """Such a character hides control tokens from the template, but never one that is there."""
+    made = qwen_tokenizer()
+    turns = [Turn("user", "天气"), Turn("assistant", "", calls=(Call("f", '{"c": "\ue000"}'),))]
+    ids = [id_ for piece in qwen_prompt.render(made, turns, "chat") for id_ in piece.ids]
+    assert '{"c": "\ue000"}' in made.decode(ids)
+
+
 # --- HTTP -----------------------------------------------------------------------------------------------------------
 
 
@@ -515,6 +523,20 @@ def test_the_old_route_gives_thought_apart(served, says):
     }.items():
         says(text)
         assert client.post("/nlg/text_generate", json={"instruction": "天气"}).json == expected
+
+
+def test_what_a_template_refuses_is_named_on_the_old_route(served):
+    question = "".join(map(chr, range(0xE000, 0xE100)))
+    found = create_app(served[1]).test_client().post("/nlg/text_generate", json={"instruction": question})
+    assert (found.status_code, found.json["error"]["param"]) == (400, "instruction")
+    assert "U+E0FF" in found.json["error"]["message"]
+
+
+def test_arguments_have_no_escapes(served, says, asked):
+    """What a template shows of them is what a search in the turns finds."""
+    says("好")
+    chat(served[2], [*QUESTION, calling(("a", Call("f", '{"c":"\\ue000"}'))), tool_message("a", "晴")], tools=TOOLS)
+    assert asked[0][0][2].calls == (Call("f", '{"c": "\ue000"}'),)
 
 
 def test_a_log_that_holds_text_holds_all_of_it(served, says, caplog, monkeypatch):
@@ -665,6 +687,26 @@ WRONG = {  # what is sent, the field to blame, a word of the reason
         {"messages": [*QUESTION, calling(("a", Call("f", "{")))]},
         "messages[1].tool_calls[0].function.arguments",
         "JSON object",
+    ),
+    "arguments with a number that is none": (
+        {"messages": [*QUESTION, calling(("a", Call("f", '{"n": NaN}')))]},
+        "messages[1].tool_calls[0].function.arguments",
+        "JSON object",
+    ),
+    "arguments with half a character": (
+        {"messages": [*QUESTION, calling(("a", Call("f", '{"c": "\\ud800"}'))), tool_message("a", "晴")]},
+        "messages[1].tool_calls[0].function.arguments",
+        "JSON object",
+    ),
+    "a tool with half a character": (
+        {"tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}]},
+        "tools",
+        "half a character",
+    ),
+    "more characters of private use than one can hide": (
+        {"messages": [{"role": "user", "content": "".join(map(chr, range(0xE000, 0xE100)))}]},
+        "messages",
+        "U+E0FF",
     ),
     "a thought that is no text": (
         {"messages": [*QUESTION, {"role": "assistant", "content": "好", "reasoning_content": [1]}, *QUESTION]},

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, special_id, template_words
@@ -151,8 +151,11 @@ class _Shown:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> None:
         self.tokenizer = tokenizer
         self.control = _control(tokenizer, str(tokenizer.chat_template))
-        said = "".join(part for turn in turns for part in (turn.text, turn.thought, turn.tools, str(turn.calls)))
-        self.hidden = next(char for char in PRIVATE if char not in said)
+        parts = [part for turn in turns for part in (turn.text, turn.thought, turn.tools, *chain(*turn.calls))]
+        hidden = next((char for char in PRIVATE if all(char not in part for part in parts)), None)
+        if hidden is None:
+            raise FormatError("template", "私用字符太多 every character of U+E000 to U+E0FF is in it: take one out")
+        self.hidden = hidden
 
     def text(self, turns: Sequence[Turn], ask: bool) -> str:
         """The turns as the template shows them; ask: with a generation prompt. FormatError where it refuses them."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.conversation.answer_form import TEXT_ALONE, AnswerForm
+from common.conversation.answer_form import TEXT_ALONE, AnswerForm, call_of
 from common.conversation.turns import Call, FormatError, Turn, in_order
 from common.serving.failures import RequestRefusedError
 from common.serving.validation import excerpt, is_unicode
@@ -67,7 +67,10 @@ def read_tools(body: Mapping[str, Any], form: AnswerForm) -> str:
         why = "parallel_tool_calls: 不支持 false is not supported here: an answer may call several; leave it out"
         raise RequestRefusedError(why, param="parallel_tool_calls", code="unsupported_parameter")
     read = [_read_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
-    return json.dumps(read, ensure_ascii=False)
+    offered = json.dumps(read, ensure_ascii=False)
+    if not is_unicode(offered):
+        raise _bad("tools", "有半个字符 holds half a character (a lone surrogate)")
+    return offered
 
 
 def _read_tool(tool: Any, where: str) -> dict[str, Any]:
@@ -134,12 +137,13 @@ def _read_call(call: Any, where: str) -> tuple[Call, str]:
         raise _bad_message(f"{where}.function.name", f"应为 must be a tool's name, found {excerpt(name)}")
     try:
         found = json.loads(arguments or "{}") if isinstance(arguments, str | None) else None
+        made = call_of(name, found) if isinstance(found, dict) else None  # its text has no escapes
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not is_unicode(str(arguments)):
+        made = None
+    if not made or not is_unicode(made.arguments):
         why = f"应为 must be the text of a JSON object, found {excerpt(arguments)}"
         raise _bad_message(f"{where}.function.arguments", why)
-    return Call(name, arguments or "{}"), _read_id(call.get("id"), f"{where}.id")
+    return made, _read_id(call.get("id"), f"{where}.id")
 
 
 def _read_id(value: Any, where: str) -> str:
