@@ -18,6 +18,7 @@ from chatglm_sft import prompt as chatglm_prompt
 from chatglm_sft import prompt_glm4
 from common.conversation.answer_form import TEXT_ALONE, tools_of
 from common.conversation.turns import Call, FormatError, Turn
+from common.data.formats import read_row
 from common.engine import sampling as engine_sampling
 from common.engine.batcher import Batcher
 from common.errors import UserError
@@ -27,6 +28,7 @@ from common.inference.answerer import Answerer, Sampling
 from common.inference.text import Wording, decode
 from common.serving import openai_requests
 from common.serving.app import Service, create_app
+from common.serving.openai_messages import read_messages
 from common.serving.server import Server
 from gemma_sft import make_embedded as make_gemma
 from gemma_sft import prompt as gemma_prompt
@@ -590,6 +592,28 @@ def test_a_round_of_calls_as_turns(served, says, asked):
     last = [{"role": "assistant", "content": "晴"}, {"role": "user", "content": "再见"}]
     chat(served[2], [*QUESTION, CALLING, *RESULTS, *last])
     assert asked[1][0] == [Turn("user", "天气"), *rounds, Turn("assistant", "晴"), Turn("user", "再见")]
+
+
+@pytest.mark.parametrize("text", ["<think>\n想\n</think>\n\n好", "好 <think>想</think>", "<think>想"])
+def test_a_thought_in_a_text_is_one_as_in_a_file(forms, text):
+    """Half a thought, an error in a file, stays text: an answer that was cut off may be sent back."""
+    row = [*QUESTION, {"role": "assistant", "content": text}, *QUESTION]
+    sent = read_messages(row, forms["qwen"])
+    if "</think>" in text:
+        (filed,) = read_row({"messages": [*row, {"role": "assistant", "content": "是"}]}).conversations
+        assert sent == list(filed[:-1])
+        assert sent[1].thought == ("想" if text[0] == "<" else "")
+    else:
+        assert sent[1] == Turn("assistant", text)
+    assert read_messages(row)[1] == Turn("assistant", text), "of a model that does not think"
+
+
+def test_a_thought_that_differs_from_its_field_is_named(served):
+    client = create_app(served[1]).test_client()
+    answer = {"role": "assistant", "content": "<think>想</think>好", "reasoning_content": "又想"}
+    found = client.post("/v1/chat/completions", json={"messages": [*QUESTION, answer, *QUESTION]})
+    assert (found.status_code, found.json["error"]["param"]) == (400, "messages[1].content")
+    assert "two thoughts of one answer" in found.json["error"]["message"]
 
 
 def test_tools_on_offer_as_turns(served, says, asked):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.conversation.answer_form import TEXT_ALONE, AnswerForm, call_of
 from common.conversation.turns import Call, FormatError, Turn, in_order
+from common.data.utterances import CLOSE, thought_apart
 from common.serving.failures import RequestRefusedError
 from common.serving.validation import excerpt, is_unicode
 
@@ -102,7 +103,13 @@ def _read_message(message: Any, where: str, form: AnswerForm) -> Said:
     if role != "assistant":
         return Said(Turn(ROLES[role], text), [], where)
     calls, ids = _read_calls(message.get("tool_calls") or [], f"{where}.tool_calls", form)
-    return Said(Turn("assistant", text, thought=_read_thought(message, where, form), calls=calls), ids, where)
+    turn = Turn("assistant", text, thought=_read_thought(message, where, form), calls=calls)
+    if form.thought[0] and CLOSE in text:
+        try:
+            turn = thought_apart(turn)
+        except FormatError as problem:
+            raise _bad_message(f"{where}.content", problem.reason) from None
+    return Said(turn, ids, where)
 
 
 def _read_thought(message: dict[str, Any], where: str, form: AnswerForm) -> str:
