@@ -160,6 +160,14 @@ ANSWERS = [  # form, prompt ends within a thought, text, thought, text, calls
     ("qwen", False, as_json(WEATHER)[:-3], "", as_json(WEATHER)[:-3], ()),
     ("qwen", False, f"{as_json(WEATHER)}\n{as_json(TIME)[:20]}", "", as_json(TIME)[:20], (WEATHER,)),
     ("qwen", False, '<tool_call>\n{"name": 乱}\n</tool_call>', "", '<tool_call>\n{"name": 乱}\n</tool_call>', ()),
+    *(
+        ("qwen", False, f"<tool_call>{body}</tool_call>", "", f"<tool_call>{body}</tool_call>", ())
+        for body in (
+            '{"name": "f", "arguments": {"c": "\\ud83d"}}',
+            '{"name": "\\ud83d", "arguments": {}}',
+            '{"name": "f", "arguments": {"c": NaN}}',
+        )
+    ),
     ("qwen", False, "<tool_call>[1]</tool_call>好", "", "<tool_call>[1]</tool_call>好", ()),
     ("qwen", False, "<tool_call>" + "[" * 9000 + "</tool_call>", "", "<tool_call>" + "[" * 9000 + "</tool_call>", ()),
     (
@@ -640,6 +648,16 @@ def test_thinking_is_switched_by_a_request(served, says, asked, fields, thinking
     says("好")
     chat(served[2], extra_body=fields)
     assert asked == [(asked[0][0], thinking)]
+
+
+def test_a_tool_may_have_a_chinese_name(served, says, asked):
+    """As in a file that was trained on."""
+    says(as_json(Call("查天气", "{}")))
+    (choice,) = chat(served[2], tools=[{"type": "function", "function": {"name": "查天气"}}]).choices
+    call = choice.message.tool_calls[0]
+    assert call.function.name == "查天气"
+    chat(served[2], [*QUESTION, calling((call.id, Call("查天气", "{}"))), tool_message(call.id, "晴")])
+    assert asked[1][0][1].calls == (Call("查天气", "{}"),)
 
 
 def test_messages_that_a_template_refuses(served, monkeypatch):

@@ -20,7 +20,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 THOUGHTS = ("reasoning_content", "reasoning")  # of an answer, the first that says something
 ECHOED = ("id", "name", "refusal", "annotations", *THOUGHTS)  # of an answer that a client sends back
 OWN = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}  # fields that only messages of a role have
-TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+TOOL_NAME = re.compile(r"[\w.-]{1,64}")
 UNUSED = ("strict",)  # of a function: arguments are not forced into its schema
 
 
@@ -80,7 +80,7 @@ def _read_tool(tool: Any, where: str) -> dict[str, Any]:
         raise _bad(where, f'应为 must be {{"type": "function", "function": {{…}}}}, found {excerpt(tool)}')
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-        raise _bad(f"{where}.function.name", f"应为 must be 1 to 64 of a-z A-Z 0-9 _ . -, found {excerpt(name)}")
+        raise _bad(f"{where}.function.name", f"应为 must be 1 to 64 letters, digits, _ . -, found {excerpt(name)}")
     if parameters is not None and not isinstance(parameters, dict):
         raise _bad(f"{where}.function.parameters", f"应为 must be a JSON schema, found {excerpt(parameters)}")
     return {"type": "function", "function": {key: value for key, value in function.items() if key not in UNUSED}}
@@ -147,7 +147,7 @@ def _read_call(call: Any, where: str) -> tuple[Call, str]:
         made = call_of(name, found) if isinstance(found, dict) else None  # its text has no escapes
     except (ValueError, RecursionError):
         made = None
-    if not made or not is_unicode(made.arguments):
+    if made is None:
         why = f"应为 must be the text of a JSON object, found {excerpt(arguments)}"
         raise _bad_message(f"{where}.function.arguments", why)
     return made, _read_id(call.get("id"), f"{where}.id")
