@@ -18,6 +18,7 @@ from chatglm_sft import prompt as chatglm_prompt
 from chatglm_sft import prompt_glm4
 from common.conversation.answer_form import TEXT_ALONE, tools_of
 from common.conversation.turns import Call, FormatError, Turn
+from common.data.formats import read_row
 from common.engine import sampling as engine_sampling
 from common.engine.batcher import Batcher
 from common.errors import UserError
@@ -27,6 +28,7 @@ from common.inference.answerer import Answerer, Sampling
 from common.inference.text import Wording, decode
 from common.serving import openai_requests
 from common.serving.app import Service, create_app
+from common.serving.openai_messages import read_messages
 from common.serving.server import Server
 from gemma_sft import make_embedded as make_gemma
 from gemma_sft import prompt as gemma_prompt
@@ -158,6 +160,14 @@ ANSWERS = [  # form, prompt ends within a thought, text, thought, text, calls
     ("qwen", False, as_json(WEATHER)[:-3], "", as_json(WEATHER)[:-3], ()),
     ("qwen", False, f"{as_json(WEATHER)}\n{as_json(TIME)[:20]}", "", as_json(TIME)[:20], (WEATHER,)),
     ("qwen", False, '<tool_call>\n{"name": 乱}\n</tool_call>', "", '<tool_call>\n{"name": 乱}\n</tool_call>', ()),
+    *(
+        ("qwen", False, f"<tool_call>{body}</tool_call>", "", f"<tool_call>{body}</tool_call>", ())
+        for body in (
+            '{"name": "f", "arguments": {"c": "\\ud83d"}}',
+            '{"name": "\\ud83d", "arguments": {}}',
+            '{"name": "f", "arguments": {"c": NaN}}',
+        )
+    ),
     ("qwen", False, "<tool_call>[1]</tool_call>好", "", "<tool_call>[1]</tool_call>好", ()),
     ("qwen", False, "<tool_call>" + "[" * 9000 + "</tool_call>", "", "<tool_call>" + "[" * 9000 + "</tool_call>", ()),
     (
@@ -372,6 +382,14 @@ def test_marks_are_kept_where_decode_leaves_them_out():
     assert shown + words.more(ended=True) == decode(made, ids, answer.kept)
 
 
+def test_a_character_of_private_use_stays_in_arguments_alone():
+    """Such a character hides control tokens from the template, but never one that is there."""
+    made = qwen_tokenizer()
+    turns = [Turn("user", "天气"), Turn("assistant", "", calls=(Call("f", '{"c": "\ue000"}'),))]
+    ids = [id_ for piece in qwen_prompt.render(made, turns, "chat") for id_ in piece.ids]
+    assert '{"c": "\ue000"}' in made.decode(ids)
+
+
 # --- HTTP -----------------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +535,20 @@ def test_the_old_route_gives_thought_apart(served, says):
         assert client.post("/nlg/text_generate", json={"instruction": "天气"}).json == expected
 
 
+def test_what_a_template_refuses_is_named_on_the_old_route(served):
+    question = "".join(map(chr, range(0xE000, 0xE100)))
+    found = create_app(served[1]).test_client().post("/nlg/text_generate", json={"instruction": question})
+    assert (found.status_code, found.json["error"]["param"]) == (400, "instruction")
+    assert "U+E0FF" in found.json["error"]["message"]
+
+
+def test_arguments_have_no_escapes(served, says, asked):
+    """What a template shows of them is what a search in the turns finds."""
+    says("好")
+    chat(served[2], [*QUESTION, calling(("a", Call("f", '{"c":"\\ue000"}'))), tool_message("a", "晴")], tools=TOOLS)
+    assert asked[0][0][2].calls == (Call("f", '{"c": "\ue000"}'),)
+
+
 def test_a_log_that_holds_text_holds_all_of_it(served, says, caplog, monkeypatch):
     monkeypatch.setattr(served[1], "log_text", True)
     says(SAID)
@@ -570,6 +602,28 @@ def test_a_round_of_calls_as_turns(served, says, asked):
     assert asked[1][0] == [Turn("user", "天气"), *rounds, Turn("assistant", "晴"), Turn("user", "再见")]
 
 
+@pytest.mark.parametrize("text", ["<think>\n想\n</think>\n\n好", "好 <think>想</think>", "<think>想"])
+def test_a_thought_in_a_text_is_one_as_in_a_file(forms, text):
+    """Half a thought, an error in a file, stays text: an answer that was cut off may be sent back."""
+    row = [*QUESTION, {"role": "assistant", "content": text}, *QUESTION]
+    sent = read_messages(row, forms["qwen"])
+    if "</think>" in text:
+        (filed,) = read_row({"messages": [*row, {"role": "assistant", "content": "是"}]}).conversations
+        assert sent == list(filed[:-1])
+        assert sent[1].thought == ("想" if text[0] == "<" else "")
+    else:
+        assert sent[1] == Turn("assistant", text)
+    assert read_messages(row)[1] == Turn("assistant", text), "of a model that does not think"
+
+
+def test_a_thought_that_differs_from_its_field_is_named(served):
+    client = create_app(served[1]).test_client()
+    answer = {"role": "assistant", "content": "<think>想</think>好", "reasoning_content": "又想"}
+    found = client.post("/v1/chat/completions", json={"messages": [*QUESTION, answer, *QUESTION]})
+    assert (found.status_code, found.json["error"]["param"]) == (400, "messages[1].content")
+    assert "two thoughts of one answer" in found.json["error"]["message"]
+
+
 def test_tools_on_offer_as_turns(served, says, asked):
     says("好")
     strict = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}]
@@ -594,6 +648,16 @@ def test_thinking_is_switched_by_a_request(served, says, asked, fields, thinking
     says("好")
     chat(served[2], extra_body=fields)
     assert asked == [(asked[0][0], thinking)]
+
+
+def test_a_tool_may_have_a_chinese_name(served, says, asked):
+    """As in a file that was trained on."""
+    says(as_json(Call("查天气", "{}")))
+    (choice,) = chat(served[2], tools=[{"type": "function", "function": {"name": "查天气"}}]).choices
+    call = choice.message.tool_calls[0]
+    assert call.function.name == "查天气"
+    chat(served[2], [*QUESTION, calling((call.id, Call("查天气", "{}"))), tool_message(call.id, "晴")])
+    assert asked[1][0][1].calls == (Call("查天气", "{}"),)
 
 
 def test_messages_that_a_template_refuses(served, monkeypatch):
@@ -665,6 +729,26 @@ WRONG = {  # what is sent, the field to blame, a word of the reason
         {"messages": [*QUESTION, calling(("a", Call("f", "{")))]},
         "messages[1].tool_calls[0].function.arguments",
         "JSON object",
+    ),
+    "arguments with a number that is none": (
+        {"messages": [*QUESTION, calling(("a", Call("f", '{"n": NaN}')))]},
+        "messages[1].tool_calls[0].function.arguments",
+        "JSON object",
+    ),
+    "arguments with half a character": (
+        {"messages": [*QUESTION, calling(("a", Call("f", '{"c": "\\ud800"}'))), tool_message("a", "晴")]},
+        "messages[1].tool_calls[0].function.arguments",
+        "JSON object",
+    ),
+    "a tool with half a character": (
+        {"tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}]},
+        "tools",
+        "half a character",
+    ),
+    "more characters of private use than one can hide": (
+        {"messages": [{"role": "user", "content": "".join(map(chr, range(0xE000, 0xE100)))}]},
+        "messages",
+        "U+E0FF",
     ),
     "a thought that is no text": (
         {"messages": [*QUESTION, {"role": "assistant", "content": "好", "reasoning_content": [1]}, *QUESTION]},

@@ -281,6 +281,26 @@ def test_a_mode_for_one_request():
     assert tokenizer.decode(again).endswith("<|im_start|>assistant\n")
 
 
+def test_several_templates_are_not_switched():
+    """A mode is refused; a request that wants no thought is asked as always."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = {"default": qwen.CHAT_TEMPLATE, "tool_use": qwen.CHAT_TEMPLATE}
+    with pytest.raises(UserError, match="--thinking none: here: .*several chat templates: default, tool_use"):
+        thinking.set_mode(tokenizer, "none", "here")
+    thinking.set_mode(tokenizer, "auto", "here")
+    asked = ids_of(tokenizer, qwen, [Q])
+    with thinking.switched(tokenizer, False):
+        assert ids_of(tokenizer, qwen, [Q]) == asked
+
+
+@needs_trl
+def test_a_text_beside_a_call_that_a_template_moves_is_named():
+    """Gemma 4's shows it behind the results, as if it were the answer to them."""
+    tokenizer, prompt = official_tokenizer("gemma4_v5")
+    with pytest.raises(FormatError, match="no place for the text beside a call; leave that text out"):
+        ids_of(tokenizer, prompt, [OFFER, Q, CALL._replace(text="so"), R, A2])
+
+
 def test_a_template_that_always_thinks_cannot_be_switched_off():
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = (

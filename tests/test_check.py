@@ -202,6 +202,12 @@ def test_duplicates_cuts_and_typed_tokens_are_told_but_not_bad(report):
     ]
 
 
+def test_control_tokens_in_a_thought_are_told(report):
+    answer = {"role": "assistant", "content": "好", "reasoning_content": "<start_of_turn>"}
+    found, code = report([{"messages": [{"role": "user", "content": "问"}, answer]}], "--thinking", "none")
+    assert code == 0 and found["kinds"] == {"control tokens": 1}
+
+
 def test_a_repeated_row_on_both_sides_of_the_split_is_named(report):
     rows = [{"question": "1+1=", "answer": "2"}] * 6
     found, _ = report(rows, "--val_set_size", 3)

@@ -173,6 +173,10 @@ def test_every_form_is_read(name):
             {"messages": [ASKED, message("assistant", "", tool_calls=[call("杭", arguments="杭")])]},
             ["tool_calls", "name"],
         ),
+        (
+            {"messages": [ASKED, message("assistant", "", tool_calls=[call("杭", arguments='{"n": NaN}')])]},
+            ["tool_calls", "arguments"],
+        ),
         ({"messages": [ASKED, message("assistant", "", tool_calls=[call("杭", arguments=[1])])]}, ["tool_calls"]),
         ({"messages": [ASKED, message("assistant", "", tool_calls=["f"])]}, ["tool_calls"]),
         ({"messages": [ASKED, message("assistant", "好")], "tools": [{"x": 1}]}, ["tools", "list of functions"]),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.checking import rehearsal
 from common.checking.check_report import show_rows, show_step, show_verdict
 from common.conversation.render import IGNORED
-from common.conversation.turns import Conversation, Repair, Turn, Unusable, said
+from common.conversation.turns import Conversation, Repair, Turn, Unusable, said, texts_of
 from common.data import accounts, cache, dataset
 from common.data.defects import DEFECTS
 from common.errors import UserError, is_out_of_memory
@@ -217,7 +217,7 @@ def _judge_texts(cfg: SFTConfig, lost: set[str], tokenizer: PreTrainedTokenizerB
             texts.same.append((first, where))
             found = f"与 {first} 相同 the same row as {first}"
             findings.append(Finding(where, "duplicate", found, "each row once", "delete one of the two", bad=False))
-        typed = sorted({match for turn in turns for match in control.findall(turn.text)})
+        typed = sorted({match for turn in turns for text in texts_of(turn) for match in control.findall(text)})
         if typed:
             found = f"文字里有控制符 control tokens typed in the text: {' '.join(typed)}"
             remedy = "delete them if a template was applied before; as text they are kept"

@@ -83,8 +83,10 @@ def _properties(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def call_of(name: str, arguments: Mapping[str, Any]) -> Call:
-    """The Call of a tool; ValueError where an argument is no JSON."""
-    return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    """The Call of a tool; ValueError where an argument is no JSON, or half a character is in it."""
+    call = Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    "".join(call).encode()  # what JSON escapes may be a lone surrogate, which no answer can hold
+    return call
 
 
 def json_calls(text: str, parameters: Parameters) -> Sequence[Call]:

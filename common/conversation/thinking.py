@@ -34,8 +34,10 @@ def set_mode(tokenizer: PreTrainedTokenizerBase, mode: str, path: object) -> Non
     path: what an error calls the model. UserError where the template has no such form.
     """
     template = tokenizer.chat_template
-    if mode == "auto" or not isinstance(template, str):
+    if mode == "auto" or template is None:
         return
+    if isinstance(template, dict):
+        raise UserError(f"--thinking {mode}: {path}: 有几个聊天模板 has several chat templates: {', '.join(template)}")
     if mode == "none":
         if thinks(tokenizer) and _asking(tokenizer, False) == _asking(tokenizer, True):
             raise UserError(f"--thinking none: {path}: 不能关闭思考 its chat template has no form without thinking")
@@ -54,7 +56,7 @@ def set_mode(tokenizer: PreTrainedTokenizerBase, mode: str, path: object) -> Non
 def switched(tokenizer: PreTrainedTokenizerBase, on: bool | None) -> Iterator[None]:
     """Within it the tokenizer's template thinks, or not; None: as it is. One thread at a time may do this."""
     template = tokenizer.chat_template
-    if on is not None:
+    if on is not None and isinstance(template, str):
         tokenizer.chat_template = (ON if on else OFF) + template
     try:
         yield

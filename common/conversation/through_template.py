@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, special_id, template_words
 from common.conversation.thinking import leaves_out, thinks
-from common.conversation.turns import Call, FormatError, Turn
+from common.conversation.turns import Call, FormatError, Turn, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,8 +73,10 @@ def pieces(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], marks: Mar
     spans = _spans(prompt, marks)
     earlier = [number for number, turn in enumerate(asked) if turn.role == "assistant"]
     if len(spans) != len(earlier):
+        both = any(turns[number].calls and turns[number].text.strip() for number in earlier)
+        remedy = ": 调用旁的文字放不下 it has no place for the text beside a call; leave that text out" if both else ""
         raise FormatError(
-            "template", f"聊天模板里有 the chat template shows {len(spans)} 个回答 answers of {len(earlier)}"
+            "template", f"聊天模板里有 the chat template shows {len(spans)} 个回答 answers of {len(earlier)}{remedy}"
         )
     cuts: dict[int, str] = {}  # place in the prompt: the part that begins there
     before = 0
@@ -151,8 +153,11 @@ class _Shown:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> None:
         self.tokenizer = tokenizer
         self.control = _control(tokenizer, str(tokenizer.chat_template))
-        said = "".join(part for turn in turns for part in (turn.text, turn.thought, turn.tools, str(turn.calls)))
-        self.hidden = next(char for char in PRIVATE if char not in said)
+        texts = [text for turn in turns for text in texts_of(turn)]
+        hidden = next((char for char in PRIVATE if all(char not in text for text in texts)), None)
+        if hidden is None:
+            raise FormatError("template", "私用字符太多 every character of U+E000 to U+E0FF is in it: take one out")
+        self.hidden = hidden
 
     def text(self, turns: Sequence[Turn], ask: bool) -> str:
         """The turns as the template shows them; ask: with a generation prompt. FormatError where it refuses them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from common.errors import RowError
@@ -47,6 +48,11 @@ def said(turns: Sequence[Turn]) -> list[tuple[Any, ...]]:
 def is_more(turn: Turn) -> bool:
     """Whether a turn is more than its text: a thought, calls, tools on offer, or the result of a call."""
     return bool(turn.thought or turn.calls or turn.tools or turn.role == "tool")
+
+
+def texts_of(turn: Turn) -> list[str]:
+    """All texts of a turn: what is said and thought, tools on offer, names and arguments of calls."""
+    return [turn.text, turn.thought, turn.tools, *chain(*turn.calls)]
 
 
 def says(turn: Turn) -> bool:

@@ -61,7 +61,11 @@ def _call(value: Any) -> Call | None:
     arguments = parsed(given) if isinstance(given, str) else given
     if not isinstance(arguments, dict):
         return None
-    return Call(as_text(value["name"], "name"), as_text(_json(arguments), "arguments"))
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return None
+    return Call(as_text(value["name"], "name"), as_text(text, "arguments"))
 
 
 def _functions(value: Any) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from flask import Flask, Response, current_app, request
 from common.config import SFTConfig
 from common.engine.batcher import Batcher, QueueFullError
 from common.engine.request import Ask, ClientGoneError, ModelFailedError, Part, RequestTimeoutError, Ticket
+from common.errors import RowError
 from common.inference.answerer import Answerer, Sampling
 from common.serving import adapters, openai_requests, text_generate, tracing
 from common.serving.failures import FAILURES, RequestRefusedError, add_error_handlers, error_object, json_response
@@ -238,7 +239,10 @@ def _text_of(service: Service) -> Response:
     """Answer the current request of POST /nlg/text_generate: one JSON string, or text and thought where it thought."""
     body, batcher = read_json(request), service.loaded
     turns, sampling = text_generate.read_request(body, service.fields)
-    ids = batcher.encoder.whole_ids(turns)
+    try:
+        ids = batcher.encoder.whole_ids(turns)
+    except RowError as problem:  # the model's chat template does not take it
+        raise RequestRefusedError(f"instruction: {problem}", param="instruction", code="invalid_text") from None
     asked = "max_new_tokens" if "max_new_tokens" in body else ""
     ask = Ask(ids, openai_requests.fitted(sampling, len(ids), batcher.context, asked))
     ticket = _submit(service, service.model, [ask])

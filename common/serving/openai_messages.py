@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.conversation.answer_form import TEXT_ALONE, AnswerForm
+from common.conversation.answer_form import TEXT_ALONE, AnswerForm, call_of
 from common.conversation.turns import Call, FormatError, Turn, in_order
+from common.data.utterances import CLOSE, thought_apart
 from common.serving.failures import RequestRefusedError
 from common.serving.validation import excerpt, is_unicode
 
@@ -19,7 +20,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 THOUGHTS = ("reasoning_content", "reasoning")  # of an answer, the first that says something
 ECHOED = ("id", "name", "refusal", "annotations", *THOUGHTS)  # of an answer that a client sends back
 OWN = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}  # fields that only messages of a role have
-TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+TOOL_NAME = re.compile(r"[\w.-]{1,64}")
 UNUSED = ("strict",)  # of a function: arguments are not forced into its schema
 
 
@@ -67,7 +68,10 @@ def read_tools(body: Mapping[str, Any], form: AnswerForm) -> str:
         why = "parallel_tool_calls: 不支持 false is not supported here: an answer may call several; leave it out"
         raise RequestRefusedError(why, param="parallel_tool_calls", code="unsupported_parameter")
     read = [_read_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
-    return json.dumps(read, ensure_ascii=False)
+    offered = json.dumps(read, ensure_ascii=False)
+    if not is_unicode(offered):
+        raise _bad("tools", "有半个字符 holds half a character (a lone surrogate)")
+    return offered
 
 
 def _read_tool(tool: Any, where: str) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def _read_tool(tool: Any, where: str) -> dict[str, Any]:
         raise _bad(where, f'应为 must be {{"type": "function", "function": {{…}}}}, found {excerpt(tool)}')
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-        raise _bad(f"{where}.function.name", f"应为 must be 1 to 64 of a-z A-Z 0-9 _ . -, found {excerpt(name)}")
+        raise _bad(f"{where}.function.name", f"应为 must be 1 to 64 letters, digits, _ . -, found {excerpt(name)}")
     if parameters is not None and not isinstance(parameters, dict):
         raise _bad(f"{where}.function.parameters", f"应为 must be a JSON schema, found {excerpt(parameters)}")
     return {"type": "function", "function": {key: value for key, value in function.items() if key not in UNUSED}}
@@ -99,7 +103,13 @@ def _read_message(message: Any, where: str, form: AnswerForm) -> Said:
     if role != "assistant":
         return Said(Turn(ROLES[role], text), [], where)
     calls, ids = _read_calls(message.get("tool_calls") or [], f"{where}.tool_calls", form)
-    return Said(Turn("assistant", text, thought=_read_thought(message, where, form), calls=calls), ids, where)
+    turn = Turn("assistant", text, thought=_read_thought(message, where, form), calls=calls)
+    if form.thought[0] and CLOSE in text:
+        try:
+            turn = thought_apart(turn)
+        except FormatError as problem:
+            raise _bad_message(f"{where}.content", problem.reason) from None
+    return Said(turn, ids, where)
 
 
 def _read_thought(message: dict[str, Any], where: str, form: AnswerForm) -> str:
@@ -134,12 +144,13 @@ def _read_call(call: Any, where: str) -> tuple[Call, str]:
         raise _bad_message(f"{where}.function.name", f"应为 must be a tool's name, found {excerpt(name)}")
     try:
         found = json.loads(arguments or "{}") if isinstance(arguments, str | None) else None
+        made = call_of(name, found) if isinstance(found, dict) else None  # its text has no escapes
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not is_unicode(str(arguments)):
+        made = None
+    if made is None:
         why = f"应为 must be the text of a JSON object, found {excerpt(arguments)}"
         raise _bad_message(f"{where}.function.arguments", why)
-    return Call(name, arguments or "{}"), _read_id(call.get("id"), f"{where}.id")
+    return made, _read_id(call.get("id"), f"{where}.id")
 
 
 def _read_id(value: Any, where: str) -> str:
