@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from chatglm_sft.models import CHATGLM2_FIELDS
 from common.conversation import through_template
 from common.conversation.answer_form import TEXT_ALONE, AnswerForm
+from common.conversation.family import Gguf
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text
 from common.conversation.turns import Turn, fold_system
 
@@ -30,6 +31,8 @@ RECIPES = "chatglm_sft/ft_chatglm"
 MODEL_TYPES = ("chatglm",)
 ENGINES: dict[str, dict[str, str]] = {}  # besides transformers with the model of this folder, nothing runs it
 UNTIED_ENGINES = UNTRIED_ENGINES = ()
+GGUF: dict[str, Gguf] = {}
+GGUF_WORDS: dict[tuple[str, bool], str] = {}
 CHAT_TEMPLATE = (  # the prompt's text; calling the tokenizer on it adds [gMASK] and <sop>
     "{% set ns = namespace(system='', greeting='', round=0, asked=false) %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}"

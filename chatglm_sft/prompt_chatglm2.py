@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from chatglm_sft.prompt import without_greeting
 from common.conversation import through_template
 from common.conversation.answer_form import TEXT_ALONE, AnswerForm
+from common.conversation.family import Gguf
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, special_id
 from common.conversation.turns import Turn, fold_system
 
@@ -32,6 +33,8 @@ RECIPES = "chatglm_sft/ft_chatglm2"
 MODEL_TYPES = ("chatglm2",)  # as chatglm_sft.prompt.kinds names what calls itself chatglm
 ENGINES: dict[str, dict[str, str]] = {}  # besides transformers with the model of models/chatglm2, none has been run
 UNTIED_ENGINES = UNTRIED_ENGINES = ()
+GGUF: dict[str, Gguf] = {}
+GGUF_WORDS: dict[tuple[str, bool], str] = {}
 CHAT_TEMPLATE = (
     "[gMASK]sop{% set ns = namespace(before='', round=0) %}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% set ns.round = ns.round + 1 %}"

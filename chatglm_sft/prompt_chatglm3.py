@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from chatglm_sft import prompt_chatglm2
 from common.conversation import through_template
 from common.conversation.answer_form import TEXT_ALONE, AnswerForm
+from common.conversation.family import Gguf
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.turns import Turn
 
@@ -35,6 +36,8 @@ RECIPES = "chatglm_sft/ft_chatglm3"
 MODEL_TYPES = ("chatglm3",)  # as chatglm_sft.prompt.kinds names what calls itself chatglm
 ENGINES: dict[str, dict[str, str]] = {}  # besides transformers with the model of models/chatglm2, none has been run
 UNTIED_ENGINES = UNTRIED_ENGINES = ()
+GGUF: dict[str, Gguf] = {}
+GGUF_WORDS: dict[tuple[str, bool], str] = {}
 CHAT_TEMPLATE = (
     "[gMASK]sop{% for message in messages %}"
     "{% if message['role'] != 'user' or loop.first or loop.previtem['role'] != 'assistant' %}"

@@ -36,6 +36,7 @@ from common.conversation.answer_form import (
     switches,
     typed_call,
 )
+from common.conversation.family import Gguf
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.thinking import leaves_out, thinks
 from common.conversation.through_template import Marks
@@ -52,6 +53,12 @@ MODEL_TYPES = ("glm", "glm4", "glm4_moe", "glm4_moe_lite")
 ENGINES = {"glm4": {"llama.cpp": ""}, "glm": {"llama.cpp": ""}}  # what gave transformers' text from an export
 UNTIED_ENGINES = ("llama.cpp",)
 UNTRIED_ENGINES = ()
+GGUF = {"glm4": Gguf("glm4"), "glm": Gguf("chatglm")}
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+GGUF_WORDS = {(WORDS, False): "chatglm-bpe", (WORDS, True): "glm4"}
 CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}"
     "{% if message['role'] != 'user' or loop.first or loop.previtem['role'] != 'assistant' %}"

@@ -190,8 +190,11 @@ class ExportFlags:
     """What export.py takes beside the knobs."""
 
     checkpoint: str = ""  # answer as this checkpoint of the run: best (by validation loss), last, or a step
-    output_dir: str = ""  # new folder for the whole model; default: the one exported + _merged
+    output_dir: str = ""  # new folder for the whole model; default: the one exported + _merged, _gguf or _lora_gguf
+    format: Literal["safetensors", "gguf", "gguf-lora"] = "safetensors"  # gguf: one file; gguf-lora: the adapter alone
+    gguf_type: Literal["auto", "f16", "bf16", "q8_0", "f32"] = "auto"  # of weights in it; auto: f16, an adapter's f32
     repair: str = ""  # mend this folder, exported by an earlier version, for other engines, and exit
+    verify: str = ""  # compare what llama.cpp (the file in output_dir) or a server (http://…/v1) answers, and exit
 
 
 TASKS = ("ceval", "cmmlu", "mmlu", "arc", "gsm8k", "probe")

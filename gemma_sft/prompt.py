@@ -33,6 +33,7 @@ from common.conversation.answer_form import (
     own_template,
     switches,
 )
+from common.conversation.family import Gguf
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.through_template import Marks
 from common.conversation.turns import Call, Turn, fold_system
@@ -56,6 +57,12 @@ ENGINES = {  # besides transformers, what gave its text from an exported folder,
 }
 UNTRIED_ENGINES = ("vllm",)
 UNTIED_ENGINES = ()  # of these, what runs a head of its own: vLLM refuses it, llama.cpp would drop it without a word
+GGUF = {
+    "gemma": Gguf("gemma", norm=1, tied=True),
+    "gemma2": Gguf("gemma2", norm=1, period=2, wide=46, tied=True),
+    "gemma3_text": Gguf("gemma3", norm=1, period=6, local=1e4, wide=62),
+}
+GGUF_WORDS: dict[tuple[str, bool], str] = {}  # its words are not split
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\n\n' %}{% else %}"

@@ -30,6 +30,7 @@ from common.conversation.answer_form import (
     switches,
     typed_call,
 )
+from common.conversation.family import Gguf
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
 from common.conversation.through_template import Marks
 from common.conversation.turns import Call, Turn
@@ -51,6 +52,12 @@ ENGINES = {  # besides transformers, what gave its text from an exported folder,
 }
 UNTRIED_ENGINES = ("vllm",)
 UNTIED_ENGINES = tuple(ENGINES["qwen2"])  # of these, what runs a head of its own: the larger Qwen have one
+GGUF = {"qwen2": Gguf("qwen2"), "qwen3": Gguf("qwen3")}
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+GGUF_WORDS = {(WORDS, False): "qwen2"}
 ANSWERS = Marks(
     begin=re.compile(r"<\|im_start\|>assistant\n"),
     end=re.compile(r"<\|im_end\|>"),

@@ -7,88 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
+from exports import KINDS, model_of, tuned_of
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from common.config import ExportFlags
 from common.errors import UserError
 from common.export import engines, folder, older
-from common.export.proof import Tuned
-from common.model import loading
 from gemma_sft import prompt as gemma_prompt
 from gemma_sft.ft_gemma import export as gemma_export
 from qwen2_sft import prompt as qwen_prompt
-
-SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-TWO_THETAS = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
-YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "rope_theta": 5e5}
-FIRST = ["sliding_attention"] * 2 + ["full_attention"]
-
-
-class Kind:
-    """A model with random weights of a family's tokenizer, and the older names its config.json is to have."""
-
-    def __init__(self, fixture, family, name, expected, **options):
-        self.fixture, self.family, self.name, self.expected, self.options = fixture, family, name, expected, options
-
-
-KINDS = {
-    "gemma": Kind("small_gemma", "gemma_sft.prompt", "Gemma", {"rope_theta": 1e4}),
-    "gemma3": Kind(
-        "small_gemma",
-        "gemma_sft.prompt",
-        "Gemma3",
-        {
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 1e4,
-            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-            "sliding_window_pattern": 3,
-        },
-        rope_parameters=TWO_THETAS,
-        layer_types=FIRST,
-        num_hidden_layers=3,
-    ),
-    "qwen2": Kind(
-        "small_qwen",
-        "qwen2_sft.prompt",
-        "Qwen2",
-        {"rope_theta": 7e3},
-        rope_parameters={"rope_type": "default", "rope_theta": 7e3},
-    ),
-    "qwen3": Kind(
-        "small_qwen",
-        "qwen2_sft.prompt",
-        "Qwen3",
-        {"rope_theta": 5e5, "rope_scaling": {name: value for name, value in YARN.items() if name != "rope_theta"}},
-        rope_parameters=YARN,
-    ),
-    "glm4": Kind(
-        "small_glm4",
-        "chatglm_sft.prompt_glm4",
-        "Glm4",
-        {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        pad_token_id=0,
-    ),
-}
-
-
-def model_of(kind, tokenizer):
-    name = "Gemma3TextConfig" if kind.name == "Gemma3" else f"{kind.name}Config"
-    options = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 1024} | SIZES
-    torch.manual_seed(0)
-    config = getattr(transformers, name)(**options | kind.options)
-    return getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
-
-
-def tuned_of(base, prompt, net=None, path=None, **more):
-    """A Tuned of the folder `base` as if it had been trained."""
-    tokenizer = loading.load_tokenizer(base, prompt)
-    manifest = {"template": {"style": "chat"}, "config": {"model_save_dir": "out"}, "base": {"path": str(path or base)}}
-    parts = dict(questions=[], prompts=[], stop_ids=prompt.stop_ids(tokenizer, "chat"), rank=0, merge_reasons=[])
-    return Tuned(net, tokenizer, manifest, **parts | more)
 
 
 def read(path):
@@ -159,7 +87,7 @@ def test_the_bases_pieces_are_copied(with_pieces, tmp_path, capsys):
     tuned = tuned_of(base, gemma_prompt, AutoModelForCausalLM.from_pretrained(base))
     folder.save(tuned.net, tuned, tmp_path / "whole", gemma_prompt)
     assert (tmp_path / "whole/tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
-    engines.show(tuned, tmp_path / "whole", gemma_prompt)
+    engines.show(tuned, tmp_path / "whole", ExportFlags(), gemma_prompt)
     assert f'keras:       keras_hub.models.CausalLM.from_preset("{tmp_path}/whole")' in capsys.readouterr().out
 
 
@@ -168,7 +96,7 @@ def test_pieces_of_another_vocabulary_are_not(with_pieces, tmp_path, capsys):
     tuned = tuned_of(base, gemma_prompt, AutoModelForCausalLM.from_pretrained(base))
     folder.save(tuned.net, tuned, tmp_path / "whole", gemma_prompt)
     assert not (tmp_path / "whole/tokenizer.model").exists()
-    engines.show(tuned, tmp_path / "whole", gemma_prompt)
+    engines.show(tuned, tmp_path / "whole", ExportFlags(), gemma_prompt)
     printed = capsys.readouterr().out
     assert "keras:       不能 cannot" in printed and "holds another vocabulary than its tokenizer" in printed
 
@@ -176,7 +104,7 @@ def test_pieces_of_another_vocabulary_are_not(with_pieces, tmp_path, capsys):
 def test_only_engines_that_can_are_named(saved, request, capsys):
     kind, net, whole = saved
     prompt = importlib.import_module(kind.family)
-    engines.show(tuned_of(whole, prompt), whole, prompt)
+    engines.show(tuned_of(whole, prompt), whole, ExportFlags(), prompt)
     found = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()]
     able = prompt.ENGINES[net.config.model_type]
     assert "ollama" not in able or (whole / "Modelfile").exists()
@@ -191,13 +119,13 @@ def test_why_an_engine_is_not_named(small_gemma, small_qwen, tmp_path, capsys):
         config.tie_word_embeddings = False
         AutoModelForCausalLM.from_config(config).save_pretrained(path)
         shutil.copy(base / "tokenizer.json", path)
-        engines.show(tuned_of(base, prompt, rank=8, merge_reasons=["DoRA"]), tmp_path / "untied", prompt)
+        engines.show(tuned_of(base, prompt, rank=8, merge_reasons=["DoRA"]), tmp_path / "untied", ExportFlags(), prompt)
         printed = capsys.readouterr().out
         assert ("only transformers: 输出层不再与嵌入共享 the head is no longer tied" in printed) is not named
         assert (f"vllm serve {path}" in printed) is named
         assert ("the adapter alone is not served by vLLM: DoRA" in printed) is named
     none = SimpleNamespace(ENGINES={}, UNTIED_ENGINES=(), UNTRIED_ENGINES=(), RECIPES="x")
-    engines.show(tuned_of(small_gemma, gemma_prompt), small_gemma, none)
+    engines.show(tuned_of(small_gemma, gemma_prompt), small_gemma, ExportFlags(), none)
     assert capsys.readouterr().out == "  只有 only transformers: 没有在其他引擎上跑过 run in no other engine\n"
 
 

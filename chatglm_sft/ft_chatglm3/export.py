@@ -18,19 +18,22 @@ from common.errors import run_main
 def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, ExportFlags, argv)
     import chatglm_sft.models.chatglm2  # noqa: F401 -- tells transformers about the model
-    from common.export import engines, folder, merging, proof, repair
+    from common.export import engines, folder, merging, proof, repair, verify
     from common.runs import chosen
 
     if flags.repair:
         return repair.mend(cfg, flags, prompt)
     cfg = chosen.choose(cfg, flags)
+    if flags.verify:
+        return verify.check(cfg, flags, prompt)
     place = folder.new_folder(cfg, flags)
     tuned = proof.load(cfg, prompt)
+    folder.check_format(tuned, cfg, flags, prompt)
     expected = proof.measure(tuned)
     whole = merging.merge(tuned)
     proof.check_merge(whole, expected)
-    folder.write(whole, expected, place, cfg, prompt)
-    engines.show(tuned, place, prompt)
+    folder.write(whole, expected, place, cfg, flags, prompt)
+    engines.show(tuned, place, flags, prompt)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from common.conversation.answer_form import AnswerForm
 from common.conversation.render import Piece
@@ -11,6 +11,17 @@ from common.conversation.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Gguf(NamedTuple):
+    """What llama.cpp calls a type of model, and what it takes for granted of it."""
+
+    arch: str
+    norm: float = 0.0  # added to the weights of norms, of a model that multiplies by 1 + weight
+    period: int = 0  # every n-th layer sees the whole text, the others a window; 0: there are no windows
+    local: float = 0.0  # rope_theta of layers with a window; 0: the others'
+    wide: int = 0  # layers of the size whose queries are scaled by (hidden_size / heads) ** -0.5; 0: of none
+    tied: bool = False  # the head is always the embeddings
 
 
 class Family(Protocol):
@@ -51,6 +62,14 @@ class Family(Protocol):
     @property
     def UNTIED_ENGINES(self) -> tuple[str, ...]:
         """Engines of ENGINES that run a head which is not tied to the embeddings."""
+
+    @property
+    def GGUF(self) -> Mapping[str, Gguf]:
+        """{model_type: Gguf} of models that are written as GGUF."""
+
+    @property
+    def GGUF_WORDS(self) -> Mapping[tuple[str, bool], str]:
+        """{(the pattern that splits words before a byte-level BPE, its ignore_merges): llama.cpp's name of both}."""
 
     @property
     def CHAT_TEMPLATE(self) -> str:

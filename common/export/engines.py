@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from common.export import older
 
 if TYPE_CHECKING:
+    from common.config import ExportFlags
     from common.conversation.family import Family
     from common.export.proof import Tuned
 
@@ -18,20 +19,31 @@ COMMANDS = {
     "mlx": "mlx_lm.generate --model {folder} --prompt 你好",
     "keras": 'keras_hub.models.CausalLM.from_preset("{folder}")',
     "ctranslate2": "ct2-transformers-converter --model {folder} --output_dir {folder}_ct2",
-    "llama.cpp": "llama-cli -m {folder}/{name}.gguf",
-    "ollama": "cd {folder} && ollama create {name} -f Modelfile && ollama run {name}",
+    "llama.cpp": "python {recipes}/export.py --model_save_dir {run} --format gguf",
+    "ollama": "python {recipes}/export.py --model_save_dir {run} --format gguf",
     "vllm": "vllm serve {folder}",
+}
+OF_FILE = {
+    "llama.cpp": "python {recipes}/export.py --model_save_dir {run} --format gguf",
+    "ollama": "python {recipes}/export.py --model_save_dir {run} --format gguf",
 }
 
 
-def show(tuned: Tuned, folder: Path, prompt: Family) -> None:
+def show(tuned: Tuned, folder: Path, flags: ExportFlags, prompt: Family) -> None:
     """Print how engines run the export in `folder`, which of them cannot and why, and which were not tried here."""
-    configs = [AutoConfig.from_pretrained(path) for path in (tuned.manifest["base"]["path"], folder)]
-    if configs[0].get_text_config() is not configs[0]:
+    base = tuned.manifest["base"]["path"]
+    configs = [AutoConfig.from_pretrained(path) for path in (base, folder)] if flags.format == "safetensors" else []
+    if flags.format == "gguf-lora":
+        chat = " --chat-template-file {folder}/chat_template.jinja" if (folder / older.TEMPLATE).is_file() else ""
+        _line("llama.cpp", ("llama-cli -m BASE.gguf --lora {folder}/{name}.gguf --jinja" + chat), tuned, folder, prompt)
+    elif flags.format == "gguf":
+        for engine in ("llama.cpp", "ollama")[: 1 + (folder / "Modelfile").is_file()]:
+            _line(engine, OF_FILE[engine], tuned, folder, prompt)
+    elif configs[0].get_text_config() is not configs[0]:
         print("  多模态模型里的语言模型 the text model of one of images or sound: 只在 only tried in transformers")
-        return
-    untied = configs[0].tie_word_embeddings and not configs[1].tie_word_embeddings
-    _show_folder(tuned, folder, prompt, configs[1].model_type, untied)
+    else:
+        untied = configs[0].tie_word_embeddings and not configs[1].tie_word_embeddings
+        _show_folder(tuned, folder, prompt, configs[1].model_type, untied)
 
 
 def _show_folder(tuned: Tuned, folder: Path, prompt: Family, model_type: str, untied: bool) -> None:

@@ -28,6 +28,7 @@ CONFIG, TOKENIZER, TEMPLATE, PIECES = (
     "chat_template.jinja",
     "tokenizer.model",
 )
+SCALINGS = ("linear", "dynamic", "yarn", "longrope", "llama3")  # kinds of `rope_scaling` that older readers know
 
 
 def add_rope(folder: Path) -> list[str]:
@@ -57,7 +58,7 @@ def older_names(config: dict[str, Any]) -> dict[str, Any]:
     found = {"rope_theta": whole["rope_theta"]}
     if "partial_rotary_factor" in scaling:
         found["partial_rotary_factor"] = scaling["partial_rotary_factor"]
-    if scaling.get("rope_type", "default") != "default":
+    if scaling.get("rope_type") in SCALINGS:
         found["rope_scaling"] = scaling
     if "sliding_attention" in rope:
         found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]

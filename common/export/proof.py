@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from common.conversation.family import Family
 
 # largest difference of a logit, as a share of the largest logit: fp32 rounds sums only, the others each weight too
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.int8: 5e-2}
 NEW_TOKENS, QUESTIONS = 32, 8
 FALLBACK = (
     "你好",
@@ -47,6 +47,7 @@ class Tuned(NamedTuple):
     questions: list[Sequence[Turn]]  # conversations the export is proven on
     prompts: list[list[int]]  # ids of each of them, as a prompt
     stop_ids: list[int]
+    max_length_q: int  # to which prompts were cut
     rank: int  # of the adapter; 0 where the run tuned the weights themselves
     merge_reasons: list[str]  # why the adapter alone cannot be served, see adapter.merge_reasons
 
@@ -72,7 +73,7 @@ def load(cfg: SFTConfig, prompt: Family) -> Tuned:
     style, limit = trained.prompt_style, trained.max_length_q
     prompts = [fitted(tokenizer, prompt, asked, style, limit)[0] for asked in turns]
     rank, reasons = (adapter.r, merge_reasons(net)) if adapter else (0, [])
-    return Tuned(net, tokenizer, manifest, turns, prompts, manifest["stop_ids"], rank, reasons)
+    return Tuned(net, tokenizer, manifest, turns, prompts, manifest["stop_ids"], limit, rank, reasons)
 
 
 def measure(tuned: Tuned) -> Expected:

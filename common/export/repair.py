@@ -23,8 +23,8 @@ def mend(cfg: SFTConfig, flags: ExportFlags, prompt: Family) -> None:
     UserError where it is no export, where another flag goes with it, or where something cannot be mended; what can
     is mended then too.
     """
-    others = [f"--{name}" for name in ("output_dir", "checkpoint") if getattr(flags, name)]
-    others += [f"--{name}" for name in sorted(cfg.given)]
+    others = [f"--{name}" for name in ("output_dir", "verify", "checkpoint") if getattr(flags, name)]
+    others += ["--format"] * (flags.format != "safetensors") + [f"--{name}" for name in sorted(cfg.given)]
     if others:
         raise UserError(
             f"--repair 与 {others[0]} 不能同用 cannot go together: it mends the folder it names; leave it out"

@@ -1,0 +1,74 @@
+"""A run's LoRA adapter as GGUF, which llama.cpp adds to a GGUF of its base; read back and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gguf
+import numpy as np
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from common.export import gguf_file
+from common.model.adapter import config_of
+from common.model.layers import causal_of
+from common.model.weights import adapter_file
+
+if TYPE_CHECKING:
+    from common.conversation.family import Family
+    from common.export.proof import Tuned
+
+PREFIX = "base_model.model."
+HALVES = {".lora_A.weight": ".weight.lora_a", ".lora_B.weight": ".weight.lora_b"}  # peft's names: llama.cpp's
+
+
+def check(tuned: Tuned, run: Path) -> None:
+    """UserError where the run in the folder `run` has no adapter, or one that is more than LoRA on linear layers."""
+    if not tuned.rank:
+        raise UserError("--format gguf-lora: 这个训练没有适配器 the run has no adapter: use --format gguf")
+    config = config_of(run)
+    patterns = ["ranks of its own for some layers"] * bool(config.rank_pattern or config.alpha_pattern)
+    if reasons := [*tuned.merge_reasons, *patterns]:
+        raise UserError(
+            "--format gguf-lora: 适配器不只是线性层上的 LoRA the adapter is more than LoRA on linear layers: "
+            f"{', '.join(reasons)}; use --format gguf"
+        )
+
+
+def write(tuned: Tuned, run: Path, file: Path, name: str, prompt: Family) -> str:
+    """Write the adapter in the folder `run` as weights of the type `name`, read it back; the verdict in words."""
+    model, config, kind = causal_of(tuned.net).config, config_of(run), gguf_file.TYPES[name]
+    arch = gguf_file.check(model, prompt).arch
+    tensors = _tensors(run, arch, model.num_hidden_layers)
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    # llama.cpp's scale is alpha / rank; rsLoRA's is alpha / sqrt(rank)
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, config.lora_alpha * (config.r**0.5 if config.use_rslora else 1))
+    for label, tensor in tensors.items():
+        writer.add_tensor(label, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for tensor in gguf.GGUFReader(file).tensors:
+        source = tensors.pop(tensor.name)
+        read = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(source.shape)
+        if not (np.abs(read - source) <= gguf_file.rounding(source, tensor.tensor_type)).all():
+            raise UserError(f"{file.name}: {tensor.name} 与写入的不同 differs from what was written")
+    if tensors:
+        raise UserError(f"{file.name}: 张量不全 tensors are lost: {sorted(tensors)[:3]}")
+    return "张量一致 tensors are equal; 没有问 llama.cpp was not asked: it needs a GGUF of the base"
+
+
+def _tensors(run: Path, arch: str, layers: int) -> dict[str, np.ndarray]:
+    """{llama.cpp's name: fp32 values [rank, in] or [out, rank]} of the adapter in the folder `run`."""
+    names, found = gguf.get_tensor_name_map(gguf_file.ARCHS[arch], layers), {}
+    for name, tensor in load_file(adapter_file(run)).items():
+        half = next((half for half in HALVES if name.endswith(half)), "")
+        label = names.get_name(name.removeprefix(PREFIX).removesuffix(half)) if half else None
+        if label is None:
+            raise UserError(f"--format gguf-lora: llama.cpp 没有 llama.cpp has no tensor {name} in {arch}")
+        found[label + HALVES[half]] = tensor.float().numpy()
+    return found

@@ -1,0 +1,198 @@
+"""A whole model as one GGUF file, which llama.cpp, Ollama and LM Studio open; read back and compared.
+
+Hyperparameters, tensors and tokenizer go by llama.cpp's names (the package gguf has them); what llama.cpp takes for
+granted of a model type is in the family's GGUF, and a model that is otherwise is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from common.errors import UserError
+from common.export import gguf_tokenizer, older, proof
+from common.export.proof import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from common.conversation.family import Family, Gguf
+    from common.export.proof import Expected, Tuned
+
+TYPES = {"f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "f32": Type.F32}
+FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "f32": "ALL_F32"}
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.int8, "f32": torch.float32}
+BLOCK = 32  # values that share a scale in q8_0
+ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+
+
+def check(config: PreTrainedConfig, prompt: Family) -> Gguf:
+    """The Gguf of a model's type; UserError where llama.cpp has none, or computes such a model otherwise."""
+    kind = prompt.GGUF.get(config.model_type)
+    if kind is None:
+        known = ", ".join(prompt.GGUF) or "none of this family 这个家族没有"
+        raise UserError(f"--format gguf: 没有 {config.model_type} is not written as GGUF here; known: {known}")
+    for wrong in _otherwise(config.to_dict(), kind):
+        raise UserError(
+            f"--format gguf: llama.cpp 不这样计算 {config.model_type} llama.cpp computes it otherwise: {wrong}; "
+            "export as safetensors, without --format"
+        )
+    return kind
+
+
+def _otherwise(config: dict[str, Any], kind: Gguf) -> Iterator[str]:
+    """What of a config llama.cpp does not read from a file of this kind."""
+    scalar, heads = config.get("query_pre_attn_scalar"), config["num_attention_heads"]
+    wide = config["num_hidden_layers"] == kind.wide
+    if scalar is not None and scalar != (config["hidden_size"] // heads if wide else _head_size(config)):
+        yield f"query_pre_attn_scalar {scalar}"
+    if "sliding_attention" in (config.get("layer_types") or []) and not (kind.period and older.sliding_period(config)):
+        yield f"layer_types {config['layer_types']}"
+    rope = config.get("rope_parameters") or {}
+    scaling = rope.get("full_attention", rope).get("rope_type", "default")
+    more = rope.get("full_attention", rope).keys() - {"rope_type", "rope_theta", "factor", "partial_rotary_factor"}
+    if scaling not in ("default", "linear", "yarn") or more - {"original_max_position_embeddings"}:
+        yield f"rope_parameters {rope}"
+    if rope.get("sliding_attention", {}).get("rope_type", "default") != "default":
+        yield f"rope_parameters {rope}"
+    if kind.tied and not config["tie_word_embeddings"]:
+        yield "tie_word_embeddings false"
+    if config.get("use_bidirectional_attention"):
+        yield "use_bidirectional_attention true"
+
+
+def write(whole: PreTrainedModel, expected: Expected, file: Path, name: str, prompt: Family) -> str:
+    """Write `whole`, in fp32, as weights of the type `name`; read it back, compare it, return the verdict in words.
+
+    The tensors that were read back are in `whole` afterwards. UserError as in `check`, `gguf_tokenizer.read` and
+    `proof.compare`, and where a tensor is not as near as its type allows.
+    """
+    tuned, kind = expected.tuned, check(whole.config, prompt)
+    writer = gguf.GGUFWriter(file, kind.arch)
+    writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[name]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_name(file.stem)
+    _add_shape(writer, whole.config.to_dict(), kind)
+    _add_tokenizer(writer, whole, tuned, prompt)
+    tensors = dict(_tensors(whole, kind))
+    types = {label: _type(label, tensor, TYPES[name]) for label, (tensor, _) in tensors.items()}
+    for label, (tensor, _) in tensors.items():
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[label])
+        plain = {Type.F32: np.float32, Type.F16: np.float16}.get(types[label])
+        size = int(np.prod(shape))
+        dtype, shape = (np.dtype(plain), tuple(tensor.shape)) if plain else (np.dtype(np.uint8), shape)
+        writer.add_tensor_info(label, shape, dtype, size, raw_dtype=types[label])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for label, (tensor, shift) in tensors.items():
+        writer.write_tensor_data(gguf.quants.quantize(tensor.float().cpu().numpy() + np.float32(shift), types[label]))
+    writer.close()
+    say("读回 reading back: 与训练后的模型比较 and comparing with the tuned model")
+    _read_back(file, tensors)
+    return proof.compare(whole, expected, DTYPES[name])
+
+
+def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], kind: Gguf) -> None:
+    """Write sizes, positions and windows of a model."""
+    head = _head_size(config)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config["rope_parameters"]
+    _add_rope(writer, rope.get("full_attention", rope), head)
+    if kind.period and config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+        if (period := older.sliding_period(config)) != kind.period:
+            writer.add_sliding_window_pattern(period)
+        local = rope.get("sliding_attention", rope)["rope_theta"]
+        if local != (kind.local or rope.get("full_attention", rope)["rope_theta"]):
+            writer.add_rope_freq_base_swa(local)
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(cap):
+            getattr(writer, f"add_{cap}")(config[cap])
+
+
+def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head: int) -> None:
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if "partial_rotary_factor" in rope:
+        writer.add_rope_dimension_count(int(head * rope["partial_rotary_factor"]))
+    if rope.get("rope_type", "default") == "default":
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+    writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def words_of(tuned: Tuned, rows: int, prompt: Family) -> gguf_tokenizer.Vocabulary:
+    """The run's tokenizer as llama.cpp reads one, for an embedding of so many rows; UserError where it cannot."""
+    return gguf_tokenizer.read(tuned.tokenizer, rows, prompt.GGUF_WORDS, tuned.manifest["base"]["path"])
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, whole: PreTrainedModel, tuned: Tuned, prompt: Family) -> None:
+    words = words_of(tuned, whole.get_input_embeddings().weight.shape[0], prompt)
+    begins = tuned.tokenizer.bos_token_id is not None and tuned.prompts[0][0] == tuned.tokenizer.bos_token_id
+    gguf_tokenizer.add(writer, words, tuned.tokenizer, tuned.stop_ids, begins)
+
+
+def _tensors(whole: PreTrainedModel, kind: Gguf) -> Iterator[tuple[str, tuple[torch.Tensor, float]]]:
+    """(llama.cpp's name, (the model's tensor, what is added to it)) of each tensor; a tied head is not written."""
+    names = gguf.get_tensor_name_map(ARCHS[kind.arch], whole.config.num_hidden_layers)
+    head = whole.get_output_embeddings()
+    for name, tensor in whole.state_dict().items():
+        if whole.config.tie_word_embeddings and whole.get_submodule(name.rpartition(".")[0]) is head:
+            continue
+        label = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if label is None:
+            raise UserError(f"--format gguf: llama.cpp 没有 llama.cpp has no tensor {name} in {kind.arch}")
+        yield label, (tensor, kind.norm if label.endswith("norm.weight") else 0.0)
+
+
+def _type(label: str, tensor: torch.Tensor, wanted: Type) -> Type:
+    """The type a tensor is written in: norms and biases whole, rows that fit no block in f16."""
+    if tensor.dim() == 1 or label.endswith("_norm.weight"):
+        return Type.F32
+    return Type.F16 if wanted == Type.Q8_0 and tensor.shape[-1] % BLOCK else wanted
+
+
+def _read_back(file: Path, tensors: dict[str, tuple[torch.Tensor, float]]) -> None:
+    """Put the file's tensors in place of those they were made of; UserError where one is lost or further off."""
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    if found.keys() != tensors.keys():
+        raise UserError(f"{file.name}: 张量不全 tensors are lost: {sorted(found.keys() ^ tensors.keys())[:3]}")
+    for label, (tensor, shift) in tensors.items():
+        read = gguf.quants.dequantize(found[label].data, found[label].tensor_type).reshape(tuple(tensor.shape))
+        source = tensor.float().cpu().numpy() + np.float32(shift)
+        if not (np.abs(read - source) <= rounding(source, found[label].tensor_type)).all():
+            raise UserError(f"{file.name}: {label} 与写入的不同 differs from what was written; try --gguf_type f32")
+        tensor.copy_(torch.from_numpy(read - np.float32(shift)))
+
+
+def rounding(source: np.ndarray, kind: Type) -> np.ndarray:
+    """How far each value may be from its source in a type: half a step of it, and of q8_0 its scale's in f16 too."""
+    size = np.abs(source)
+    if kind == Type.F32:
+        return np.zeros_like(size)
+    if kind == Type.Q8_0:
+        largest = size.reshape(-1, BLOCK).max(axis=1, keepdims=True)
+        return np.broadcast_to(largest * (0.5 / 127 + 2**-11) * 1.001 + 2**-24 * 128, (largest.size, BLOCK)).reshape(
+            size.shape
+        )
+    return size * 2.0 ** (-11 if kind == Type.F16 else -8) + 2.0**-25
+
+
+def _head_size(config: dict[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

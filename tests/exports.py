@@ -1,0 +1,108 @@
+"""Small random models of each kind that is exported, and what is known of them."""
+
+import torch
+import transformers
+
+from common.conversation import templates
+from common.conversation.turns import Turn
+from common.export import proof
+from common.export.proof import Tuned
+from common.inference.answerer import fitted
+from common.model import loading
+
+SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+TWO_THETAS = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "rope_theta": 5e5}
+FIRST = ["sliding_attention"] * 2 + ["full_attention"]
+
+
+class Kind:
+    """A model with random weights of a family's tokenizer, and the older names its config.json is to have."""
+
+    def __init__(self, fixture, family, name, expected, **options):
+        self.fixture, self.family, self.name, self.expected, self.options = fixture, family, name, expected, options
+
+
+KINDS = {
+    "gemma": Kind("small_gemma", "gemma_sft.prompt", "Gemma", {"rope_theta": 1e4}),
+    "gemma3": Kind(
+        "small_gemma",
+        "gemma_sft.prompt",
+        "Gemma3",
+        {
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "sliding_window_pattern": 3,
+        },
+        rope_parameters=TWO_THETAS,
+        layer_types=FIRST,
+        num_hidden_layers=3,
+        query_pre_attn_scalar=16,
+        sliding_window=24,
+    ),
+    "gemma2": Kind(
+        "small_gemma",
+        "gemma_sft.prompt",
+        "Gemma2",
+        {"rope_theta": 1e4},
+        query_pre_attn_scalar=16,
+        sliding_window=24,
+    ),
+    "qwen2": Kind(
+        "small_qwen",
+        "qwen2_sft.prompt",
+        "Qwen2",
+        {"rope_theta": 7e3},
+        rope_parameters={"rope_type": "default", "rope_theta": 7e3},
+    ),
+    "qwen3": Kind(
+        "small_qwen",
+        "qwen2_sft.prompt",
+        "Qwen3",
+        {"rope_theta": 5e5, "rope_scaling": {name: value for name, value in YARN.items() if name != "rope_theta"}},
+        rope_parameters=YARN,
+    ),
+    "glm4": Kind(
+        "small_glm4",
+        "chatglm_sft.prompt_glm4",
+        "Glm4",
+        {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        pad_token_id=0,
+    ),
+}
+
+
+def model_of(kind, tokenizer):
+    name = "Gemma3TextConfig" if kind.name == "Gemma3" else f"{kind.name}Config"
+    options = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 1024} | SIZES
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**options | kind.options)
+    return getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
+
+
+def tuned_of(base, prompt, net=None, path=None, **more):
+    """A Tuned of the folder `base` as if it had been trained."""
+    tokenizer = loading.load_tokenizer(base, prompt)
+    manifest = {"template": {"style": "chat"}, "config": {"model_save_dir": "out"}, "base": {"path": str(path or base)}}
+    parts = dict(
+        questions=[],
+        prompts=[],
+        max_length_q=500,
+        stop_ids=prompt.stop_ids(tokenizer, "chat"),
+        rank=0,
+        merge_reasons=[],
+    )
+    return Tuned(net, tokenizer, manifest, **parts | more)
+
+
+def measured(base, prompt, net):
+    """The Expected of a model that answers eight questions."""
+    tuned = tuned_of(base, prompt, net)
+    tuned.tokenizer.chat_template = templates.chat_template(tuned.tokenizer, prompt, "chat")
+    questions = [[Turn("user", text)] for text in proof.FALLBACK]
+    prompts = [fitted(tuned.tokenizer, prompt, turns, "chat", 500)[0] for turns in questions]
+    return proof.measure(tuned._replace(questions=questions, prompts=prompts))

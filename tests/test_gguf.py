@@ -1,0 +1,219 @@
+"""GGUF files: what they hold, that llama.cpp gives the model's text from them, and which models are refused."""
+
+import importlib
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from exports import KINDS, measured, model_of
+from gguf import GGMLQuantizationType as Type
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from common.errors import UserError
+from common.export import gguf_file, gguf_tokenizer, llama_cpp, proof
+from gemma_sft import prompt as gemma_prompt
+from qwen2_sft import prompt as qwen_prompt
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+def once(request):
+    """(the Kind, its prompt module, its Expected, its weights)."""
+    kind, base = request.param, request.getfixturevalue(request.param.fixture)
+    prompt, net = importlib.import_module(kind.family), model_of(kind, AutoTokenizer.from_pretrained(base))
+    return kind, prompt, measured(base, prompt, net), {name: one.clone() for name, one in net.state_dict().items()}
+
+
+@pytest.fixture
+def made(once):
+    """(the Kind, its prompt module, its Expected), with the weights of before."""
+    *found, expected, weights = once
+    expected.tuned.net.load_state_dict(weights)
+    return *found, expected
+
+
+def values(file):
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+@pytest.mark.parametrize("name", gguf_file.TYPES)
+def test_a_file_holds_the_model(made, tmp_path, name):
+    kind, prompt, expected = made
+    net, file = expected.tuned.net, tmp_path / "x.gguf"
+    count = sum(parameter.numel() for parameter in net.parameters())
+    verdict = gguf_file.write(net, expected, file, name, prompt)
+    assert "greedy answers equal 8/8" in verdict or name != "f32"
+    tensors, found = gguf.GGUFReader(file).tensors, values(file)
+    assert sum(int(tensor.n_elements) for tensor in tensors) == count, "each weight once"
+    wanted = gguf_file.TYPES[name]
+    assert {t.tensor_type for t in tensors if len(t.shape) > 1} == {wanted}
+    assert {t.tensor_type for t in tensors if len(t.shape) == 1} == {Type.F32}
+    arch = found["general.architecture"]
+    assert found[f"{arch}.rope.freq_base"] == kind.expected["rope_theta"]
+    assert found[f"{arch}.attention.key_length"] == 16 and found[f"{arch}.attention.head_count_kv"] == 1
+    assert found["tokenizer.chat_template"] == expected.tuned.tokenizer.chat_template
+    stops = {found.get(f"tokenizer.ggml.{one}_token_id") for one in ("eos", "eot", "eom")} - {None}
+    assert stops == set(expected.tuned.stop_ids)
+
+
+@pytest.mark.parametrize("name", ["f32", "q8_0"])
+def test_llama_cpp_gives_the_models_text(made, tmp_path, name):
+    pytest.importorskip("xllamacpp")
+    kind, prompt, expected = made
+    gguf_file.write(expected.tuned.net, expected, tmp_path / "x.gguf", name, prompt)
+    verdict = llama_cpp.prove(tmp_path / "x.gguf", expected, proof.TOLERANCE[gguf_file.DTYPES[name]])
+    assert "200 段文字的编号一致" in verdict and (name != "f32" or "equal 8/8" in verdict)
+
+
+def test_a_value_that_changes_is_found(made, tmp_path, monkeypatch):
+    _, prompt, expected = made
+    quantize = gguf.quants.quantize
+    monkeypatch.setattr(gguf.quants, "quantize", lambda values, kind: quantize(values * 1.02, kind))
+    with pytest.raises(UserError, match="differs from what was written"):
+        gguf_file.write(expected.tuned.net, expected, tmp_path / "x.gguf", "q8_0", prompt)
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0])
+def test_a_type_rounds_no_further_than_it_is_allowed_to(kind):
+    source = (np.random.default_rng(0).standard_normal((64, 256)) * np.logspace(-6, 3, 64)[:, None]).astype(np.float32)
+    read = gguf.quants.dequantize(gguf.quants.quantize(source, kind), kind)
+    off, allowed = np.abs(read - source), gguf_file.rounding(source, kind)
+    assert (off <= allowed).all() and (kind == Type.F32 or (off > allowed / 4).any())
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+OTHERWISE = {
+    "gemma3": {"query_pre_attn_scalar": 256, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+    "gemma2": {"query_pre_attn_scalar": 256, "tie_word_embeddings": False},
+    "qwen2": {"layer_types": ["full_attention", "sliding_attention"]},
+    "qwen3": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in OTHERWISE.items() for key in keys])
+def test_a_model_that_llama_cpp_computes_otherwise_is_refused(request, name, key):
+    kind = KINDS[name]
+    config = model_of(kind, AutoTokenizer.from_pretrained(request.getfixturevalue(kind.fixture))).config
+    prompt = importlib.import_module(kind.family)
+    gguf_file.check(config, prompt)
+    setattr(config, key, OTHERWISE[name][key])
+    with pytest.raises(UserError, match="llama.cpp computes it otherwise: " + key.partition("_p")[0]):
+        gguf_file.check(config, prompt)
+
+
+def test_a_family_without_gguf_is_refused(small_chatglm):
+    from chatglm_sft import prompt
+
+    config = type("Config", (), {"model_type": "chatglm"})()
+    with pytest.raises(UserError, match="chatglm is not written as GGUF here; known: none of this family"):
+        gguf_file.check(config, prompt)
+
+
+class Rules:
+    """A tokenizer whose rules are given."""
+
+    def __init__(self, text):
+        self.backend_tokenizer = self
+        self.text = text
+
+    def to_str(self):
+        return self.text
+
+
+def rules_of(folder):
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def refused(rules, prompt, match):
+    with pytest.raises(UserError, match=match):
+        gguf_tokenizer.read(Rules(json.dumps(rules)), 400, prompt.GGUF_WORDS, "base")
+
+
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused(small_qwen, small_gemma):
+    rules = rules_of(small_qwen)
+    assert gguf_tokenizer.read(Rules(json.dumps(rules)), 400, qwen_prompt.GGUF_WORDS, "base").pre == "qwen2"
+    rules["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
+    refused(rules, qwen_prompt, "llama.cpp has no such tokenizer: pre_tokenizer")
+    rules = rules_of(small_gemma)
+    rules["normalizer"] = {"type": "Lowercase"}
+    refused(rules, gemma_prompt, "normalizer")
+    rules = rules_of(small_gemma)
+    rules["model"]["vocab"]["ab"] = 300
+    refused(rules, gemma_prompt, "piece 'ab', which no merge makes")
+    rules["model"]["vocab"] |= {"abc": 301, "bc": 302}
+    rules["model"]["merges"] = [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]]
+    refused(rules, gemma_prompt, "merges of 'abc'")
+    rules["model"] |= {"type": "Unigram"}
+    refused(rules, gemma_prompt, "model Unigram")
+
+
+def test_merges_become_scores(small_gemma):
+    rules = rules_of(small_gemma)
+    rules["model"]["vocab"] |= {"ab": 300, "abc": 301, "bc": 302}
+    rules["model"]["merges"] = [["b", "c"], ["a", "b"], ["ab", "c"], ["a", "bc"]]
+    words = gguf_tokenizer.read(Rules(json.dumps(rules)), 400, {}, "base")
+    assert [words.scores[number] for number in (302, 300, 301)] == [0, -1, -2]
+    assert words.types[300] == gguf.TokenType.NORMAL and words.types[399] == gguf.TokenType.UNUSED
+    assert {words.tokens[number] for number, kind in enumerate(words.types) if kind == gguf.TokenType.CONTROL} >= {
+        "<bos>"
+    }
+
+
+# ---------------------------------------------------------------- export.py
+
+
+@pytest.fixture(scope="module")
+def run(gemma):
+    return gemma.train("run", "--max_steps", 2)
+
+
+def test_a_run_is_exported_as_one_file(gemma, run, tmp_path, capsys):
+    gemma.recipe("export").main(["--model_save_dir", str(run), "--format", "gguf", "--output_dir", str(tmp_path / "m")])
+    names = sorted(path.name for path in (tmp_path / "m").iterdir())
+    assert names == ["Modelfile", "export.json", "m.gguf"]
+    assert (tmp_path / "m/Modelfile").read_text().startswith("FROM ./m.gguf\n")
+    printed = capsys.readouterr().out
+    assert f"llama-cli -m {tmp_path}/m/m.gguf" in printed and "ollama create m -f Modelfile" in printed
+    assert json.loads((tmp_path / "m/export.json").read_text())["dtype"] == "f16"
+    with pytest.raises(UserError, match="already exists"):
+        gemma.recipe("export").main(
+            ["--model_save_dir", str(run), "--format", "gguf", "--output_dir", str(tmp_path / "m")]
+        )
+
+
+def test_an_adapter_is_exported_alone(gemma, run, tmp_path, capsys):
+    flags = ["--model_save_dir", str(run), "--format", "gguf-lora", "--output_dir", str(tmp_path / "a")]
+    gemma.recipe("export").main(flags)
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "a/a.gguf").tensors}
+    own = load_file(run / "adapter_model.safetensors")
+    assert len(tensors) == len(own)
+    one = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    assert np.array_equal(tensors["blk.1.attn_v.weight.lora_b"], own[one].numpy()) and torch.any(own[one])
+    assert values(tmp_path / "a/a.gguf")["adapter.lora.alpha"] == 32
+    assert "--lora" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--gguf_type", "f16"], "belongs to --format gguf"),
+        (["--format", "gguf", "--dtype", "float16"], "--dtype .* has no effect with it; use --gguf_type"),
+        (["--format", "gguf-lora", "--gguf_type", "q8_0"], "whose rows are too short"),
+    ],
+)
+def test_flags_that_do_not_go_together(gemma, run, tmp_path, flags, match):
+    with pytest.raises(UserError, match=match):
+        gemma.recipe("export").main(["--model_save_dir", str(run), "--output_dir", str(tmp_path / "x"), *flags])
+
+
+def test_a_run_of_whole_weights_has_no_adapter(gemma, tmp_path):
+    whole = gemma.train("whole", "--tuning", "full", "--max_steps", 1)
+    with pytest.raises(UserError, match="the run has no adapter: use --format gguf"):
+        gemma.recipe("export").main(
+            ["--model_save_dir", str(whole), "--format", "gguf-lora", "--output_dir", str(tmp_path / "x")]
+        )
+    assert list(tmp_path.iterdir()) == []
