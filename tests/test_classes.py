@@ -10,11 +10,11 @@ from commands import text_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import export
 from common.conversation.turns import Turn
 from common.engine import batcher as engine
 from common.engine.request import Ask
 from common.errors import UserError
+from common.export import proof
 from common.inference.answerer import Sampling
 from common.model import loading
 from common.model.loss import supervised
@@ -115,8 +115,8 @@ def test_answers_do_not_depend_on_who_else_asks(checkpoint, trained, monkeypatch
 
 
 def test_it_is_exported_and_plain_libraries_load_it(checkpoint, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "NEW_TOKENS", 4)
-    monkeypatch.setattr(export, "QUESTIONS", 3)
+    monkeypatch.setattr(proof, "NEW_TOKENS", 4)
+    monkeypatch.setattr(proof, "QUESTIONS", 3)
     folder, base = tmp_path / "merged", str(checkpoint.folder)
     checkpoint.recipe("export").main(["--model_save_dir", str(trained), "--output_dir", str(folder)])
     config = AutoConfig.from_pretrained(folder)
@@ -143,6 +143,7 @@ def test_the_table_of_models_is_what_is_tried_here(page, right, served, targets)
             *(cell == word for cell, word in zip(cells[5:8], (right, targets, served), strict=True)),
         )
         for cells in lines
+        if len(cells) == 9  # not those of models that are this project's own
     }
     assert told == {
         name: (

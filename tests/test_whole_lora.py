@@ -10,8 +10,8 @@ from commands import ROOT, commands
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import export
 from common.conversation.turns import Turn
+from common.export import proof
 from common.inference.answerer import Sampling
 from common.model import loading
 from common.training import callbacks, curve
@@ -76,8 +76,8 @@ def test_a_resume_is_the_same_run(checkpoint, trained, tmp_path, monkeypatch):
 
 def test_the_exported_model_is_that_of_plain_libraries(checkpoint, trained, tmp_path, monkeypatch):
     """Its head has a matrix of its own: merged into the one they share, each change would be in both."""
-    monkeypatch.setattr(export, "NEW_TOKENS", 4)
-    monkeypatch.setattr(export, "QUESTIONS", 3)
+    monkeypatch.setattr(proof, "NEW_TOKENS", 4)
+    monkeypatch.setattr(proof, "QUESTIONS", 3)
     asked, greedy = [[Turn("user", text)] for text in ("1+1", "问" * 30)], Sampling(max_new_tokens=6)
     answer = checkpoint.answerer(trained)
     alone = [answer([turns], greedy)[0] for turns in asked]
