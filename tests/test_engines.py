@@ -111,6 +111,18 @@ def test_only_engines_that_can_are_named(saved, request, capsys):
     assert found == [*able, *prompt.UNTRIED_ENGINES]
 
 
+def test_a_model_that_cannot_be_written_as_gguf_is_named(small_qwen, tmp_path, capsys):
+    shutil.copytree(small_qwen, tmp_path / "whole")
+    config = read(tmp_path / "whole/config.json")
+    config["layer_types"][0] = "sliding_attention"
+    (tmp_path / "whole/config.json").write_text(json.dumps(config))
+    (tmp_path / "whole/Modelfile").write_text("x")
+    engines.show(tuned_of(small_qwen, qwen_prompt), tmp_path / "whole", ExportFlags(), qwen_prompt)
+    printed = capsys.readouterr().out
+    assert "llama.cpp:   不能 cannot: llama.cpp 不这样计算" in printed and "ollama:      不能 cannot" in printed
+    assert "mlx_lm.generate" in printed
+
+
 def test_why_an_engine_is_not_named(small_gemma, small_qwen, tmp_path, capsys):
     path = str(tmp_path / "untied")
     for base, prompt, named in ((small_gemma, gemma_prompt, False), (small_qwen, qwen_prompt, True)):

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
 
+from common.errors import UserError
 from common.export import older
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from common.config import ExportFlags
     from common.conversation.family import Family
     from common.export.proof import Tuned
@@ -20,12 +23,12 @@ COMMANDS = {
     "keras": 'keras_hub.models.CausalLM.from_preset("{folder}")',
     "ctranslate2": "ct2-transformers-converter --model {folder} --output_dir {folder}_ct2",
     "llama.cpp": "python {recipes}/export.py --model_save_dir {run} --format gguf",
-    "ollama": "python {recipes}/export.py --model_save_dir {run} --format gguf",
+    "ollama": "cd {run}_gguf && ollama create {run_name}_gguf -f Modelfile  (之后 after the line above)",
     "vllm": "vllm serve {folder}",
 }
 OF_FILE = {
-    "llama.cpp": "python {recipes}/export.py --model_save_dir {run} --format gguf",
-    "ollama": "python {recipes}/export.py --model_save_dir {run} --format gguf",
+    "llama.cpp": "llama-cli -m {folder}/{name}.gguf",
+    "ollama": "cd {folder} && ollama create {name} -f Modelfile && ollama run {name}",
 }
 
 
@@ -43,17 +46,19 @@ def show(tuned: Tuned, folder: Path, flags: ExportFlags, prompt: Family) -> None
         print("  多模态模型里的语言模型 the text model of one of images or sound: 只在 only tried in transformers")
     else:
         untied = configs[0].tie_word_embeddings and not configs[1].tie_word_embeddings
-        _show_folder(tuned, folder, prompt, configs[1].model_type, untied)
+        _show_folder(tuned, folder, prompt, configs[1], untied)
 
 
-def _show_folder(tuned: Tuned, folder: Path, prompt: Family, model_type: str, untied: bool) -> None:
+def _show_folder(tuned: Tuned, folder: Path, prompt: Family, config: PreTrainedConfig, untied: bool) -> None:
     """Print the commands for a folder of safetensors. untied: its head has a matrix of its own, the base's has not."""
-    engines = prompt.ENGINES.get(model_type, {})
+    engines = prompt.ENGINES.get(config.model_type, {})
     able = {name: file for name, file in engines.items() if not untied or name in prompt.UNTIED_ENGINES}
+    reasons = {engine: _why_no_gguf(tuned, prompt, config) for engine in OF_FILE if engine in able}
     lacking = older.add_pieces(folder, tuned.manifest["base"]["path"], tuned.tokenizer)
-    for engine, needed in able.items():
-        if needed and lacking:
-            print(f"  {engine + ':':<13}不能 cannot: 需要 needs {needed}; {lacking}")
+    reasons |= {engine: f"需要 needs {file}; {lacking}" for engine, file in able.items() if file and lacking}
+    for engine in able:
+        if why := reasons.get(engine):
+            print(f"  {engine + ':':<13}不能 cannot: {why}")
         elif engine != "ollama" or (folder / "Modelfile").is_file():
             _line(engine, COMMANDS[engine], tuned, folder, prompt)
     if not able:
@@ -67,8 +72,20 @@ def _show_folder(tuned: Tuned, folder: Path, prompt: Family, model_type: str, un
 
 
 def _line(engine: str, command: str, tuned: Tuned, folder: Path, prompt: Family) -> None:
-    run = tuned.manifest["config"]["model_save_dir"]
-    print(f"  {engine + ':':<13}{command.format(folder=folder, name=folder.name, run=run, recipes=prompt.RECIPES)}")
+    run = Path(tuned.manifest["config"]["model_save_dir"])
+    names = {"folder": folder, "name": folder.name, "run": run, "run_name": run.name, "recipes": prompt.RECIPES}
+    print(f"  {engine + ':':<13}{command.format(**names)}")
+
+
+def _why_no_gguf(tuned: Tuned, prompt: Family, config: PreTrainedConfig) -> str:
+    """Why the model cannot be written as GGUF, "" where it can."""
+    from common.export import gguf_file
+
+    try:
+        gguf_file.check_all(config, tuned, prompt)
+    except UserError as problem:
+        return str(problem).removeprefix("--format gguf: ")
+    return ""
 
 
 def _show_adapter(tuned: Tuned, adapter: Path) -> None:

@@ -83,11 +83,10 @@ def check_format(tuned: Tuned, cfg: SFTConfig, flags: ExportFlags, prompt: Famil
     from common.export import gguf_adapter, gguf_file
 
     config = causal_of(tuned.net).config
+    if flags.format == "gguf":
+        return gguf_file.check_all(config, tuned, prompt)
     gguf_file.check(config, prompt)
-    if flags.format == "gguf-lora":
-        gguf_adapter.check(tuned, Path(cfg.model_save_dir))
-    else:
-        gguf_file.words_of(tuned, config.vocab_size, prompt)
+    gguf_adapter.check(tuned, Path(cfg.model_save_dir))
 
 
 def _check_flags(cfg: SFTConfig, flags: ExportFlags) -> None:

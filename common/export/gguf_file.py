@@ -46,6 +46,12 @@ def check(config: PreTrainedConfig, prompt: Family) -> Gguf:
     return kind
 
 
+def check_all(config: PreTrainedConfig, tuned: Tuned, prompt: Family) -> None:
+    """UserError where `check` or `gguf_tokenizer.read` has one."""
+    check(config, prompt)
+    words_of(tuned, config.vocab_size, prompt)
+
+
 def _otherwise(config: dict[str, Any], kind: Gguf) -> Iterator[str]:
     """What of a config llama.cpp does not read from a file of this kind."""
     scalar, heads = config.get("query_pre_attn_scalar"), config["num_attention_heads"]

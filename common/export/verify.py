@@ -111,7 +111,7 @@ def _compare(
     remote.names = [name]
     found = [answer.text for answer in remote(tuned.questions, Sampling(max_new_tokens=proof.NEW_TOKENS))]
     texts = [_text(tuned, ids, prompt) for ids in expected.answers]
-    places = [_parted(tuned, *one, prompt) for one in zip(found, expected.answers, expected.logits, strict=True)]
+    places = [parted(tuned, *one, prompt) for one in zip(found, expected.answers, expected.logits, strict=True)]
     print(f"{name}:  提示 prompt | 相同 same | 差距 top-2 gap | 回答 text")
     wrong = 0
     for number, (text, place, logits) in enumerate(zip(found, places, expected.logits, strict=True), 1):
@@ -134,7 +134,7 @@ def _text(tuned: Tuned, ids: Sequence[int], prompt: Family) -> str:
     return prompt.clean(tuned.tokenizer.decode(kept, skip_special_tokens=True))
 
 
-def _parted(tuned: Tuned, found: str, ids: list[int], logits: torch.Tensor, prompt: Family) -> Parted | None:
+def parted(tuned: Tuned, found: str, ids: list[int], logits: torch.Tensor, prompt: Family) -> Parted | None:
     """Where `found` leaves the text of the answer `ids`; None where it is that text."""
     if found == _text(tuned, ids, prompt):
         return None
