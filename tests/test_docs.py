@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from commands import ROOT, Project, blocks, commands, flags_in, known_flags, pages, text_of
 
-STEMS = "chatglm data evaluation knobs memory methods models new_family prompts service".split()
+STEMS = "chatglm data engines evaluation knobs memory methods models new_family prompts service".split()
 LEARNT = "--data_path my.jsonl --epochs 1 --eval_rows 0"
 RUNS = (  # the runs of README, which the pages ask, score and serve
     f"python gemma_sft/ft_gemma/train.py --path_model_pretrain google/gemma-2b-it --model_save_dir out {LEARNT}",

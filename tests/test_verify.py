@@ -95,9 +95,7 @@ def test_a_merged_model_under_any_name_is_accepted(gemma, run, answers, serve):
 
 
 def test_the_base_under_the_adapters_name_is_caught(gemma, run, answers, serve, capsys):
-    with pytest.raises(
-        UserError, match="tuned 的回答是基座的 answers as the base does, not as the run: the adapter is"
-    ):
+    with pytest.raises(UserError, match="tuned 的回答是基座的 answers as the base does, not as the run"):
         check(gemma, run, serve({"base": answers[1], "tuned": answers[1]}))
     assert "| 否 no |" in capsys.readouterr().out
     with pytest.raises(UserError, match="the adapter is not applied"):
@@ -155,10 +153,8 @@ def test_without_llama_cpp_the_remedy_is_named(gemma, run, tmp_path, monkeypatch
 
 def test_llama_cpp_is_asked(gemma, run, tmp_path, capsys):
     pytest.importorskip("xllamacpp")
-    export = gemma.recipe("export").main
-    export(
-        ["--model_save_dir", str(run), "--format", "gguf", "--gguf_type", "f32", "--output_dir", str(tmp_path / "m")]
-    )
+    flags = ["--model_save_dir", run, "--format", "gguf", "--gguf_type", "f32", "--output_dir", tmp_path / "m"]
+    gemma.recipe("export").main([str(flag) for flag in flags])
     check(gemma, run, "llama.cpp", "--output_dir", str(tmp_path / "m"))
     assert "greedy answers equal 8/8" in capsys.readouterr().out.splitlines()[-1]
 
@@ -169,7 +165,7 @@ def test_llama_cpp_that_answers_otherwise_is_refused(small_gemma, tmp_path):
 
     net = AutoModelForCausalLM.from_pretrained(small_gemma)
     expected = measured(small_gemma, prompt, net)
-    net.get_input_embeddings().weight.data[20:40] += 1
+    net.get_input_embeddings().weight.data[263:] *= -1
     gguf_file.write(net, measured(small_gemma, prompt, net), tmp_path / "x.gguf", "f32", prompt)
     with pytest.raises(UserError, match="the exported model's greedy answer differs"):
         llama_cpp.prove(tmp_path / "x.gguf", expected, 1e-4)
