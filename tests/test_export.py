@@ -117,7 +117,12 @@ def test_the_folder_is_what_engines_load(trained, tmp_path, capsys):
         '"""\nPARAMETER stop "<end_of_turn>"\nPARAMETER stop "<eos>"\n'
     )
     printed = capsys.readouterr().out
-    lines = (f"vllm serve {whole}", "export.py --model_save_dir", "ollama create run_gguf -f", "mlx_lm.generate --model")
+    lines = (
+        f"vllm serve {whole}",
+        "export.py --model_save_dir",
+        "ollama create run_gguf -f",
+        "mlx_lm.generate --model",
+    )
     assert all(line in printed for line in lines)
     assert "keras:       不能 cannot: 需要 needs tokenizer.model" in printed
     assert "--enable-lora --max-lora-rank 16 --lora-modules run=" in printed

@@ -95,9 +95,7 @@ def test_a_merged_model_under_any_name_is_accepted(gemma, run, answers, serve):
 
 
 def test_the_base_under_the_adapters_name_is_caught(gemma, run, answers, serve, capsys):
-    with pytest.raises(
-        UserError, match="tuned 的回答是基座的 answers as the base does, not as the run"
-    ):
+    with pytest.raises(UserError, match="tuned 的回答是基座的 answers as the base does, not as the run"):
         check(gemma, run, serve({"base": answers[1], "tuned": answers[1]}))
     assert "| 否 no |" in capsys.readouterr().out
     with pytest.raises(UserError, match="the adapter is not applied"):
@@ -159,18 +157,6 @@ def test_llama_cpp_is_asked(gemma, run, tmp_path, capsys):
     gemma.recipe("export").main([str(flag) for flag in flags])
     check(gemma, run, "llama.cpp", "--output_dir", str(tmp_path / "m"))
     assert "greedy answers equal 8/8" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_llama_cpp_that_answers_otherwise_is_refused(small_gemma, tmp_path):
-    pytest.importorskip("xllamacpp")
-    from common.export import gguf_file
-
-    net = AutoModelForCausalLM.from_pretrained(small_gemma)
-    expected = measured(small_gemma, prompt, net)
-    net.get_input_embeddings().weight.data[263:] *= -1
-    gguf_file.write(net, measured(small_gemma, prompt, net), tmp_path / "x.gguf", "f32", prompt)
-    with pytest.raises(UserError, match="the exported model's greedy answer differs"):
-        llama_cpp.prove(tmp_path / "x.gguf", expected, 1e-4)
 
 
 def test_where_a_text_parts_is_found(small_gemma):

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 SHARD = "5GB"
 ENDINGS = {"safetensors": "merged", "gguf": "gguf", "gguf-lora": "lora_gguf"}  # of the folder, by --format
 
+WRITTEN = {
+    "safetensors": "完整模型 whole model",
+    "gguf": "完整模型的文件 whole model as a file",
+    "gguf-lora": "适配器的文件 adapter as a file",
+}
+
 
 def new_folder(cfg: SFTConfig, flags: ExportFlags) -> Path:
     """Where the export goes; UserError where something is there already, or flags do not go together."""
@@ -67,7 +73,7 @@ def write(
         files.write_json(draft / "export.json", record | {"dtype": kind, "check": verdict})
         os.rename(draft, folder)
     print(f"读回 read back: {verdict}")
-    print(f"完成 done: {flags.format} ({kind.removeprefix('torch.')}) in {folder}")
+    print(f"完成 done: {WRITTEN[flags.format]} ({kind.removeprefix('torch.')}) in {folder}")
 
 
 def gguf_type(flags: ExportFlags) -> str:
