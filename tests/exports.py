@@ -77,11 +77,19 @@ KINDS = {
 
 
 def model_of(kind, tokenizer):
+    """A model whose answers vary: its layers outweigh the last token, which a tied head would repeat."""
     name = "Gemma3TextConfig" if kind.name == "Gemma3" else f"{kind.name}Config"
     options = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 1024} | SIZES
     torch.manual_seed(0)
     config = getattr(transformers, name)(**options | kind.options)
-    return getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
+    net = getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
+    for part, weight in net.named_parameters():
+        if weight.dim() == 1:
+            weight.data += 0.3 * torch.randn_like(weight)
+        else:
+            large = part.endswith(("o_proj.weight", "down_proj.weight"))
+            weight.data.normal_(0, (8 if large else 0.3 if "embed" in part else 2) * weight.shape[-1] ** -0.5)
+    return net
 
 
 def tuned_of(base, prompt, net=None, path=None, **more):

@@ -34,12 +34,19 @@ def made(once):
     return *found, expected
 
 
+@pytest.fixture
+def rough(monkeypatch):
+    """Random weights this large make a small rounding a large one; how near each tensor is, is asked of itself."""
+    for dtype in (torch.bfloat16, torch.float16, torch.int8):
+        monkeypatch.setitem(proof.TOLERANCE, dtype, 0.5)
+
+
 def values(file):
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
 
 @pytest.mark.parametrize("name", gguf_file.TYPES)
-def test_a_file_holds_the_model(made, tmp_path, name):
+def test_a_file_holds_the_model(made, tmp_path, name, rough):
     kind, prompt, expected = made
     net, file = expected.tuned.net, tmp_path / "x.gguf"
     count = sum(parameter.numel() for parameter in net.parameters())
@@ -59,12 +66,28 @@ def test_a_file_holds_the_model(made, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["f32", "q8_0"])
-def test_llama_cpp_gives_the_models_text(made, tmp_path, name):
+def test_llama_cpp_gives_the_models_text(made, tmp_path, name, rough):
     pytest.importorskip("xllamacpp")
     kind, prompt, expected = made
     gguf_file.write(expected.tuned.net, expected, tmp_path / "x.gguf", name, prompt)
     verdict = llama_cpp.prove(tmp_path / "x.gguf", expected, proof.TOLERANCE[gguf_file.DTYPES[name]])
     assert "200 段文字的编号一致" in verdict and (name != "f32" or "equal 8/8" in verdict)
+    assert len(set(map(tuple, expected.answers))) > 5, "the answers must tell something"
+
+
+@pytest.mark.parametrize("key", ["rope_freq_base", "layer_norm_rms_eps", "sliding_window"])
+def test_llama_cpp_finds_a_hyperparameter_that_is_wrong(made, tmp_path, key, monkeypatch):
+    """All tensors are right there: only an answer tells."""
+    pytest.importorskip("xllamacpp")
+    kind, prompt, expected = made
+    if key == "sliding_window" and "sliding_window" not in kind.options:
+        return
+    add = getattr(gguf.GGUFWriter, f"add_{key}")
+    wrong = {"rope_freq_base": 100.0, "layer_norm_rms_eps": 0.1, "sliding_window": 3}[key]
+    monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}", lambda self, value: add(self, wrong))
+    gguf_file.write(expected.tuned.net, expected, tmp_path / "x.gguf", "f32", prompt)
+    with pytest.raises(UserError, match="the exported model's greedy answer differs"):
+        llama_cpp.prove(tmp_path / "x.gguf", expected, 1e-4)
 
 
 def test_a_value_that_changes_is_found(made, tmp_path, monkeypatch):

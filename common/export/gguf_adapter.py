@@ -52,11 +52,11 @@ def write(tuned: Tuned, run: Path, file: Path, name: str, prompt: Family) -> str
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    for read in gguf.GGUFReader(file).tensors:
-        source = tensors.pop(read.name)
-        values = gguf.quants.dequantize(np.asarray(read.data), read.tensor_type).reshape(source.shape)
-        if not (np.abs(values - source) <= gguf_file.rounding(source, read.tensor_type)).all():
-            raise UserError(f"{file.name}: {read.name} 与写入的不同 differs from what was written")
+    for found in gguf.GGUFReader(file).tensors:
+        source, data = tensors.pop(found.name), np.asarray(found.data)
+        read = gguf.quants.dequantize(data, found.tensor_type).reshape(source.shape)
+        if not (np.abs(read - source) <= gguf_file.rounding(source, found.tensor_type)).all():
+            raise UserError(f"{file.name}: {found.name} 与写入的不同 differs from what was written")
     if tensors:
         raise UserError(f"{file.name}: 张量不全 tensors are lost: {sorted(tensors)[:3]}")
     return "张量一致 tensors are equal; 没有问 llama.cpp was not asked: it needs a GGUF of the base"

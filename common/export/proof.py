@@ -104,7 +104,7 @@ def compare(net: PreTrainedModel, expected: Expected, dtype: torch.dtype) -> str
         if not difference <= limit:  # NaN is not
             raise UserError(
                 f"导出的模型与训练的不同 the exported model differs: a logit by {difference:.3g}, "
-                f"more than {limit:.3g} ({dtype}); nothing was written; try --dtype float32"
+                f"more than {limit:.3g} ({dtype}); nothing was written; try --dtype float32 (GGUF: --gguf_type f32)"
             )
         largest, scale = max(largest, difference), max(scale, float(logits.abs().max()))
         same += same_answer(greedy(net, tuned, ids), new, logits, limit)
