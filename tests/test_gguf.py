@@ -106,6 +106,13 @@ def test_a_type_rounds_no_further_than_it_is_allowed_to(kind):
     assert (off <= allowed).all() and (kind == Type.F32 or (off > allowed / 4).any())
 
 
+def test_a_file_that_llama_cpp_does_not_open_is_named(made, tmp_path):
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(200))
+    with pytest.raises(UserError, match="llama.cpp does not open x.gguf: .*error"):
+        llama_cpp.prove(tmp_path / "x.gguf", made[-1], 1e-4)
+
+
 # ---------------------------------------------------------------- what is refused
 
 

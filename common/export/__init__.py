@@ -7,6 +7,7 @@ older        what readers older than transformers 5 need beside that: rope keys,
 gguf_tokenizer  the tokenizer as llama.cpp reads one
 gguf_file    a whole model as one GGUF file
 gguf_adapter  the adapter alone
+llama_server  llama.cpp in a process of its own
 llama_cpp    that file asked in llama.cpp itself, where it is installed
 engines      which engines run it, by which commands
 verify       --verify: an engine or a server asked, and compared with the run

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import subprocess
+import sys
+import tempfile
 import unicodedata
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,24 +130,28 @@ def _check_template(ask: Ask, tuned: Tuned) -> None:
 
 @contextmanager
 def _served(file: Path, context: int) -> Iterator[Ask]:
-    """A function that asks a llama.cpp server in this process, by path and body; UserError where it does not open."""
-    import xllamacpp
+    """A function that asks a llama.cpp server with the file, by path and body; UserError where it does not open."""
+    words = [sys.executable, Path(__file__).with_name("llama_server.py"), file, context, torch.get_num_threads()]
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        server = subprocess.Popen([str(word) for word in words], stdin=pipe, stdout=pipe, stderr=log, text=True)
+        assert server.stdin and server.stdout
+        try:
+            address = next((line.strip() for line in server.stdout if line.startswith("http")), "")
+            if not address:
+                log.seek(0)
+                said = [line for line in log.read().splitlines() if "error" in line.lower()] or [""]
+                raise UserError(f"llama.cpp 打不开 llama.cpp does not open {file.name}: {said[0][:300]}")
+            yield partial(_ask, address)
+        finally:
+            server.stdin.close()
+            server.kill()
+            server.wait()
+            server.stdout.close()
 
-    options = xllamacpp.CommonParams()
-    options.model.path, options.n_ctx, options.n_parallel, options.verbosity = str(file), context, 1, -1
-    options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    options.cpuparams.n_threads = torch.get_num_threads()
-    options.warmup = False
-    try:
-        server = xllamacpp.Server(options)
-    except (RuntimeError, ValueError) as problem:
-        raise UserError(f"llama.cpp 打不开 llama.cpp does not open {file.name}: {problem}") from None
 
-    def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
-        head = {"Content-Type": "application/json"}
-        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), head)
-        with urllib.request.urlopen(request, timeout=600) as response:
-            return json.load(response)
-
-    yield ask
+def _ask(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    head = {"Content-Type": "application/json"}
+    request = urllib.request.Request(address + path, json.dumps(body).encode(), head)
+    with urllib.request.urlopen(request, timeout=600) as response:
+        return json.load(response)
