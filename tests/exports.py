@@ -66,6 +66,13 @@ KINDS = {
         {"rope_theta": 5e5, "rope_scaling": {name: value for name, value in YARN.items() if name != "rope_theta"}},
         rope_parameters=YARN,
     ),
+    "glm": Kind(
+        "small_glm4",
+        "chatglm_sft.prompt_glm4",
+        "Glm",
+        {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        pad_token_id=0,
+    ),
     "glm4": Kind(
         "small_glm4",
         "chatglm_sft.prompt_glm4",
