@@ -33,12 +33,11 @@ from common.conversation.answer_form import (
     call_of,
     knows,
     own_template,
-    switches,
     typed_call,
 )
 from common.conversation.family import Gguf
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
-from common.conversation.thinking import leaves_out, thinks
+from common.conversation.thinking import leaves_out, switches, thinks
 from common.conversation.through_template import Marks
 from common.conversation.turns import Call, Turn
 from common.launch import rank
@@ -122,7 +121,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
 
 def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
     """Thought and marked calls of GLM-4.5 and later; before, an answer is a tool's name with its arguments below."""
-    thought, call = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")
+    thought, call = ANSWERS.thought, ("<tool_call>", "</tool_call>")
     template = own_template(tokenizer)
     marked = call[0] in template
     return AnswerForm(

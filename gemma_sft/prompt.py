@@ -31,10 +31,10 @@ from common.conversation.answer_form import (
     call_of,
     knows,
     own_template,
-    switches,
 )
 from common.conversation.family import Gguf
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.conversation.thinking import switches
 from common.conversation.through_template import Marks
 from common.conversation.turns import Call, Turn, fold_system
 from common.launch import rank

@@ -27,11 +27,11 @@ from common.conversation.answer_form import (
     json_calls,
     knows,
     own_template,
-    switches,
     typed_call,
 )
 from common.conversation.family import Gguf
 from common.conversation.render import ANSWER, CONTEXT, FRAME, QUESTION, Piece, encode_text, frame_ids, special_id
+from common.conversation.thinking import switches
 from common.conversation.through_template import Marks
 from common.conversation.turns import Call, Turn
 
@@ -114,7 +114,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
 
 def answer_form(tokenizer: PreTrainedTokenizerBase, style: str) -> AnswerForm:
     """Thought from Qwen3 on, calls from Qwen2.5 on: where the tokenizer has the tokens and its template writes them."""
-    thought, call = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")
+    thought, call = ANSWERS.thought, ("<tool_call>", "</tool_call>")
     template = own_template(tokenizer)
     if style != "chat":
         return TEXT_ALONE

@@ -43,21 +43,6 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return "\n".join(template.values()) if isinstance(template, dict) else template
 
 
-def switches(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's own chat template asks otherwise with thinking than without."""
-    if "enable_thinking" not in own_template(tokenizer):
-        return False
-    question = [{"role": "user", "content": "?"}]
-    try:
-        asked = [
-            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, enable_thinking=on)
-            for on in (True, False)
-        ]
-    except Exception:  # whatever a template raises
-        return False
-    return asked[0] != asked[1]
-
-
 def knows(tokenizer: PreTrainedTokenizerBase, mark: str) -> bool:
     """Whether a mark is a token of the tokenizer's, or its chat template writes it."""
     return mark in tokenizer.get_added_vocab() or mark in own_template(tokenizer)

@@ -39,7 +39,7 @@ def set_mode(tokenizer: PreTrainedTokenizerBase, mode: str, path: object) -> Non
     if isinstance(template, dict):
         raise UserError(f"--thinking {mode}: {path}: 有几个聊天模板 has several chat templates: {', '.join(template)}")
     if mode == "none":
-        if thinks(tokenizer) and _asking(tokenizer, False) == _asking(tokenizer, True):
+        if thinks(tokenizer) and not switches(tokenizer):
             raise UserError(f"--thinking none: {path}: 不能关闭思考 its chat template has no form without thinking")
         tokenizer.chat_template = OFF + template
         return
@@ -69,6 +69,12 @@ def thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
     return _thinks(tokenizer, str(tokenizer.chat_template))
 
 
+def switches(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's chat template asks with thinking and without, and otherwise."""
+    on, off = _asking(tokenizer, True), _asking(tokenizer, False)
+    return "" not in (on, off) and on != off
+
+
 def leaves_out(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether thoughts are left out, because the template is switched to a form without them."""
     return str(tokenizer.chat_template).startswith(OFF)
@@ -79,7 +85,7 @@ def _thinks(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     if tokenizer.chat_template is None:
         return False
     shows = ANSWERED[1]["reasoning_content"] in _shown(tokenizer, [ASKED, ANSWERED[1]])
-    return shows or _asking(tokenizer, False) != _asking(tokenizer, True)
+    return shows or switches(tokenizer)
 
 
 def _asking(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> str:
