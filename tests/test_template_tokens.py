@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemm
 from common.cli import parse
 from common.conversation.render import training_sample
 from common.conversation.turns import Turn
+from common.data.cache import Listed
+from common.data.dataset import TrainingData
 from common.errors import UserError
 from common.export import proof
 from common.model import adapter, frozen_layers, loading, loss, template_tokens
@@ -63,11 +66,19 @@ def config(base, *flags):
     return parse(Config, None, list(map(str, ["--path_model_pretrain", base, *flags])))
 
 
-def found(base, *flags):
+def rows_of(*labels):
+    """TrainingData of rows with these labels."""
+    return TrainingData(Dataset.from_dict({"labels": labels}), Dataset.from_dict({}), [], Listed(None), Listed(None))
+
+
+PLAIN_ROWS = rows_of([-100, 300])
+
+
+def found(base, *flags, rows=PLAIN_ROWS):
     """What template_tokens.to_train says of the Gemma in the folder `base`."""
     cfg = config(base, *flags)
     return template_tokens.to_train(
-        loading.load_base(base, cfg.dtype), cfg, loading.load_tokenizer(base, prompt), prompt
+        loading.load_base(base, cfg.dtype), cfg, loading.load_tokenizer(base, prompt), prompt, rows
     )
 
 
@@ -99,7 +110,8 @@ def test_the_embedded_bases_need_nothing(family, capsys):
         assert prompt.stop_ids(tokenizer, style)[0] in ids
         assert max(template_tokens.nearest(base.get_output_embeddings().weight, ids).values()) < 0.85
         capsys.readouterr()
-        assert template_tokens.to_train(base, cfg, tokenizer, prompt) == [] and not capsys.readouterr().out
+        assert template_tokens.to_train(base, cfg, tokenizer, prompt, rows_of(ids)) == []
+        assert not capsys.readouterr().out
 
 
 def test_what_is_found_is_said_in_one_line(alike, small_gemma, capsys):
@@ -111,6 +123,18 @@ def test_what_is_found_is_said_in_one_line(alike, small_gemma, capsys):
     assert found(alike, "--prompt_style", "plain") == [], "its <eos> is a row of its own"
     assert found(alike, "--train_template_tokens", "false") == found(alike, "--tuning", "full") == []
     assert found(small_gemma, "--train_template_tokens", "true") == [2, 5, 6]
+
+
+def test_marks_in_the_answers_are_measured_too(small_gemma, tmp_path, capsys):
+    """Of calls and thoughts; not those of questions, nor what has a row of its own."""
+    base = crowded(small_gemma, tmp_path, ["<mask>", "<unk>"], 50)
+    tokenizer = loading.load_tokenizer(base, prompt)
+    unk, mask, bos = tokenizer.convert_tokens_to_ids(["<unk>", "<mask>", "<bos>"])
+    capsys.readouterr()
+    assert found(base, rows=rows_of([-100, 300, 6], [-100, 301, mask, bos, 302], [])) == [mask]
+    assert "<mask> 0.99" in capsys.readouterr().out
+    assert found(base) == found(base, "--train_template_tokens", "false", rows=rows_of([mask])) == []
+    assert found(base, "--train_template_tokens", "true", rows=rows_of([unk])) == sorted([unk, 2, 5, 6])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from test_chat_templates import TOOLS, needs_trl, official_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse
 from common.config import PredictFlags
@@ -125,6 +126,22 @@ def test_no_thought_is_in_a_row_of_a_run_without(without):
     answer = load(without)
     shown = prompt.render(answer.tokenizer, [OFFER, Turn("user", "他4"), CALLING], "chat")
     assert "要问" not in answer.tokenizer.decode([id_ for piece in shown for id_ in piece.ids])
+
+
+def test_a_base_that_was_never_taught_calls_trains_their_rows(base, rows, tmp_path, capsys):
+    """As Qwen2.5's: the rows of its calls' marks are those of all unused tokens."""
+    untaught, tokenizer = tmp_path / "base", AutoTokenizer.from_pretrained(base)
+    marks = tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>"])
+    net = AutoModelForCausalLM.from_pretrained(base)
+    net.get_input_embeddings().weight.data[marks] = net.get_input_embeddings().weight.data[-1].clone()
+    net.save_pretrained(untaught)
+    tokenizer.save_pretrained(untaught)
+    capsys.readouterr()
+    folder = trained(untaught, rows, tmp_path / "out", "--max_steps", 1)
+    assert "<tool_call> 1.000, </tool_call> 1.000; 也训练 their rows are trained too" in capsys.readouterr().out
+    assert json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"] == {
+        "model.embed_tokens": marks
+    }
 
 
 def test_what_is_exported_asks_in_the_runs_mode(without, tmp_path):

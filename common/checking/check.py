@@ -302,7 +302,7 @@ def rehearse(
     """({step, memory} of training on the heaviest micro batch of the run, what went wrong as a list of texts)."""
     try:
         cfg = tuning.fit_targets(cfg, base, parent)
-        tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, parent)
+        tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, rows, parent)
         net = tuning.make_trainable(base, cfg, tokens, parent)
         return rehearsal.rehearse(net, rows, cfg, tokenizer), []
     except UserError as problem:

@@ -6,7 +6,7 @@ import json
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -86,6 +86,15 @@ def _prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family)
 def lengths_of(dataset: Dataset) -> numpy.ndarray:
     """The rows' lengths in ids, [N] int32, without a Python number for each."""
     return dataset.with_format("arrow")["length"][:].to_numpy()
+
+
+def taught(dataset: Dataset, ids: Sequence[int]) -> set[int]:
+    """Which of `ids` occur among the labels of the files that the dataset is drawn from."""
+    found: set[int] = set()
+    for chunk in dataset.data.column("labels").chunks:
+        labels = chunk.flatten().to_numpy()
+        found.update(labels[numpy.isin(labels, ids)].tolist())
+    return found
 
 
 def _line_ranks(dataset: Dataset) -> numpy.ndarray:

@@ -10,6 +10,7 @@ import torch
 from common import distributed
 from common.config import LORA
 from common.conversation.turns import Turn
+from common.data import dataset
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from common.config import SFTConfig
     from common.conversation.family import Family
+    from common.data.dataset import TrainingData
 
 # cosine: a pretrained base whose end of an answer had a neighbour at 0.995 went on after its answers, tuned briefly;
 # a base tuned on its template, the end at 0.944, ended them (docs/methods.md has the measurements)
@@ -32,15 +34,16 @@ def to_train(
     cfg: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Family,
+    rows: TrainingData,
     parent: Path | None = None,
 ) -> list[int]:
     """Ids of the control tokens whose rows of embedding and head are to be trained too; one line says which and why.
 
     auto: those with a neighbour of cosine ALIKE or more in the output matrix. A base that has not learnt its template
     has left their rows where all unused ones are: an adapter below the head then has to tell thousands of rows apart
-    by the hidden state alone, and the end of an answer is the last thing it learns. true: all of the template's.
-    An adapter in `parent` that is trained on has its own rows, and gets no others. UserError where rows are asked for
-    and cannot be trained.
+    by the hidden state alone, and the end of an answer is the last thing it learns. So it is with the marks of calls
+    and thoughts in the answers of `rows`. true: all of the template's besides. An adapter in `parent` that is trained
+    on has its own rows, and gets no others. UserError where rows are asked for and cannot be trained.
     """
     if cfg.train_template_tokens == "false" or cfg.tuning == "full" or parent:
         return []
@@ -50,9 +53,10 @@ def to_train(
     if distributed.shards_weights():
         print(f"控制符 control tokens: 没有测量 not measured, their rows are not trained: {why_not}")
         return []
-    ids = control_ids(tokenizer, prompt, cfg.prompt_style)
-    cosines = nearest(base.get_output_embeddings().weight, ids)
-    chosen = [id_ for id_ in ids if cfg.train_template_tokens == "true" or cosines[id_] >= ALIKE]
+    around = set(control_ids(tokenizer, prompt, cfg.prompt_style))
+    cosines = nearest(base.get_output_embeddings().weight, sorted(around | taught_ids(tokenizer, rows)))
+    asked = around if cfg.train_template_tokens == "true" else set()
+    chosen = [id_ for id_, cosine in cosines.items() if id_ in asked or cosine >= ALIKE]
     if chosen:
         told = ", ".join(f"{tokenizer.convert_ids_to_tokens(id_)} {cosines[id_]:.3f}" for id_ in chosen)
         doing = f"不训练 their rows are not trained: {why_not}" if why_not else "也训练 their rows are trained too"
@@ -63,8 +67,17 @@ def to_train(
 def control_ids(tokenizer: PreTrainedTokenizerBase, prompt: Family, style: str) -> list[int]:
     """Ids of the special or added tokens that the template of a style puts around texts, sorted."""
     pieces = prompt.render(tokenizer, ONE_OF_EACH, style)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return sorted(special.intersection(id_ for piece in pieces for id_ in piece.ids))
+    return sorted(_special_ids(tokenizer).intersection(id_ for piece in pieces for id_ in piece.ids))
+
+
+def taught_ids(tokenizer: PreTrainedTokenizerBase, rows: TrainingData) -> set[int]:
+    """Ids of the special or added tokens in the answers of the rows: of calls, of thoughts, and the end."""
+    written = [id_ for id_ in _special_ids(tokenizer) if not tokenizer.convert_ids_to_tokens(id_).isspace()]
+    return dataset.taught(rows.train, written)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 def nearest(matrix: torch.Tensor, ids: Sequence[int]) -> dict[int, float]:

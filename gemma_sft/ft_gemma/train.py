@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = evaluate.held_out_rows(cfg, rows)
     cfg = tuning.fit_targets(cfg, base, parent)
     work = run.start(cfg, flags.resume, tokenizer, prompt, rows, flags.resume_anyway, parent)
-    tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, parent)
+    tokens = template_tokens.to_train(base, cfg, tokenizer, prompt, rows, parent)
     net = tuning.make_trainable(base, cfg, tokens, parent)
     layers.show_parameters(net)
     sampled = samples.of(net, rows, cfg, tokenizer, prompt, work.folder)
