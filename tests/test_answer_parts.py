@@ -642,6 +642,9 @@ def test_tools_on_offer_as_turns(served, says, asked):
         ({"chat_template_kwargs": {"enable_thinking": True}}, True),
         ({"chat_template_kwargs": {}}, None),
         ({"chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": False}, False),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "low"}, True),
+        ({"reasoning_effort": None}, None),
     ],
 )
 def test_thinking_is_switched_by_a_request(served, says, asked, fields, thinking):
@@ -763,7 +766,12 @@ WRONG = {  # what is sent, the field to blame, a word of the reason
     "a switch both ways": (
         {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
         "enable_thinking",
-        "otherwise",
+        "different things",
+    ),
+    "an effort of no thinking": (
+        {"enable_thinking": True, "reasoning_effort": "none"},
+        "enable_thinking",
+        "different things",
     ),
 }
 
@@ -792,6 +800,9 @@ def test_tools_where_the_template_takes_none(small_gemma):
         found = client.post("/v1/chat/completions", json=body)
         assert (found.status_code, found.json["error"]["param"]) == (400, param)
         assert "leave it out" in found.json["error"]["message"]
+    for effort in ("none", "high"):  # nothing to switch
+        body = {"messages": QUESTION, "reasoning_effort": effort, "max_tokens": 2}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
     thought = [*QUESTION, {"role": "assistant", "content": "好", "reasoning_content": "想"}, *QUESTION]
     assert client.post("/v1/chat/completions", json={"messages": thought, "max_tokens": 2}).status_code == 200
     batcher.close()

@@ -268,6 +268,19 @@ def test_typed_control_tokens_stay_text_in_every_field(name):
 
 
 @needs_trl
+def test_words_added_to_a_vocabulary_are_text():
+    """Where the template has them too, and single characters that are special; they were looked for without end."""
+    tokenizer, prompt = official_tokenizer("qwen3")
+    tokenizer.add_tokens(["助", "function"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["✿"]})
+    tokenizer.chat_template += "{# 助 #}"
+    turns = [OFFER, Turn("user", "请帮助✿ function"), CALL]
+    shown = tokenizer.decode(ids_of(tokenizer, prompt, turns))
+    assert "请帮助✿ function<|im_end|>" in shown
+    assert encode_text(tokenizer, "助") == [tokenizer.convert_tokens_to_ids("助")]
+
+
+@needs_trl
 def test_a_mode_for_one_request():
     """Of a caller who says enable_thinking himself; afterwards the template is as before."""
     tokenizer, prompt = official_tokenizer("qwen3", "none")

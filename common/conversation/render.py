@@ -57,9 +57,9 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 @lru_cache(maxsize=8)
 def template_words(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
-    """Control tokens of a template that the tokenizer does not call special, such as <think>."""
+    """Control tokens of a template that the tokenizer does not call special, such as <think>. Words are text."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
-    return tuple(token for token in added if token.strip() and token in template)
+    return tuple(token for token in added if len(token.strip()) > 1 and not token.isalnum() and token in template)
 
 
 @lru_cache(maxsize=64)

@@ -141,9 +141,14 @@ def _opening(tokenizer: PreTrainedTokenizerBase, template: str, asker: str, mark
 
 @lru_cache(maxsize=8)
 def _control(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
-    """Matches the tokenizer's control tokens: its special tokens, and those that its template writes."""
+    """Matches the tokenizer's control tokens: its special tokens, and those that its template writes.
+
+    One character cannot be hidden from it by another in its middle: typed, it is text.
+    """
     added = tokenizer.added_tokens_decoder.values()
-    words = {token.content for token in added if token.special} | set(template_words(tokenizer, template))
+    words = {token.content for token in added if token.special and len(token.content) > 1} | set(
+        template_words(tokenizer, template)
+    )
     return re.compile("(" + "|".join(map(re.escape, sorted(words, key=len, reverse=True))) + ")")
 
 

@@ -44,6 +44,7 @@ CHAT = SAMPLING | {
     "top_logprobs": Field(int, 0, 0, 20, "and of the most probable ones in its place"),
     "enable_thinking": Field(bool, None, about="thought before the answer, where the chat template can switch it"),
     "chat_template_kwargs": Field(dict, None, about='{"enable_thinking": true or false}'),
+    "reasoning_effort": Field(str, None, about='as enable_thinking: "none" is false, any other true'),
 }
 COMPLETION = SAMPLING | {
     "logprobs": Field(int, None, 0, 20, "log probabilities, with so many alternatives"),
@@ -65,7 +66,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({}, {"enable_thinking": False}),
 }
 CHOICES = {"tools": "tool_choice", "functions": "function_call"}  # what is offered: the field whose "none" forbids it
-IGNORED = "metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls reasoning_effort".split()
+IGNORED = "metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls".split()
 
 
 class Wanted(NamedTuple):
@@ -115,14 +116,23 @@ def _read_thinking(given: dict[str, Any], form: AnswerForm) -> bool | None:
         why = f"{excerpt(other[0])} 不支持 is not supported here; leave it out"
         raise _no_thinking("chat_template_kwargs", why)
     inside = check_value("chat_template_kwargs.enable_thinking", options.get("enable_thinking", False), Field(bool))
-    said = {given["enable_thinking"]} - {None} | ({inside} if options else set())
+    said = {given["enable_thinking"], _effort(given, form)} - {None} | ({inside} if options else set())
     if len(said) > 1:
-        raise _no_thinking("enable_thinking", "两处不一致 says otherwise than chat_template_kwargs; leave it out")
+        why = "几处不一致 enable_thinking, chat_template_kwargs and reasoning_effort say different things; send one"
+        raise _no_thinking("enable_thinking", why)
     thinking = next(iter(said), None)
     if thinking and not form.switch:
         name = "chat_template_kwargs" if options else "enable_thinking"
         raise _no_thinking(name, "不支持 is not supported by this model's chat template; leave it out, or send false")
     return thinking
+
+
+def _effort(given: dict[str, Any], form: AnswerForm) -> bool | None:
+    """What reasoning_effort says of thinking; None where more or less of it would change nothing."""
+    effort = given["reasoning_effort"]
+    if effort == "none":
+        return False
+    return True if effort and form.switch else None
 
 
 def _no_thinking(name: str, why: str) -> RequestRefusedError:
