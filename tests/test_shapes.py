@@ -481,6 +481,25 @@ def test_every_shape_of_a_conversation_is_repaired():
     assert formats.read_row({"conversation": firefly}).conversations == [talk("一", "二", "简短\n\n三", "四")]
 
 
+@pytest.mark.parametrize(
+    "question, before",
+    [
+        ("Human: 一\nAssistant: 二\n二\nHuman:三\nAssistant:\n", ("一", "二\n二", "三")),
+        ("\nHuman：一\nAssistant：", ("一",)),
+        ("Human:一", None),
+        ("Human:一\nAssistant:二", None),  # is the rest of it asked for?
+        ("Human:一\nHuman:二\nAssistant:", None),
+        ("Human:\nAssistant:", None),
+        ("译：\nHuman:一\nAssistant:", None),
+        ("Assistant:", None),
+    ],
+)
+def test_a_chat_in_one_text_is_its_turns(question, before):
+    """BELLE's; a text that only has such words in it stays as it is."""
+    (turns,) = formats.read_row({"instruction": question, "input": "", "output": "四"}).conversations
+    assert turns == talk(*(before or [question]), "四")
+
+
 def test_repairs_are_counted_with_their_places(tmp_path, tokenizer, capsys):
     path = tmp_path / "a.jsonl"
     rows = [{"messages": messages} for messages in ([U, A], [U, U, A], [A, U, A], [U, U, A], [U, U, A], [U, U2, A, A])]

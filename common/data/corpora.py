@@ -11,6 +11,18 @@ MOSS_MARKS = re.compile(r"^\s*<\|[\w ]+\|>:\s*|\s*<eo\w>\s*$")
 MOSS_NOTES = ("Inner Thoughts", "Tool Responses")
 SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要求|[Ww]ord count)[^）)]*[）)]\s*)?")
 
+SAID = re.compile(r"^(Human|Assistant)[:：]", re.MULTILINE)
+
+
+def spoken(question: str) -> list[Turn]:
+    """A question as turns: one, or those of BELLE's chats, `Human:…Assistant:…Human:…Assistant:` a line each."""
+    before, *parts = SAID.split(question.strip())
+    speakers, texts = parts[::2], [text.strip() for text in parts[1::2]]
+    in_turn = speakers and speakers == ["Human", "Assistant"] * (len(speakers) // 2)
+    if before or not in_turn or texts.pop() or not all(texts):
+        return [Turn("user", question)]
+    return [Turn(ROLES[who.lower()], text) for who, text in zip(speakers, texts, strict=False)]
+
 
 def many_answers(row: Fields) -> list[list[Turn]]:
     """HC3's rows: a conversation for each answer to the question."""
@@ -76,5 +88,5 @@ def dialogue(row: Fields) -> list[list[Turn]]:
     before, *parts = SPEAKER.split(text)
     if before.strip() or not parts:
         raise FormatError("not-a-dialogue", f"dialogue: 应以 <Human 1>: 开头 must begin with it, found {text[:40]!r}")
-    spoken = zip(parts[::2], parts[1::2], strict=True)
-    return [[Turn(ROLES[who.lower()], as_text(said.strip(), "dialogue")) for who, said in spoken]]
+    said = zip(parts[::2], parts[1::2], strict=True)
+    return [[Turn(ROLES[who.lower()], as_text(text.strip(), "dialogue")) for who, text in said]]

@@ -21,7 +21,7 @@ from common.conversation.turns import (
     marked,
     teaches,
 )
-from common.data.corpora import best_thread, dialogue, exam, many_answers, moss
+from common.data.corpora import best_thread, dialogue, exam, many_answers, moss, spoken
 from common.data.defects import matter_of
 from common.data.fields import SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
 from common.data.tools import opened
@@ -211,7 +211,7 @@ def _question_answer(question_keys: tuple[str, ...], answer_key: str) -> Reader:
         question = "\n".join(part for part in parts if part.strip())
         if not question:
             raise FormatError("empty", f"{_names(question_keys)} 是空的 is empty")
-        return [[*_opening(row), Turn("user", question), Turn("assistant", row.text(answer_key))]]
+        return [[*_opening(row), *spoken(question), Turn("assistant", row.text(answer_key))]]
 
     return read
 
