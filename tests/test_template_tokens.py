@@ -16,7 +16,7 @@ from common.conversation.render import training_sample
 from common.conversation.turns import Turn
 from common.errors import UserError
 from common.export import proof
-from common.model import adapter, frozen_layers, loading, loss, template_tokens
+from common.model import adapter, frozen_head, frozen_layers, loading, loss, template_tokens
 from common.training import tuning
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
@@ -176,8 +176,8 @@ def as_peft_does(net):
 @pytest.mark.parametrize("kind", ["tied", "own head", "soft cap"])
 def test_rows_compute_what_peft_computes(kind, smoothing, monkeypatch):
     """Logits, and the chunked loss with every gradient."""
-    monkeypatch.setattr(loss, "LOGITS", 16 * 300)
-    monkeypatch.setattr(loss, "ROWS", 4)
+    monkeypatch.setattr(frozen_head, "POSITIONS", 16)
+    monkeypatch.setattr(frozen_head, "BLOCK", 7)
     net = trained(small(kind), 5, 6)
     plain = as_peft_does(net)
     expected = plain(input_ids=IDS).logits

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,6 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from common import distributed
-from common.model.patches import replaced
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,6 +20,27 @@ if TYPE_CHECKING:
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")  # transformers' names of a gated layer's parts
 ROWS = 512  # of a gated layer at once on a CPU: what lies between its products stays in the processor's cache
+
+# what a module holds of its own while its forward is replaced: accelerate keeps the forward it has wrapped for autocast
+HELD = ("forward", "_original_forward", "accepts_loss_kwargs")
+
+
+@contextlib.contextmanager
+def replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within, each module's forward is the function given for it, `self` first; afterwards it is what it was before.
+
+    A wrapper that accelerate has put around the function meanwhile goes with it.
+    """
+    before = {module: {name: vars(module)[name] for name in HELD if name in vars(module)} for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = MethodType(forward, module)
+        yield
+    finally:
+        for module, held in before.items():
+            for name in HELD:
+                vars(module).pop(name, None)
+            vars(module).update(held)
 
 
 @contextlib.contextmanager
