@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
@@ -127,6 +128,36 @@ def test_a_walk_over_the_head_equals_all_its_logits_at_once(monkeypatch, softcap
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["gemma", "gemma2 with soft cap"])
+def test_lora_on_the_head_equals_plain_cross_entropy(kind, smoothing, monkeypatch):
+    """Value and every gradient, through the walk over the frozen head; the base is as large as what LoRA adds."""
+    monkeypatch.setattr(frozen_head, "BLOCK", 64)
+    monkeypatch.setattr(frozen_head, "POSITIONS", 48)
+    walks = []
+    monkeypatch.setattr(frozen_head, "with_pads", lambda flat: walks.append(len(flat)) or frozen_layers.with_pads(flat))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    net = get_peft_model(make_model(kind, False), config)
+    torch.nn.init.normal_(net.get_output_embeddings().lora_B["default"].weight)
+    batch = make_batch("answer")
+    logits = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=smoothing
+    )
+    expected.backward()
+    expected_gradients = gradients(net)
+    with supervised(net, smoothing):
+        found = net(**batch).loss
+        found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    found_gradients = gradients(net)
+    assert walks and found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in found_gradients.items():
+        scale = expected_gradients[name].abs().max()
+        assert (gradient - expected_gradients[name]).abs().max() <= 1e-5 * scale, name
+
+
 def test_no_position_is_learnt_from():
     hidden = torch.randn(0, 8, requires_grad=True)
     found = loss.token_losses(hidden, torch.arange(0), lambda x: x, 300, torch.randn(300, 8))
@@ -140,7 +171,7 @@ def test_what_a_sure_position_teaches_is_not_lost_in_bfloat16():
     hidden = 9 * torch.eye(16)[:4]
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
-        x = hidden.to(dtype).requires_grad_()
+        x = hidden.to(dtype).detach().clone().requires_grad_()
         loss.token_losses(x, torch.arange(4), lambda y: y, 16, weight.to(dtype)).sum().backward()
         gradients.append(x.grad.float())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=1e-6)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from common.conversation.render import IGNORED
-from common.model.frozen_head import FrozenHeadLoss
+from common.model.frozen_head import FrozenHeadLoss, with_lora
 from common.model.frozen_layers import replaced
 from common.model.layers import causal_of
 from common.model.token_rows import Rows, matrix_of, rows_of
@@ -143,7 +143,8 @@ def _forward_of_head(head: torch.nn.Module) -> Callable[..., torch.Tensor]:
         if targets is None:
             return project(hidden)
         weight = matrix.weight if is_linear and not matrix.weight.requires_grad else None
-        return token_losses(hidden, targets, project, vocabulary, weight, softcap, smoothing, rows_of(head))
+        hidden, weight, up = with_lora(head, hidden) or (hidden, weight, None)
+        return token_losses(hidden, targets, project, vocabulary, weight, softcap, smoothing, rows_of(head), up)
 
     return forward
 
@@ -157,16 +158,17 @@ def token_losses(
     softcap: float | None = None,
     smoothing: float = 0.0,
     trained: Rows | None = None,
+    up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], project(hidden) the logits [N, V].
 
     weight [V, H]: the output layer's, where it is all of it and not trained. softcap: where the model has one, logits =
     softcap * tanh(logits / softcap). smoothing: the target is (1 - smoothing) at the piece wanted plus
     smoothing / vocabulary everywhere (Szegedy et al. 2015, arXiv 1512.00567). trained: rows that stand in for those of
-    `weight`; project knows them itself.
+    `weight`; project knows them itself. up [V, r]: LoRA's beside `weight`, hidden is then as `with_lora` gives it.
     """
     if weight is not None:
-        return FrozenHeadLoss.apply(hidden, weight, targets, softcap, smoothing, *(trained or (None, None)))
+        return FrozenHeadLoss.apply(hidden, weight, up, targets, softcap, smoothing, *(trained or (None, None)))
     rows = chunk_rows(vocabulary, hidden.device.type)
     losses = [
         checkpoint(_chunk_losses, part, target, project, softcap, smoothing, use_reentrant=False)
