@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +22,7 @@ def on_the_path(monkeypatch):
     sys.modules.pop("data", None)
 
 
-@pytest.mark.parametrize("script", ["data.py", "generate.py", "train.py"])
+@pytest.mark.parametrize("script", ["data.py", "generate.py", "gpu.py", "train.py"])
 def test_help(script):
     found = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True, timeout=120
@@ -53,14 +55,48 @@ def test_rows_of_the_data_benchmark(tmp_path):
     assert len(rows) == 5000 == len({row["content"] for row in rows}) and max(len(row["summary"]) for row in rows) == 30
 
 
+def test_a_model_is_known_by_its_name_or_its_folder(monkeypatch, capsys, small_gemma):
+    import train
+
+    for given in ("head", str(small_gemma)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--model", given])
+        assert train.arguments().model == given
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "haed"])
+    with pytest.raises(SystemExit, match="2"):
+        train.arguments()
+    assert "haed: none of quarter head 2b small, nor a folder with config.json" in capsys.readouterr().err
+
+
+def test_a_part_on_the_gpu_has_the_time_that_is_left(tmp_path):
+    import gpu
+
+    assert gpu.finished([sys.executable, "-c", "pass"], 60)
+    assert not gpu.finished([sys.executable, "-c", "raise SystemExit(1)"], 60)
+    started = "import subprocess, sys; subprocess.run([sys.executable, '-c', %r])"
+    writes = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
+    assert not gpu.finished([sys.executable, "-c", started % writes], 1)
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
+
+
 @pytest.mark.slow
-def test_training_is_measured(tmp_path):
-    command = [ROOT / "benchmarks/train.py", "--model", "small", "--rounds", "1", "--rows", "8", "--runs", "ours"]
+@pytest.mark.parametrize("which", ["random rows", "a checkpoint and rows of a file", "as on a GPU"])
+def test_training_is_measured(which, tmp_path):
+    import gpu
+
+    if which == "random rows":
+        command = ["benchmarks/train.py", "--model", "small", "--rounds", "1", "--rows", "8", "--runs", "ours"]
+    else:
+        args = SimpleNamespace(model="gemma_sft/embedded", data="data/product_train.jsonl", rows=8)
+        if which == "as on a GPU":
+            args.model, args.data = "small", None
+        command = [part for part in gpu.training(args) if not part.startswith("trl")]  # which is not installed here
     found = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=300,
+        cwd=ROOT,
         env=os.environ | {"HOME": str(tmp_path)},
     )
     assert found.returncode == 0, found.stderr

@@ -19,7 +19,7 @@ from common.data.cache import Listed
 from common.data.dataset import TrainingData
 from common.errors import UserError
 from common.export import proof
-from common.model import adapter, frozen_layers, loading, loss, template_tokens
+from common.model import adapter, frozen_head, frozen_layers, loading, loss, template_tokens
 from common.training import tuning
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
@@ -200,8 +200,8 @@ def as_peft_does(net):
 @pytest.mark.parametrize("kind", ["tied", "own head", "soft cap"])
 def test_rows_compute_what_peft_computes(kind, smoothing, monkeypatch):
     """Logits, and the chunked loss with every gradient."""
-    monkeypatch.setattr(loss, "LOGITS", 16 * 300)
-    monkeypatch.setattr(loss, "ROWS", 4)
+    monkeypatch.setattr(frozen_head, "POSITIONS", 16)
+    monkeypatch.setattr(frozen_head, "BLOCK", 7)
     net = trained(small(kind), 5, 6)
     plain = as_peft_does(net)
     expected = plain(input_ids=IDS).logits

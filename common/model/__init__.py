@@ -12,7 +12,7 @@ verify         what was saved, reopened and compared
 layers         its linear layers and parameters, and how they are shown
 template_tokens  control tokens a base can hardly tell apart
 token_rows     rows of embedding and head that are trained
-patches        forwards replaced for a while, by the next two
+frozen_layers  cheaper products and gated layers while training; forwards replaced for a while
+frozen_head    cross entropy under a head that is not trained, a block of its rows at a time
 loss           cross entropy over supervised positions, a chunk of logits at a time
-frozen_layers  cheaper products and gated layers while training
 """

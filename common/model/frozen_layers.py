@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,6 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from common import distributed
-from common.model.patches import replaced
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,6 +20,27 @@ if TYPE_CHECKING:
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")  # transformers' names of a gated layer's parts
 ROWS = 512  # of a gated layer at once on a CPU: what lies between its products stays in the processor's cache
+
+# what a module holds of its own while its forward is replaced: accelerate keeps the forward it has wrapped for autocast
+HELD = ("forward", "_original_forward", "accepts_loss_kwargs")
+
+
+@contextlib.contextmanager
+def replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within, each module's forward is the function given for it, `self` first; afterwards it is what it was before.
+
+    A wrapper that accelerate has put around the function meanwhile goes with it.
+    """
+    before = {module: {name: vars(module)[name] for name in HELD if name in vars(module)} for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = MethodType(forward, module)
+        yield
+    finally:
+        for module, held in before.items():
+            for name in HELD:
+                vars(module).pop(name, None)
+            vars(module).update(held)
 
 
 @contextlib.contextmanager
@@ -33,15 +54,16 @@ def lean(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     forwards: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
     for module in model.modules():
         if all(hasattr(module, name) for name in GATED):
-            frozen = all(_is_frozen(getattr(module, name)) for name in GATED[:3])
+            frozen = all(is_frozen(getattr(module, name)) for name in GATED[:3])
             forwards[module] = _frozen_gated if frozen else _gated
-        if module is not head and _is_frozen(module) and module.weight.device.type == "cpu":
+        if module is not head and is_frozen(module) and module.weight.device.type == "cpu":
             forwards[module] = _frozen
     with replaced(forwards):
         yield
 
 
-def _is_frozen(module: torch.nn.Module) -> bool:
+def is_frozen(module: torch.nn.Module) -> bool:
+    """Whether it is a plain linear layer without a bias, held whole by this process, that is not trained."""
     plain = type(module) is torch.nn.Linear and module.bias is None and not distributed.shards_weights()
     return plain and not module.weight.requires_grad
 
@@ -60,7 +82,7 @@ def times_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     ):
         flat = x.reshape(-1, x.shape[-1])
         found = torch.ops.mkldnn._linear_pointwise(with_pads(flat), weight, None, "none", [], "")
-        return found[: len(flat)].view(*x.shape[:-1], -1)
+        return found[: len(flat)].view(*x.shape[:-1], len(weight))
     return x @ weight.T
 
 
@@ -103,7 +125,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        ctx.autocast = _autocast_in_force(x)
+        ctx.autocast = autocast_in_force(x)
         return times_transposed(x, weight)
 
     @staticmethod
@@ -133,7 +155,7 @@ class _FrozenGated(torch.autograd.Function):
             kept += [gate, up]
         ctx.save_for_backward(gate_weight, up_weight, down_weight, *kept)
         ctx.act = act
-        ctx.autocast = _autocast_in_force(x)
+        ctx.autocast = autocast_in_force(x)
         return torch.cat(outputs)[: x.shape[:-1].numel()].view(x.shape)
 
     @staticmethod
@@ -158,7 +180,7 @@ def _parts(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return flat.split(ROWS if flat.device.type == "cpu" else max(1, len(flat)))
 
 
-def _autocast_in_force(x: torch.Tensor) -> Callable[[], torch.autocast]:
+def autocast_in_force(x: torch.Tensor) -> Callable[[], torch.autocast]:
     """Makes an autocast context with the settings that are in force now, for the device of `x`.
 
     The backward pass needs it: it runs outside of the autocast context of the forward pass.

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from common.conversation.render import IGNORED
-from common.model.frozen_layers import times_transposed, with_pads
+from common.model.frozen_head import FrozenHeadLoss, with_lora
+from common.model.frozen_layers import replaced
 from common.model.layers import causal_of
-from common.model.patches import replaced
 from common.model.token_rows import Rows, matrix_of, rows_of
 
 if TYPE_CHECKING:
@@ -143,7 +143,8 @@ def _forward_of_head(head: torch.nn.Module) -> Callable[..., torch.Tensor]:
         if targets is None:
             return project(hidden)
         weight = matrix.weight if is_linear and not matrix.weight.requires_grad else None
-        return token_losses(hidden, targets, project, vocabulary, weight, softcap, smoothing, rows_of(head))
+        hidden, weight, up = with_lora(head, hidden) or (hidden, weight, None)
+        return token_losses(hidden, targets, project, vocabulary, weight, softcap, smoothing, rows_of(head), up)
 
     return forward
 
@@ -157,16 +158,17 @@ def token_losses(
     softcap: float | None = None,
     smoothing: float = 0.0,
     trained: Rows | None = None,
+    up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy in nats of each position, [N] fp32: hidden [N, H], targets [N], project(hidden) the logits [N, V].
 
     weight [V, H]: the output layer's, where it is all of it and not trained. softcap: where the model has one, logits =
     softcap * tanh(logits / softcap). smoothing: the target is (1 - smoothing) at the piece wanted plus
     smoothing / vocabulary everywhere (Szegedy et al. 2015, arXiv 1512.00567). trained: rows that stand in for those of
-    `weight`; project knows them itself.
+    `weight`; project knows them itself. up [V, r]: LoRA's beside `weight`, hidden is then as `with_lora` gives it.
     """
     if weight is not None:
-        return _FrozenHeadLoss.apply(hidden, weight, targets, softcap, smoothing, *(trained or (None, None)))
+        return FrozenHeadLoss.apply(hidden, weight, up, targets, softcap, smoothing, *(trained or (None, None)))
     rows = chunk_rows(vocabulary, hidden.device.type)
     losses = [
         checkpoint(_chunk_losses, part, target, project, softcap, smoothing, use_reentrant=False)
@@ -186,84 +188,6 @@ def _chunk_losses(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     return functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-
-
-class _FrozenHeadLoss(torch.autograd.Function):
-    """The loss under a head that is not trained, or of which some rows are: its gradient is known with the logits.
-
-    So it is computed in the forward pass, chunk by chunk: two matrix products a chunk, and no logits are kept. ids [K],
-    values [K, H]: the rows of the head that are trained, and what stands there.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        softcap: float | None,
-        smoothing: float,
-        ids: torch.Tensor | None,
-        values: torch.Tensor | None,
-    ) -> torch.Tensor:
-        count, hidden, targets = len(hidden), with_pads(hidden), with_pads(targets)
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
-        own = None if values is None else values.to(weight.dtype)
-        errors = losses.new_empty(len(hidden), 0 if ids is None else len(ids))  # of the logits of those rows
-        rows = chunk_rows(weight.shape[0], hidden.device.type)
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = times_transposed(hidden[part], weight).float()
-            if own is not None:
-                logits[:, ids] = (hidden[part] @ own.T).float()
-            wanted, learns = targets[part, None], gradient is not None
-            losses[part], error = _losses_and_error(logits, wanted, softcap, smoothing, learns)
-            if gradient is None:
-                continue
-            if own is not None:
-                errors[part] = error[:, ids]
-                error[:, ids] = 0.0
-            gradient[part] = times_transposed(error.to(weight.dtype), weight.T)
-            if own is not None:
-                gradient[part] += errors[part].to(own.dtype) @ own
-        if gradient is not None:
-            ctx.save_for_backward(gradient[:count], *((hidden[:count], errors[:count]) if own is not None else ()))
-        return losses[:count]
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient, *of_rows = ctx.saved_tensors
-        found = gradient * upstream[:, None].to(gradient.dtype)
-        if not of_rows:
-            return found, None, None, None, None, None, None
-        hidden, errors = of_rows
-        return found, None, None, None, None, None, (errors * upstream[:, None]).T @ hidden.float()
-
-
-def _losses_and_error(
-    logits: torch.Tensor, wanted: torch.Tensor, softcap: float | None, smoothing: float, learns: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses [N], their gradient by the logits [N, V], where one `learns`), in the memory of logits [N, V]."""
-    if softcap:
-        logits.div_(softcap).tanh_()
-        slope = 1 - logits.square() if learns else None
-        logits.mul_(softcap)
-    largest = logits.amax(dim=-1, keepdim=True)
-    reached = (1 - smoothing) * logits.gather(1, wanted)
-    if smoothing:
-        reached += smoothing * logits.mean(dim=-1, keepdim=True)
-    error = logits.sub_(largest).exp_()  # softmax
-    total = error.sum(dim=-1, keepdim=True)
-    losses = (largest + total.log() - reached).squeeze(1)
-    if not learns:
-        return losses, error
-    error.div_(total).scatter_add_(1, wanted, torch.full_like(total, smoothing - 1.0))
-    if smoothing:
-        error.sub_(smoothing / logits.shape[1])
-    if softcap:
-        error.mul_(slope)
-    return losses, error
 
 
 def _row_sums(losses: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
