@@ -337,7 +337,7 @@ def test_a_failure_in_a_stream_is_its_last_event(gemma, monkeypatch):
 
 
 def test_keys(gemma, monkeypatch):
-    monkeypatch.setattr(gemma.service, "api_key", "密钥-1")
+    monkeypatch.setattr(gemma.service, "api_key", ("密钥-1",))
     with pytest.raises(openai.AuthenticationError) as caught:
         gemma.chat(max_tokens=2)
     assert caught.value.code == "invalid_api_key"
@@ -360,7 +360,7 @@ def test_other_origins_are_let_in_only_where_asked(gemma, monkeypatch):
     flask = create_app(gemma.service).test_client()
     assert "Access-Control-Allow-Origin" not in flask.get("/health", headers={"Origin": "http://a"}).headers
     monkeypatch.setattr(gemma.service, "cors", "http://a")
-    monkeypatch.setattr(gemma.service, "api_key", "k")
+    monkeypatch.setattr(gemma.service, "api_key", ("k",))
     preflight = flask.options("/v1/chat/completions", headers={"Origin": "http://a"})
     assert preflight.status_code == 200 and preflight.headers["Access-Control-Allow-Origin"] == "http://a"
     assert "Authorization" in preflight.headers["Access-Control-Allow-Headers"]

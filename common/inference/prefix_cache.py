@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 )
 
 from common.errors import UserError
-from common.versions import DummyLayer
+from common.versions import CACHE, DummyLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,6 +59,21 @@ class Block:
         self.ids = ids
         self.values = values
         self.children: dict[tuple[Any, ...], Block] = {}
+
+
+class _ForMany(DynamicLayer):
+    """A layer's keys and values of one row, that many rows go on from; theirs are not kept."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, count: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, of which the new ones are forgotten again."""
+        return torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
 
 
 class PrefixCache:
@@ -151,6 +166,23 @@ class PrefixCache:
         cache, found = new_cache(self.net.config), self.find(scope, ids)
         if found is not None:
             self.fill(cache, [found], len(found))
+        return cache
+
+    def read(self, trunk: PreTrainedModel, scope: Hashable, ids: Sequence[int], count: int) -> DynamicCache | None:
+        """The keys and values of `ids` as those of `count` rows at once, for one call of the net's trunk.
+
+        What is not kept of them is read, and then kept. None where nothing can be kept.
+        """
+        cache = self.started(scope, [*ids, -1])
+        if cache is None:
+            return None
+        if (behind := cache.get_seq_length()) < len(ids):
+            rest = torch.tensor([ids[behind:]], device=self.net.device)
+            trunk(input_ids=rest, attention_mask=rest.new_ones(1, len(ids)), use_cache=True, **{CACHE: cache})
+            self.offer(scope, ids, cache)
+        for number, layer in enumerate(cache.layers):
+            if getattr(layer, "keys", None) is not None:
+                cache.layers[number] = _ForMany(layer.keys, layer.values, count)
         return cache
 
     def _path(self, scope: Hashable, ids: Sequence[int]) -> list[Block]:
