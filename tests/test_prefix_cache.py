@@ -213,6 +213,29 @@ def test_a_thousand_conversations_hold_no_more_than_a_hundred(gemma, batcher_of)
     assert held[1][0] <= held[0][0] * 1.05 and held[1][1] <= 50 and held[0][0] > 1000
 
 
+def test_a_console_reads_of_a_chat_what_is_new(answer, monkeypatch):
+    """Streamed answers are those of a batch; one that is stopped in its middle leaves nothing wrong behind."""
+    dice, turns, lengths = random.Random(6), [], []
+    net, forward = type(answer.net), type(answer.net).forward
+
+    def counted(self, input_ids=None, **arguments):
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **arguments)
+
+    for number in range(6):
+        turns.append(Turn("user", text_of(dice, 50)))
+        (expected,) = answer([turns], sampling(20))
+        monkeypatch.setattr(net, "forward", counted)
+        stream = answer.stream(turns, sampling(20))
+        text = next(stream, "") if number == 3 else "".join(stream)
+        stream.close()
+        monkeypatch.undo()
+        assert expected.text.startswith(text) if number == 3 else text == expected.text
+        turns.append(Turn("assistant", text or "有"))
+    first = [length for length in lengths if length > 1]
+    assert len(first) == 6 and (max(first[1:]) < 110) == answer.prefixes.usable
+
+
 # --- blocks -----------------------------------------------------------------------------------------------------------
 
 

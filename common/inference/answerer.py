@@ -22,7 +22,6 @@ from common.inference.text import Wording, decode
 from common.model.layers import causal_of
 from common.model.loading import pad_id_of
 from common.model.loss import without_routers
-from common.versions import CACHE
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -156,26 +155,22 @@ class Answerer:
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, base: bool = False, streamer: _Pieces | None = None
     ) -> list[list[int]]:
-        """New ids of each prompt (a list of ids), pads and all; the prompts are padded on the left for the batch.
-
-        With a streamer, of the only prompt: what an earlier one began with is not read again.
-        """
+        """New ids of each prompt (a list of ids), pads and all; the prompts are padded on the left for the batch."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts], device=self.net.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.net.device)
         criteria = [streamer.stopped] if streamer else [_Told(self.watch, width)] if self.watch else None
         with self.lock, torch.inference_mode(), self.chosen(base) as net:
-            cache = self.prefixes.started(base, prompts[0]) if streamer else None
-            output = net.generate(
+            output = self.prefixes.generate(
+                net,
+                (base, prompts[0]) if streamer else None,
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=self.generation_config(sampling),
                 streamer=streamer,
                 stopping_criteria=criteria,
-                **without_routers(net) | ({CACHE: cache} if cache else {}),
+                **without_routers(net),
             )
-            if cache:
-                self.prefixes.offer(base, output[0, : cache.get_seq_length()].tolist(), cache)
         return output[:, width:].tolist()
 
     @contextlib.contextmanager

@@ -87,8 +87,8 @@ class PrefixCache:
     def __init__(self, net: PreTrainedModel, most_tokens: int | None = None) -> None:
         self.net = net
         self.most_tokens = most_tokens
+        self.by_weights = LEAST  # tokens; lowered once it is known how large one is
         self.usable = _is_cuttable(net)
-        self.most_bytes = max(LEAST, sum(p.numel() * p.element_size() for p in net.parameters()) // PART)
         self.roots: dict[Hashable, Block] = {}
         self.order: OrderedDict[Block, None] = OrderedDict()  # least used first; a block before its parent
         self.layout: list[tuple[int, str, torch.Tensor]] = []  # what a cache has: (layer, name, nothing [heads, 0, D])
@@ -103,10 +103,7 @@ class PrefixCache:
         """Tokens kept at most."""
         if not self.usable:
             return 0
-        if self.most_tokens is not None:
-            return max(0, self.most_tokens)
-        token = sum(_width(empty) * empty.element_size() for *_, empty in self.layout)
-        return self.most_bytes // max(1, token)
+        return self.by_weights if self.most_tokens is None else max(0, self.most_tokens)
 
     def known(self, scope: Hashable, ids: Sequence[int]) -> int:
         """How many of a prompt's first tokens are kept: whole blocks, and never all of it."""
@@ -168,6 +165,18 @@ class PrefixCache:
             self.fill(cache, [found], len(found))
         return cache
 
+    def generate(self, net: Any, asked: tuple[Hashable, list[int]] | None, **arguments: Any) -> torch.Tensor:
+        """What the net's own generate returns; of the only prompt, asked: (scope, ids), what is kept is not read again.
+
+        asked: None for prompts of which nothing is to be kept.
+        """
+        cache = self.started(*asked) if asked else None
+        if asked is None or cache is None:
+            return net.generate(**arguments)
+        output = net.generate(**arguments, **{CACHE: cache})
+        self.offer(asked[0], output[0, : cache.get_seq_length()].tolist(), cache)
+        return output
+
     def read(self, trunk: PreTrainedModel, scope: Hashable, ids: Sequence[int], count: int) -> DynamicCache | None:
         """The keys and values of `ids` as those of `count` rows at once, for one call of the net's trunk.
 
@@ -204,27 +213,32 @@ class PrefixCache:
     def _values(self, cache: DynamicCache, row: int, start: int, end: int | None) -> torch.Tensor:
         """Keys and values [n, N] of columns of a row, counted from the end."""
         if not self.layout:
-            kinds = [
-                (number, name, getattr(layer, name, None))
-                for number, layer in enumerate(cache.layers)
-                for name in ("keys", "values")
-            ]
-            self.layout = [(number, name, kept[0, :, :0].clone()) for number, name, kept in kinds if kept is not None]
+            self._lay_out(cache)
         parts = [getattr(cache.layers[number], name)[row, :, start:end] for number, name, _ in self.layout]
         return torch.cat([part.transpose(0, 1).flatten(1).to(self.net.device) for part in parts], 1)
 
-
-def _width(empty: torch.Tensor) -> int:
-    return empty.shape[0] * empty.shape[2]
+    def _lay_out(self, cache: DynamicCache) -> None:
+        kinds = [
+            (number, name, getattr(layer, name, None))
+            for number, layer in enumerate(cache.layers)
+            for name in ("keys", "values")
+        ]
+        self.layout = [(number, name, kept[0, :, :0].clone()) for number, name, kept in kinds if kept is not None]
+        weights = sum(weight.numel() * weight.element_size() for weight in self.net.parameters())
+        token = sum(empty.shape[0] * empty.shape[2] * empty.element_size() for *_, empty in self.layout)
+        self.by_weights = max(LEAST, weights // PART) // token
 
 
 def _is_cuttable(net: PreTrainedModel) -> bool:
     """Whether a cache of the first tokens of a text is that of a text that goes on otherwise."""
-    rope = str(getattr(net.config.get_text_config(), "rope_parameters", ""))
-    if getattr(net, "whole_prompts", False) or "'dynamic'" in rope or "'longrope'" in rope:
+    config = getattr(net, "config", None)
+    if config is None or getattr(net, "whole_prompts", False):
+        return False
+    rope = str(getattr(config.get_text_config(), "rope_parameters", ""))
+    if "'dynamic'" in rope or "'longrope'" in rope:
         return False
     try:
-        layers = new_cache(net.config).layers
+        layers = new_cache(config).layers
     except UserError:
         return False
     return bool(layers) and all(type(one) in (DummyLayer, DynamicLayer) for one in layers)
