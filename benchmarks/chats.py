@@ -3,8 +3,9 @@
 python benchmarks/chats.py --rounds 5                      (the embedded Qwen2)
 python benchmarks/chats.py --model DIR --rounds 1 --clients 4 --parts chat system
 
-Each part is done with what was read kept and with nothing kept, in turns, by one process. Greedy answers of both must
-be equal, else it ends with an error; answers are as long as asked for, whatever they say. Medians are printed.
+Each part is done with what was read kept and with nothing kept, in turns, by one process. Printed are medians, their
+ratio, and how many of the greedy answers of both are equal. Answers in a chat end where the model ends them, those to
+many clients are as long as asked for.
 """
 
 import argparse
@@ -25,24 +26,23 @@ def text_of(dice, length):
     return "".join(dice.choices(CHARACTERS, k=length))
 
 
-def answerer(model):
-    """An Answerer of a Qwen folder, "" for the embedded one, that never ends an answer itself."""
+def answerer(model, dtype):
+    """An Answerer of a Qwen folder, "" for the embedded one."""
     from qwen2_sft.ft_qwen2.config import Config
     from qwen2_sft.ft_qwen2.predict import load_answer
 
-    answer = load_answer(Config(path_model_pretrain=model or "embedded", model_save_dir="/nowhere"), base=True)
-    answer.stop_ids = [answer.tokenizer.convert_tokens_to_ids("<|endoftext|>")]
-    return answer
+    path = model or "embedded"
+    return load_answer(Config(path_model_pretrain=path, model_save_dir="/nowhere", dtype=dtype), base=True)
 
 
 class Batch:
-    """A Batcher that keeps what it has read, or nothing."""
+    """A Batcher that keeps what it has read, or nothing; ends: answers may end before they are as long as asked."""
 
-    def __init__(self, answer, keeps):
+    def __init__(self, answer, keeps, ends=True):
         from common.engine.batcher import Batcher
 
         self.batcher = Batcher(answer, {"base": None})
-        self.batcher.stop_ids = set()
+        self.batcher.stop_ids = self.batcher.stop_ids if ends else set()
         self.batcher.prefixes.usable &= keeps
 
     def ask(self, conversations, tokens):
@@ -64,7 +64,7 @@ def chat(answer, keeps, dice, args):
 
     batch, turns, said = Batch(answer, keeps), [], []
     for _ in range(10):
-        turns.append(Turn("user", text_of(dice, 60)))
+        turns.append(Turn("user", text_of(dice, 80)))
         (row,), (ticket,) = batch.ask([turns], args.tokens)
         said.append(row.ids)
         turns.append(Turn("assistant", row.text))
@@ -76,7 +76,7 @@ def system(answer, keeps, dice, args):
     """A system text of 1,000 tokens and many clients, asked twice: (ids, {seconds of the second time, …})."""
     from common.conversation.turns import Turn
 
-    batch, shared = Batch(answer, keeps), Turn("system", text_of(dice, args.system))
+    batch, shared = Batch(answer, keeps, ends=False), Turn("system", text_of(dice, args.system))
     asked = [[shared, Turn("user", text_of(dice, 20))] for _ in range(2 * args.clients)]
     first, _ = batch.ask(asked[: args.clients], args.tokens)
     started = time.monotonic()
@@ -123,6 +123,7 @@ PARTS = {"chat": (chat, "first"), "system": (system, "requests_per_second"), "qu
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a Qwen folder; the embedded one if left out")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--clients", type=int, default=16)
@@ -130,10 +131,10 @@ def main(argv=None):
     parser.add_argument("--system", type=int, default=1000, help="characters of the shared system text")
     parser.add_argument("--questions", type=int, default=256)
     args = parser.parse_args(argv)
-    answer = answerer(args.model)
+    answer = answerer(args.model, args.dtype)
     for name in args.parts:
         part, figure = PARTS[name]
-        results = {True: [], False: []}
+        results, same, count = {True: [], False: []}, 0, 0
         for number in range(args.rounds):
             said = {}
             for keeps in (True, False) if number % 2 else (False, True):
@@ -142,15 +143,15 @@ def main(argv=None):
                 after = resource.getrusage(resource.RUSAGE_SELF)
                 cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
                 results[keeps].append(result | {"cpu_seconds": cpu})
-            if said[True] != said[False]:
-                differ = sum(a != b for a, b in zip(said[True], said[False], strict=True))
-                raise SystemExit(f"{name}: {differ} of {len(said[True])} answers differ")
+            same += sum(a == b for a, b in zip(said[True], said[False], strict=True))
+            count += len(said[True])
         medians = {
             "kept" if keeps else "not kept": {key: statistics.median(one[key] for one in found) for key in found[0]}
             for keeps, found in results.items()
         }
         print(json.dumps({"part": name} | medians))
-        print(f"{name}: {figure}, kept / not kept: {medians['kept'][figure] / medians['not kept'][figure]:.2f}")
+        ratio = medians["kept"][figure] / medians["not kept"][figure]
+        print(f"{name}: {figure}, kept / not kept: {ratio:.2f}; equal answers: {same} / {count}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ A model whose positions or masks are its own says so by three attributes: `promp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,15 +56,13 @@ class KVBatch:
     def resume(self, prefixes: PrefixCache) -> None:
         """Begin behind what is kept of the prompts: with the last columns, as many as all rows need to have read."""
         found = [prefixes.find(row.scope, row.ask.ids) for row in self.rows]
-        kept = [0 if one is None else len(one) for one in found]
         lengths = [len(row.ask.ids) for row in self.rows]
-        left = max(length - known for length, known in zip(lengths, kept, strict=True))
+        left = max(length - sum(map(len, parts)) for length, parts in zip(lengths, found, strict=True))
         for row, length in zip(self.rows, lengths, strict=True):
             row.cached = max(0, length - left)
         if any(row.cached for row in self.rows):
             self.read_to = self.ids.shape[1] - left
-            used = [one[: row.cached] if row.cached else None for row, one in zip(self.rows, found, strict=True)]
-            prefixes.fill(self.cache, used, self.read_to)
+            prefixes.fill(self.cache, list(map(_first, found, [row.cached for row in self.rows])), self.read_to)
 
     def offer(self, prefixes: PrefixCache, numbers: Iterable[int]) -> None:
         """Give what these rows have read to be kept."""
@@ -137,6 +136,12 @@ class KVBatch:
                 for kept, name, has_columns in _tensors(layer):
                     if has_columns:
                         kept[name] = pad(kept[name], (0, 0, missing, 0))
+
+
+def _first(parts: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """The first `count` rows of tensors that stand one behind the other."""
+    starts = itertools.accumulate(map(len, parts), initial=0)
+    return [part[: count - start] for start, part in zip(starts, parts, strict=False) if start < count]
 
 
 def _tensors(layer: Any) -> Iterator[tuple[dict[Any, torch.Tensor], Any, bool]]:

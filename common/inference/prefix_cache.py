@@ -109,27 +109,27 @@ class PrefixCache:
         """How many of a prompt's first tokens are kept: whole blocks, and never all of it."""
         return len(self._path(scope, ids[:-1])) * BLOCK
 
-    def find(self, scope: Hashable, ids: Sequence[int]) -> torch.Tensor | None:
-        """Keys and values [n, N] of a prompt's first `known` tokens, for `fill`; None where n is 0."""
+    def find(self, scope: Hashable, ids: Sequence[int]) -> list[torch.Tensor]:
+        """Keys and values of a prompt's first `known` tokens, for `fill`: one [BLOCK, N] a block."""
         path = self._path(scope, ids[:-1])
         self._touch(path)
-        return torch.cat([block.values for block in path if block.values is not None]) if path else None
+        return [block.values for block in path if block.values is not None]
 
-    def fill(self, cache: DynamicCache, found: Sequence[torch.Tensor | None], columns: int) -> None:
-        """Give an empty cache so many columns, of which row r has found[r] [n, N] in its last n; n <= columns."""
-        start = 0
-        for number, name, empty in self.layout:
-            heads, _, depth = empty.shape
-            filled = empty.new_zeros(len(found), heads, columns, depth)
-            for row, values in enumerate(found):
-                if values is not None:
-                    part = values[:, start : start + heads * depth].view(-1, heads, depth).transpose(0, 1)
-                    filled[row, :, columns - len(values) :] = part
-            start += heads * depth
+    def fill(self, cache: DynamicCache, found: Sequence[Sequence[torch.Tensor]], columns: int) -> None:
+        """Give an empty cache so many columns, of which row r has in its last ones those [n, N] of found[r]."""
+        sizes = [empty.shape[0] * empty.shape[2] for *_, empty in self.layout]
+        rows = [[one.split(sizes, 1) for one in parts] for parts in found]
+        starts = [columns - sum(map(len, parts)) for parts in found]
+        for place, (number, name, empty) in enumerate(self.layout):
+            filled = empty.new_empty(len(found), columns, sizes[place])
+            for row, (start, parts) in enumerate(zip(starts, rows, strict=True)):
+                filled[row, :start] = 0
+                if parts:
+                    torch.cat([one[place].to(empty.device) for one in parts], out=filled[row, start:])
             layer: Any = cache.layers[number]
             if not layer.is_initialized:
                 layer.lazy_initialization(filled, filled)
-            setattr(layer, name, filled)
+            setattr(layer, name, filled.unflatten(2, (empty.shape[0], -1)).transpose(1, 2))
 
     def offer(self, scope: Hashable, ids: Sequence[int], cache: DynamicCache, row: int = 0) -> None:
         """Keep what the last columns of a row of a cache hold: one column for each of `ids`, all that it has read."""
@@ -161,8 +161,8 @@ class PrefixCache:
         if not self.usable:
             return None
         cache, found = new_cache(self.net.config), self.find(scope, ids)
-        if found is not None:
-            self.fill(cache, [found], len(found))
+        if found:
+            self.fill(cache, [found], len(found) * BLOCK)
         return cache
 
     def generate(self, net: Any, asked: tuple[Hashable, list[int]] | None, **arguments: Any) -> torch.Tensor:
