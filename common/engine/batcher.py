@@ -62,7 +62,7 @@ class Batcher:
         self.encoder = PromptEncoder(answer)
         self.net = causal_of(answer.net)
         new_cache(self.net.config)  # refused now, not with the first request
-        self.prefixes = PrefixCache(self.net, total_tokens or None)
+        self.prefixes = self._nothing_kept()
         self.peft = None if answer.net is self.net else answer.net
         self.adapter: str | None = "" if self.peft else None  # what the net is set to; "" is nothing yet
         context = getattr(self.net.config, "max_position_embeddings", None) or 2**31
@@ -110,6 +110,9 @@ class Batcher:
         self.closed = True
         self.wake()
         self.thread.join()
+
+    def _nothing_kept(self) -> PrefixCache:
+        return PrefixCache(self.net, self.total_tokens or None)
 
     def _run(self) -> None:
         """The thread: a step of every group, again and again, as long as there are rows."""
@@ -265,6 +268,7 @@ class Batcher:
     def _failure(self, rows: list[Row], error: Exception) -> None:
         """Fail these rows. The others go on, unless the model cannot even read a greeting any more."""
         log.error("模型出错 the model failed on %d request(s)", len(rows), exc_info=error)
+        self.prefixes = self._nothing_kept()  # memory may have been short
         for row in rows:
             row.fail(ModelFailedError(type(error).__name__))
         try:
