@@ -356,6 +356,25 @@ def test_keys(gemma, monkeypatch):
         assert flask.get(path).status_code == status
 
 
+def test_each_of_several_keys_has_prefixes_of_its_own(gemma, monkeypatch):
+    """cached_tokens of one question asked twice by each key, whole and streamed; /metrics and the log add them up."""
+    monkeypatch.setattr(gemma.service, "api_key", ("one", "two"))
+    flask, cached = create_app(gemma.service).test_client(), []
+    body = {"messages": [{"role": "user", "content": "有问答吗" * 20}], "max_tokens": 2, "temperature": 0}
+    for key in ("one", "two", "one", "two"):
+        headers = {"Authorization": f"Bearer {key}"}
+        usage = flask.post("/v1/chat/completions", buffered=True, json=body, headers=headers).json["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[:2] == [0, 0] and cached[2] == cached[3] > 60
+    stream = body | {"stream": True, "stream_options": {"include_usage": True}, "n": 2}
+    last = flask.post("/v1/chat/completions", buffered=True, json=stream, headers=headers).get_data(as_text=True)
+    assert f'"prompt_tokens_details": {{"cached_tokens": {cached[2]}}}' in last.split("data: ")[-2]
+    metrics = flask.get("/metrics", headers=headers).get_data(as_text=True)
+    assert f'cached_tokens_total{{model="base"}} {4 * cached[2]:.1f}' in metrics
+    assert f"kept_tokens {gemma.batcher.prefixes.tokens:.1f}" in metrics
+    assert flask.get("/v1/models", headers={"Authorization": "Bearer one two"}).status_code == 401
+
+
 def test_other_origins_are_let_in_only_where_asked(gemma, monkeypatch):
     flask = create_app(gemma.service).test_client()
     assert "Access-Control-Allow-Origin" not in flask.get("/health", headers={"Origin": "http://a"}).headers

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
@@ -110,6 +110,20 @@ def test_ten_turns_are_those_of_a_model_that_reads_all_of_them(answer, batcher_o
         assert row.cached == 0 == batcher.prefixes.tokens
     else:
         assert row.cached > 0.7 * len(ids) and read < 1.6 * len(ids)
+
+
+def test_ten_turns_through_a_sliding_window(gemma, batcher_of):
+    """Layers that look at the last 32 tokens only find these in what was kept."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 32}
+    config = Gemma3TextConfig(
+        vocab_size=gemma.net.config.vocab_size, num_key_value_heads=1, head_dim=16, **sizes, **kinds
+    )
+    sliding = copy.copy(gemma)
+    sliding.net = Gemma3ForCausalLM(config).eval()
+    sliding.prefixes = PrefixCache(sliding.net)
+    test_ten_turns_are_those_of_a_model_that_reads_all_of_them(sliding, batcher_of)
 
 
 def test_what_many_begin_with_is_read_once(gemma, batcher_of):
