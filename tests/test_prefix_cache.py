@@ -178,6 +178,19 @@ def test_rows_come_before_what_is_kept(gemma, batcher_of):
     assert row_of(submit(batcher, ids, 4)).ids == generated(gemma, ids, 4)
 
 
+@pytest.mark.parametrize("method", ["fill", "offer"])
+def test_where_memory_is_short_nothing_is_kept_and_all_are_answered(gemma, batcher_of, monkeypatch, method):
+    batcher, ids = batcher_of(gemma), [5, 6, 7] * 30
+    row_of(submit(batcher, ids, 4))
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(batcher.prefixes, method, full)
+    assert row_of(submit(batcher, [*ids, 5] * 2, 4)).ids == generated(gemma, [*ids, 5] * 2, 4)
+    assert batcher.alive and row_of(submit(batcher, [*ids, 5], 4)).cached > 0
+
+
 @pytest.fixture
 def two_adapters(gemma):
     """The random Gemma with two adapters that change what it says."""

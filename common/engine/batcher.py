@@ -185,16 +185,17 @@ class Batcher:
             self._step(group, group.batch)
 
     def _prefill_of(self, rows: list[Row]) -> KVBatch:
-        prefill = KVBatch(self.net, rows, [row.ask.ids for row in rows], self.answer.pad_id)
-        prefill.resume(self.prefixes)
-        return prefill
+        return KVBatch(self.net, rows, [row.ask.ids for row in rows], self.answer.pad_id)
 
     def _read(self, group: Group, prefill: KVBatch) -> None:
         """Read the next chunk; rows whose prompts are read join those under way."""
         try:
+            if not prefill.read_to:
+                prefill.resume(self.prefixes)
             logits = prefill.prefill(CHUNK)
         except Exception as error:
-            if len(prefill.rows) > 1:  # one of them may be to blame: each alone
+            if len(prefill.rows) > 1 or prefill.rows[0].cached:  # one of them, or what is kept: each alone, without it
+                self.prefixes = self._nothing_kept()
                 group.prefills += [self._prefill_of([row]) for row in prefill.rows]
             else:
                 self._failure(prefill.rows, error)
@@ -202,7 +203,7 @@ class Batcher:
         if logits is None:
             group.prefills.append(prefill)
             return
-        prefill.offer(self.prefixes, range(len(prefill.rows)))
+        self._offer(prefill, range(len(prefill.rows)))
         self._take(prefill.rows, logits)
         going = [number for number, row in enumerate(prefill.rows) if not row.over]
         if not going:
@@ -229,11 +230,18 @@ class Batcher:
         """Keep the wanted ones of the rows under way."""
         if group.batch:
             numbers = [number for number, row in enumerate(group.batch.rows) if wanted(row)]
-            group.batch.offer(self.prefixes, sorted({*range(len(group.batch.rows))} - {*numbers}))
+            self._offer(group.batch, sorted({*range(len(group.batch.rows))} - {*numbers}))
             if not numbers:
                 group.batch = None
             elif len(numbers) < len(group.batch.rows):
                 group.batch.keep(numbers)
+
+    def _offer(self, batch: KVBatch, numbers: Sequence[int]) -> None:
+        """Keep what these rows of a batch have read; where there is no memory for it, nothing is kept any more."""
+        try:
+            batch.offer(self.prefixes, numbers)
+        except Exception as error:
+            self._failure([], error)
 
     def _take(self, rows: list[Row], logits: torch.Tensor) -> None:
         """Give each row its next id; logits [B, V]."""
