@@ -174,11 +174,11 @@ class ServeFlags:
     checkpoint: str = ""  # answer as this checkpoint of the run: best (by validation loss), last, or a step
     base: bool = False  # serve the base model without the adapter
     adapters: tuple[str, ...] = ()  # more runs on the same base, name=folder each; requests choose by `model`
-    api_key: str = ""  # clients must send it as a Bearer token; a --config file keeps it off the process list
+    api_key: tuple[str, ...] = ()  # clients must send one of these as a Bearer token; --config keeps them off ps
     slots: int = 16  # answers generated together
     queue: int = 128  # answers that may wait for a slot; beyond it requests get 429
     request_tokens: int = 0  # longest prompt and answer together; 0: the model's context
-    total_tokens: int = 0  # most tokens in the cache of all slots, padding included; 0: no limit
+    total_tokens: int = 0  # most tokens in the cache, padding and kept prefixes included; 0: no limit
     request_seconds: float = 600.0  # time limit of one request
     drain_seconds: float = 30.0  # after SIGTERM: time for answers under way
     cors: str = ""  # origin of web pages that may call the service, or *; none may by default

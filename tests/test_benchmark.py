@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.evaluation import benchmark, tasks
 from common.inference import likelihood
 from common.inference.answerer import Answer, Answerer
+from common.inference.prefix_cache import PrefixCache
 from common.model.loading import load_base, load_tokenizer
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
@@ -195,6 +196,32 @@ def test_likelihood_is_that_of_a_plain_forward_pass(answerer):
             assert fit.ids == ids and fit.loss == pytest.approx(loss, abs=1e-4)
 
 
+def test_examples_that_questions_share_are_read_once(answerer, monkeypatch):
+    """… in each batch and the next one, where the model allows it; losses are those of plain forward passes."""
+    trunk, read = type(answerer.net.get_decoder()), []
+    forward = trunk.forward
+
+    def counted(self, input_ids=None, **arguments):
+        read.append(input_ids.numel())
+        return forward(self, input_ids=input_ids, **arguments)
+
+    rounds = [
+        turn for n in range(5) for turn in (Turn("user", "问答他有" * 8 + str(n)), Turn("assistant", "AB"[n % 2]))
+    ]
+    asked = [([*rounds, Turn("user", "的一是不" * (n % 3) + f"问{n}")], ["A", "B", "是的"]) for n in range(12)]
+    asked += [([Turn("user", f"他{n}")], ["A", "B"]) for n in range(3)]
+    answerer.prefixes = PrefixCache(answerer.net)
+    monkeypatch.setattr(trunk, "forward", counted)
+    found = [fits for start in (0, 7) for fits in likelihood.fits(answerer, asked[start : start + 7 + start], False, 5)]
+    monkeypatch.undo()
+    whole = sum(len(answerer.fitted_ids(turns)) * 3 for turns, _ in asked)
+    assert sum(read) < whole / 3 if answerer.prefixes.usable else sum(read) >= whole
+    for (turns, answers), fits in zip(asked, found, strict=True):
+        for text, fit in zip(answers, fits, strict=True):
+            loss, ids = one_by_one(answerer, turns, text)
+            assert fit.ids == ids and fit.loss == pytest.approx(loss, abs=1e-4)
+
+
 # --- rigged models --------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +229,7 @@ class Rigged(torch.nn.Module):
     """A causal model whose next id after a prompt is what `wanted(prompt ids)` says; elsewhere it says id 0."""
 
     device = torch.device("cpu")
+    whole_prompts = True
 
     def __init__(self, vocabulary):
         super().__init__()

@@ -22,7 +22,7 @@ def on_the_path(monkeypatch):
     sys.modules.pop("data", None)
 
 
-@pytest.mark.parametrize("script", ["data.py", "generate.py", "gpu.py", "train.py"])
+@pytest.mark.parametrize("script", ["chats.py", "data.py", "generate.py", "gpu.py", "train.py"])
 def test_help(script):
     found = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True, timeout=120

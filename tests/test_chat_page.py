@@ -227,7 +227,7 @@ def test_the_hint_fits_a_narrow_phone(page_of, language):
 
 
 def test_a_key_and_an_error(page, service, monkeypatch):
-    monkeypatch.setattr(service, "api_key", "k")
+    monkeypatch.setattr(service, "api_key", ("k",))
     send(page, "有")
     assert "Authorization: Bearer" in last_answer(page)
     assert page.locator(".turn.failed").count() == 1

@@ -337,7 +337,7 @@ def test_a_failure_in_a_stream_is_its_last_event(gemma, monkeypatch):
 
 
 def test_keys(gemma, monkeypatch):
-    monkeypatch.setattr(gemma.service, "api_key", "密钥-1")
+    monkeypatch.setattr(gemma.service, "api_key", ("密钥-1",))
     with pytest.raises(openai.AuthenticationError) as caught:
         gemma.chat(max_tokens=2)
     assert caught.value.code == "invalid_api_key"
@@ -356,11 +356,30 @@ def test_keys(gemma, monkeypatch):
         assert flask.get(path).status_code == status
 
 
+def test_each_of_several_keys_has_prefixes_of_its_own(gemma, monkeypatch):
+    """cached_tokens of one question asked twice by each key, whole and streamed; /metrics and the log add them up."""
+    monkeypatch.setattr(gemma.service, "api_key", ("one", "two"))
+    flask, cached = create_app(gemma.service).test_client(), []
+    body = {"messages": [{"role": "user", "content": "有问答吗" * 20}], "max_tokens": 2, "temperature": 0}
+    for key in ("one", "two", "one", "two"):
+        headers = {"Authorization": f"Bearer {key}"}
+        usage = flask.post("/v1/chat/completions", buffered=True, json=body, headers=headers).json["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[:2] == [0, 0] and cached[2] == cached[3] > 60
+    stream = body | {"stream": True, "stream_options": {"include_usage": True}, "n": 2}
+    last = flask.post("/v1/chat/completions", buffered=True, json=stream, headers=headers).get_data(as_text=True)
+    assert f'"prompt_tokens_details": {{"cached_tokens": {cached[2]}}}' in last.split("data: ")[-2]
+    metrics = flask.get("/metrics", headers=headers).get_data(as_text=True)
+    assert f'cached_tokens_total{{model="base"}} {4 * cached[2]:.1f}' in metrics
+    assert f"kept_tokens {gemma.batcher.prefixes.tokens:.1f}" in metrics
+    assert flask.get("/v1/models", headers={"Authorization": "Bearer one two"}).status_code == 401
+
+
 def test_other_origins_are_let_in_only_where_asked(gemma, monkeypatch):
     flask = create_app(gemma.service).test_client()
     assert "Access-Control-Allow-Origin" not in flask.get("/health", headers={"Origin": "http://a"}).headers
     monkeypatch.setattr(gemma.service, "cors", "http://a")
-    monkeypatch.setattr(gemma.service, "api_key", "k")
+    monkeypatch.setattr(gemma.service, "api_key", ("k",))
     preflight = flask.options("/v1/chat/completions", headers={"Origin": "http://a"})
     assert preflight.status_code == 200 and preflight.headers["Access-Control-Allow-Origin"] == "http://a"
     assert "Authorization" in preflight.headers["Access-Control-Allow-Headers"]

@@ -33,7 +33,7 @@ def answer(cfg):
 @pytest.fixture(scope="module")
 def url(answer):
     batcher = Batcher(answer, {"base": None})
-    server = Server(app.create_app(app.Service("m", "base", batcher, api_key="k")), "127.0.0.1", 0, 8)
+    server = Server(app.create_app(app.Service("m", "base", batcher, api_key=("k",))), "127.0.0.1", 0, 8)
     yield server.address + "/v1"
     server.close()
     batcher.close()

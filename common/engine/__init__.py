@@ -4,6 +4,7 @@ In reading order:
 
 request         what is asked, and the parts of its answers as they come
 prompt_encoder  conversations and texts as prompt ids, ids as tokens
+group           what goes on under one name, and which prompts are read next
 batcher         the thread that owns the model: rows join and leave between two steps
 kv_batch        rows that share forward passes, and their cache
 sampling        the next id of each row

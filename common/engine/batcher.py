@@ -14,9 +14,11 @@ import torch
 from common.conversation.turns import Turn
 from common.engine import sampling
 from common.engine.beam_search import Beams
-from common.engine.kv_batch import KVBatch, new_cache
+from common.engine.group import Group, columns, width
+from common.engine.kv_batch import KVBatch
 from common.engine.prompt_encoder import PromptEncoder
 from common.engine.request import Ask, ModelFailedError, Row, Ticket
+from common.inference.prefix_cache import PrefixCache, new_cache
 from common.model.layers import causal_of
 
 if TYPE_CHECKING:
@@ -30,26 +32,12 @@ class QueueFullError(Exception):
     """No slot is free, and no place in the queue."""
 
 
-class Group:
-    """What goes on under one name (base, or an adapter)."""
-
-    def __init__(self) -> None:
-        self.pending: deque[Row] = deque()  # their prompts are to be read
-        self.prefills: deque[KVBatch] = deque()  # their prompts are being read
-        self.batch: KVBatch | None = None  # they get an id a step
-
-    def rows(self) -> list[Row]:
-        """All Rows it has."""
-        reading = [row for prefill in self.prefills for row in prefill.rows]
-        return [*self.pending, *reading, *(self.batch.rows if self.batch else [])]
-
-
 class Batcher:
     """Answers Asks with one model; all methods may be called from any thread.
 
     answer: an Answerer. models: {name: peft's name of its adapter, None for the base}. slots: answers generated
     together; queue: answers that may wait; request_tokens: most of a prompt and its answer, 0: the model's context;
-    total_tokens: most in the cache, pads included, 0: no limit.
+    total_tokens: most in the cache, pads and kept prefixes included, 0: no limit.
     """
 
     def __init__(
@@ -74,6 +62,7 @@ class Batcher:
         self.encoder = PromptEncoder(answer)
         self.net = causal_of(answer.net)
         new_cache(self.net.config)  # refused now, not with the first request
+        self.prefixes = self._nothing_kept()
         self.peft = None if answer.net is self.net else answer.net
         self.adapter: str | None = "" if self.peft else None  # what the net is set to; "" is nothing yet
         context = getattr(self.net.config, "max_position_embeddings", None) or 2**31
@@ -95,12 +84,13 @@ class Batcher:
         """Whether requests are still answered."""
         return self.thread.is_alive() and not self.broken
 
-    def submit(self, model: str, asks: Sequence[Ask], seconds: float | None = None) -> Ticket:
+    def submit(self, model: str, asks: Sequence[Ask], seconds: float | None = None, client: str = "") -> Ticket:
         """The Ticket of a request for one answer to each Ask, to be given within `seconds`.
 
-        QueueFullError where they do not fit, ModelFailedError where nobody works.
+        client: who asks; what its prompts begin with is kept for it alone. QueueFullError where they do not fit,
+        ModelFailedError where nobody works.
         """
-        ticket = Ticket(model, asks, self, seconds)
+        ticket = Ticket(model, asks, self, seconds, client)
         with self.changed:
             if self.closed or not self.alive:
                 raise ModelFailedError
@@ -120,6 +110,9 @@ class Batcher:
         self.closed = True
         self.wake()
         self.thread.join()
+
+    def _nothing_kept(self) -> PrefixCache:
+        return PrefixCache(self.net, self.total_tokens or None)
 
     def _run(self) -> None:
         """The thread: a step of every group, again and again, as long as there are rows."""
@@ -168,24 +161,22 @@ class Batcher:
                 else:
                     self.groups[row.ticket.model].pending.append(row)
             self.active_count = len(active)
+        if self.total_tokens:  # rows come first
+            self.prefixes.most_tokens = self.total_tokens - columns(active)
+            self.prefixes.shrink()
 
     def _fits(self, active: list[Row], row: Row) -> bool:
         """Whether there is a slot and room in the cache for one more row; a row alone always fits."""
         rows = [*active, row]
-        used = sum(other.ask.sampling.num_beams for other in rows)
-        within = not self.total_tokens or used * max(other.width for other in rows) <= self.total_tokens
-        return not active or used <= self.slots and within
+        within = not self.total_tokens or columns(rows) <= self.total_tokens
+        return not active or width(rows) <= self.slots and within
 
     def _work(self, name: str, group: Group) -> None:
         """At most one chunk of prompts is read, then every row gets one more id."""
         if not group.rows():
             return
         self._use(self.models[name])
-        short: list[Row] = []
-        while group.pending and (len(short) + 1) * max(len(r.ask.ids) for r in [*short, group.pending[0]]) <= CHUNK:
-            short.append(group.pending.popleft())
-        if group.pending and not short:
-            short = [group.pending.popleft()]
+        short = group.next_prompts(self.prefixes, CHUNK)
         if short:
             group.prefills.append(self._prefill_of(short))
         if group.prefills:
@@ -199,9 +190,12 @@ class Batcher:
     def _read(self, group: Group, prefill: KVBatch) -> None:
         """Read the next chunk; rows whose prompts are read join those under way."""
         try:
+            if not prefill.read_to:
+                prefill.resume(self.prefixes)
             logits = prefill.prefill(CHUNK)
         except Exception as error:
-            if len(prefill.rows) > 1:  # one of them may be to blame: each alone
+            if len(prefill.rows) > 1 or prefill.rows[0].cached:  # one of them, or what is kept: each alone, without it
+                self.prefixes = self._nothing_kept()
                 group.prefills += [self._prefill_of([row]) for row in prefill.rows]
             else:
                 self._failure(prefill.rows, error)
@@ -209,6 +203,7 @@ class Batcher:
         if logits is None:
             group.prefills.append(prefill)
             return
+        self._offer(prefill, range(len(prefill.rows)))
         self._take(prefill.rows, logits)
         going = [number for number, row in enumerate(prefill.rows) if not row.over]
         if not going:
@@ -235,10 +230,18 @@ class Batcher:
         """Keep the wanted ones of the rows under way."""
         if group.batch:
             numbers = [number for number, row in enumerate(group.batch.rows) if wanted(row)]
+            self._offer(group.batch, sorted({*range(len(group.batch.rows))} - {*numbers}))
             if not numbers:
                 group.batch = None
             elif len(numbers) < len(group.batch.rows):
                 group.batch.keep(numbers)
+
+    def _offer(self, batch: KVBatch, numbers: Sequence[int]) -> None:
+        """Keep what these rows of a batch have read; where there is no memory for it, nothing is kept any more."""
+        try:
+            batch.offer(self.prefixes, numbers)
+        except Exception as error:
+            self._failure([], error)
 
     def _take(self, rows: list[Row], logits: torch.Tensor) -> None:
         """Give each row its next id; logits [B, V]."""
@@ -273,6 +276,7 @@ class Batcher:
     def _failure(self, rows: list[Row], error: Exception) -> None:
         """Fail these rows. The others go on, unless the model cannot even read a greeting any more."""
         log.error("模型出错 the model failed on %d request(s)", len(rows), exc_info=error)
+        self.prefixes = self._nothing_kept()  # memory may have been short
         for row in rows:
             row.fail(ModelFailedError(type(error).__name__))
         try:

@@ -7,30 +7,22 @@ A model whose positions or masks are its own says so by three attributes: `promp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
 
-from common.errors import UserError
+from common.inference.prefix_cache import new_cache
 from common.model.loss import without_routers
-from common.versions import CACHE, DummyLayer
+from common.versions import CACHE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from common.engine.request import Row
-
-# of a model's layers: none (another layer's is used), keys and values, states, both
-SHARED = (DummyLayer, DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
+    from common.inference.prefix_cache import PrefixCache
 
 
 def prompt_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -41,23 +33,6 @@ def prompt_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> t
 def next_positions(position_ids: torch.Tensor) -> torch.Tensor:
     """Positions [B, 1] after the last of [B, S]."""
     return position_ids[:, -1:] + 1
-
-
-def new_cache(config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache for a model whose rows join and leave; UserError where a layer keeps what rows cannot share.
-
-    Layers of attention keep all keys, also where they look at the last ones only, so that rows can be padded. Those of
-    linear attention keep states, which have no columns: padding is not in them.
-    """
-    cache = DynamicCache(config=config)
-    cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
-    other = {type(one).__name__ for one in cache.layers if type(one) not in SHARED}
-    if other:
-        raise UserError(
-            f"{config.model_type}: 服务还不能给这种模型 the service cannot batch rows of this model yet, whose layers "
-            f"keep {', '.join(sorted(other))}; predict.py and evaluation.py answer with it"
-        )
-    return cache
 
 
 class KVBatch:
@@ -77,6 +52,23 @@ class KVBatch:
         self.positions = getattr(net, "prompt_positions", prompt_positions)(self.ids, self.mask)
         self.cache = new_cache(net.config)
         self.read_to = 0
+
+    def resume(self, prefixes: PrefixCache) -> None:
+        """Begin behind what is kept of the prompts: with the last columns, as many as all rows need to have read."""
+        found = [prefixes.find(row.scope, row.ask.ids) for row in self.rows]
+        lengths = [len(row.ask.ids) for row in self.rows]
+        left = max(length - sum(map(len, parts)) for length, parts in zip(lengths, found, strict=True))
+        for row, length in zip(self.rows, lengths, strict=True):
+            row.cached = max(0, length - left)
+        if any(row.cached for row in self.rows):
+            self.read_to = self.ids.shape[1] - left
+            prefixes.fill(self.cache, list(map(_first, found, [row.cached for row in self.rows])), self.read_to)
+
+    def offer(self, prefixes: PrefixCache, numbers: Iterable[int]) -> None:
+        """Give what these rows have read to be kept."""
+        for number in numbers:
+            row, count = self.rows[number], int(self.mask[number].sum())
+            prefixes.offer(row.scope, [*row.ask.ids, *row.ids][:count], self.cache, number)
 
     def prefill(self, most: int) -> torch.Tensor | None:
         """Read at most `most` columns of the prompts: the logits [B, V] after the last one, or None before the end."""
@@ -144,6 +136,12 @@ class KVBatch:
                 for kept, name, has_columns in _tensors(layer):
                     if has_columns:
                         kept[name] = pad(kept[name], (0, 0, missing, 0))
+
+
+def _first(parts: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """The first `count` rows of tensors that stand one behind the other."""
+    starts = itertools.accumulate(map(len, parts), initial=0)
+    return [part[: count - start] for start, part in zip(starts, parts, strict=False) if start < count]
 
 
 def _tensors(layer: Any) -> Iterator[tuple[dict[Any, torch.Tensor], Any, bool]]:

@@ -82,9 +82,12 @@ class Part:
 class Ticket:
     """A request under way: its rows, one for each answer wanted, and what has become of them."""
 
-    def __init__(self, model: str, asks: Sequence[Ask], batcher: Batcher, seconds: float | None = None) -> None:
-        """asks: one Ask an answer. seconds: the time limit."""
+    def __init__(
+        self, model: str, asks: Sequence[Ask], batcher: Batcher, seconds: float | None = None, client: str = ""
+    ) -> None:
+        """asks: one Ask an answer. seconds: the time limit. client: who asks; no other one shares what it has read."""
         self.model = model
+        self.client = client
         self.events: queue.SimpleQueue[Part | Exception] = queue.SimpleQueue()
         self.rows = [Row(self, index, ask, batcher) for index, ask in enumerate(asks)]
         self.wake = batcher.wake
@@ -159,6 +162,8 @@ class Row:
         self.ticket = ticket
         self.index = index
         self.ask = ask
+        self.scope = ticket.model, ticket.client  # of the prefixes it shares
+        self.cached = 0  # tokens of its prompt that had been read before
         self.stop_ids = batcher.stop_ids
         self.kept = batcher.special if ask.special else batcher.answer.kept
         clean, reading = (batcher.clean, batcher.answer.reading(ask.ids, ask.tools)) if ask.clean else (None, None)

@@ -80,7 +80,7 @@ def run_task(
     return score_rows(
         records_path(cfg, task, base),
         key_of(cfg, base, settings),
-        shortest_first([question.turns for question in questions]),
+        sorted(shortest_first([question.turns for question in questions]), key=lambda row: questions[row].subject),
         ask,
         cfg,
         Progress(f"{task} {'基座 base' if base else '微调 tuned'}", "accuracy", answer),

@@ -3,6 +3,7 @@
 In reading order:
 
 tuned          a run's folder, opened to answer
+prefix_cache   what has been read, kept for prompts that begin alike
 answerer       a model that answers conversations, in batches or as a stream
 text           ids as whole characters, while they arrive
 answer_parts   that text as thought, text and calls

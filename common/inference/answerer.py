@@ -17,6 +17,7 @@ from common.conversation.answer_form import tools_of
 from common.conversation.turns import FormatError
 from common.errors import UserError
 from common.inference.answer_parts import Parts, Reading, kept_of, pieces, reading_of
+from common.inference.prefix_cache import PrefixCache
 from common.inference.text import Wording, decode
 from common.model.layers import causal_of
 from common.model.loading import pad_id_of
@@ -102,6 +103,7 @@ class Answerer:
         self.pad_id = pad_id_of(tokenizer, self.stop_ids[0])
         self.watch: Callable[[int], None] | None = None  # told of each step of a batch: new tokens of a row so far
         self.lock = threading.Lock()
+        self.prefixes = PrefixCache(causal_of(net))  # of streamed answers and of shared examples
         _forget_generation_config(net)
 
     def fitted_ids(self, turns: Sequence[Turn]) -> list[int]:
@@ -159,7 +161,9 @@ class Answerer:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.net.device)
         criteria = [streamer.stopped] if streamer else [_Told(self.watch, width)] if self.watch else None
         with self.lock, torch.inference_mode(), self.chosen(base) as net:
-            output = net.generate(
+            output = self.prefixes.generate(
+                net,
+                (base, prompts[0]) if streamer else None,
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=self.generation_config(sampling),

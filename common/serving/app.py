@@ -46,7 +46,7 @@ class Service:
 
     run_name: what /health calls the run. model: the name served where a request names none. defaults: Sampling where
     a request says nothing. fields: of POST /nlg/text_generate, which has defaults of its own. seconds: a request's time
-    limit. log_text: questions and answers go into the log.
+    limit. api_key: the keys of clients; () lets everyone in. log_text: questions and answers go into the log.
     """
 
     run_name: str
@@ -54,7 +54,7 @@ class Service:
     batcher: Batcher | None = None
     defaults: Sampling = field(default_factory=Sampling)
     fields: dict[str, Field] = field(default_factory=lambda: text_generate.FIELDS)
-    api_key: str = ""
+    api_key: tuple[str, ...] = ()
     cors: str = ""
     seconds: float = 600
     log_text: bool = False
@@ -94,6 +94,7 @@ def create_app(service: Service) -> Flask:
     counts = Counts(
         lambda: len(service.batcher.waiting) if service.batcher else 0,
         lambda: service.batcher.active_count if service.batcher else 0,
+        lambda: service.batcher.prefixes.tokens if service.batcher else 0,
     )
     app.wsgi_app = Watch(app.wsgi_app, counts, tracing.tracer())  # type: ignore[method-assign]  # as Flask advises
     app.before_request(lambda: _let_in(service))
@@ -145,9 +146,11 @@ def _let_in(service: Service) -> None:
     request.environ["service.record"]["path"] = path
     if service.api_key and path not in OPEN and request.method != "OPTIONS":
         given = request.headers.get("Authorization", "").encode("latin-1", "replace")
-        if not hmac.compare_digest(given, f"Bearer {service.api_key}".encode()):
+        known = [key for key in service.api_key if hmac.compare_digest(given, f"Bearer {key}".encode())]
+        if not known:
             why = "密钥不对 wrong or missing key; send Authorization: Bearer KEY"
             raise RequestRefusedError(why, 401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        request.environ["service.client"] = known[0]
     if path == "other":
         _refuse_slash(request.path)
     if path in GENERATING and request.method == "POST" and service.state != "ok":
@@ -264,13 +267,13 @@ def _complete(service: Service, read: Callable[[dict[str, Any], Batcher, Samplin
         response.headers["Cache-Control"] = "no-store"
         response.call_on_close(ticket.cancel)
         return response
-    return json_response(shape.whole([part for more in parts for part in more], ticket.tokens))
+    return json_response(shape.whole([part for more in parts for part in more], ticket))
 
 
 def _submit(service: Service, model: str, asks: list[Ask]) -> Ticket:
     """The Ticket of some Asks; RequestRefusedError where they cannot be taken. The log line will tell of it."""
     try:
-        ticket = service.loaded.submit(model, asks, service.seconds)
+        ticket = service.loaded.submit(model, asks, service.seconds, request.environ.get("service.client", ""))
     except QueueFullError:
         why = "服务繁忙 all slots and the queue are full; try again"
         raise RequestRefusedError(why, 429, code="queue_full", headers={"Retry-After": "1"}) from None
@@ -293,7 +296,7 @@ def _events(
         for more in parts:
             yield _event(*map(shape.chunk, more))
         if shape.wanted.include_usage:
-            yield _event(shape.last_chunk(ticket.tokens))
+            yield _event(shape.last_chunk(ticket))
         yield b"data: [DONE]\n\n"
     except (ModelFailedError, RequestTimeoutError) as error:
         message, status, code = FAILURES[type(error)]

@@ -28,18 +28,20 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class Counts:
     """What /metrics shows."""
 
-    def __init__(self, waiting: Callable[[], int], active: Callable[[], int]) -> None:
-        """waiting, active: called for the answers in the queue and in slots."""
+    def __init__(self, waiting: Callable[[], int], active: Callable[[], int], kept: Callable[[], int]) -> None:
+        """waiting, active: called for the answers in the queue and in slots; kept: for the tokens of kept prefixes."""
         self.registry = CollectorRegistry()
         made: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("requests", "Requests answered", ["path", "status"], **made)
-        self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens read", ["model"], **made)
+        self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens", ["model"], **made)
+        self.cached_tokens = Counter("cached_tokens", "Prompt tokens that had been read before", ["model"], **made)
         self.completion_tokens = Counter("completion_tokens", "Tokens generated", ["model"], **made)
         self.queued = Histogram("queue_seconds", "Time a request waits for a slot", buckets=SECONDS, **made)
         self.first = Histogram("time_to_first_token_seconds", "Until the first token", buckets=SECONDS, **made)
         self.total = Histogram("request_seconds", "Until the last byte", ["path"], buckets=SECONDS, **made)
         Gauge("requests_waiting", "Answers in the queue", **made).set_function(waiting)
         Gauge("requests_active", "Answers in slots", **made).set_function(active)
+        Gauge("kept_tokens", "Tokens kept for prompts that begin alike", **made).set_function(kept)
 
     def text(self) -> bytes:
         """Prometheus' text format."""
@@ -51,6 +53,7 @@ class Counts:
         self.total.labels(record["path"]).observe(record["ms"] / 1000)
         if "prompt_tokens" in record:
             self.prompt_tokens.labels(record["model"]).inc(record["prompt_tokens"])
+            self.cached_tokens.labels(record["model"]).inc(record["cached_tokens"])
             self.completion_tokens.labels(record["model"]).inc(record["completion_tokens"])
         for name, histogram in (("queued_ms", self.queued), ("first_token_ms", self.first)):
             if record.get(name) is not None:
@@ -105,6 +108,7 @@ def _about(ticket: Ticket | None) -> dict[str, Any]:
         "model": ticket.model,
         "answers": len(ticket.rows),
         "prompt_tokens": sum(len(row.ask.ids) for row in ticket.rows),
+        "cached_tokens": sum(row.cached for row in ticket.rows),
         "completion_tokens": ticket.tokens,
         "queued_ms": ticket.started and round((ticket.started - ticket.created) * 1000),
         "first_token_ms": ticket.first and round((ticket.first - ticket.created) * 1000),

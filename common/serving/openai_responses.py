@@ -13,7 +13,7 @@ from common.conversation.answer_form import as_openai
 if TYPE_CHECKING:
     from common.conversation.turns import Call
     from common.engine.batcher import Batcher
-    from common.engine.request import Entry, Part
+    from common.engine.request import Entry, Part, Ticket
     from common.serving.openai_requests import Wanted
 
 
@@ -30,12 +30,14 @@ class Shape:
         self.called: Counter[int] = Counter()  # calls of each answer so far
         self.offsets = [0] * len(wanted.asks)  # characters of each answer whose log probabilities are out
 
-    def usage(self, tokens: int) -> dict[str, int]:
+    def usage(self, ticket: Ticket) -> dict[str, Any]:
         """Token counts; a prompt with n answers counts once."""
-        asked = sum(len(ask.ids) for ask in self.wanted.asks[:: self.wanted.n])
-        return {"prompt_tokens": asked, "completion_tokens": tokens, "total_tokens": asked + tokens}
+        rows, tokens = ticket.rows[:: self.wanted.n], ticket.tokens
+        asked = sum(len(row.ask.ids) for row in rows)
+        counts = {"prompt_tokens": asked, "completion_tokens": tokens, "total_tokens": asked + tokens}
+        return counts | {"prompt_tokens_details": {"cached_tokens": sum(row.cached for row in rows)}}
 
-    def whole(self, parts: Sequence[Part], tokens: int) -> dict[str, Any]:
+    def whole(self, parts: Sequence[Part], ticket: Ticket) -> dict[str, Any]:
         """The answer to a request that is not streamed; parts: all of them."""
         choices = []
         for index in range(len(self.wanted.asks)):
@@ -46,7 +48,7 @@ class Shape:
             if self.wanted.chat:
                 said = {"message": self._message(index, text, mine)}
             choices.append(self._choice(index, said, entries, mine[-1].stop))
-        return self.head | {"choices": choices, "usage": self.usage(tokens)}
+        return self.head | {"choices": choices, "usage": self.usage(ticket)}
 
     def _message(self, index: int, text: str, parts: Sequence[Part]) -> dict[str, Any]:
         """A whole answer; thought and calls are there where there are any."""
@@ -74,10 +76,10 @@ class Shape:
         kind = "chat.completion.chunk" if self.wanted.chat else "text_completion"
         return self.head | {"object": kind, "choices": [choice]}
 
-    def last_chunk(self, tokens: int) -> dict[str, Any]:
+    def last_chunk(self, ticket: Ticket) -> dict[str, Any]:
         """The chunk that holds the token counts."""
         kind = "chat.completion.chunk" if self.wanted.chat else "text_completion"
-        return self.head | {"object": kind, "choices": [], "usage": self.usage(tokens)}
+        return self.head | {"object": kind, "choices": [], "usage": self.usage(ticket)}
 
     def _choice(self, index: int, said: dict[str, Any], entries: Sequence[Entry], stop: str | None) -> dict[str, Any]:
         logprobs = None
