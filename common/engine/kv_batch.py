@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from common.errors import UserError
+from common.inference.cache import RoomyLayer
 from common.model.loss import without_routers
 from common.versions import CACHE, DummyLayer
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from common.engine.request import Row
 
 # of a model's layers: none (another layer's is used), keys and values, states, both
-SHARED = (DummyLayer, DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
+SHARED = (DummyLayer, RoomyLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 
 
 def prompt_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,8 @@ def new_cache(config: PreTrainedConfig) -> DynamicCache:
     linear attention keep states, which have no columns: padding is not in them.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
+    attention = (DynamicLayer, DynamicSlidingWindowLayer)
+    cache.layers = [RoomyLayer() if type(one) in attention else one for one in cache.layers]
     other = {type(one).__name__ for one in cache.layers if type(one) not in SHARED}
     if other:
         raise UserError(
