@@ -1,15 +1,17 @@
 """What makes answering faster and changes no answer: a cache with room, weights of 16 bits read as such."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.cache_utils import DynamicLayer
 
 from common.engine.kv_batch import KVBatch
-from common.inference.cache import ROOM, RoomyLayer, roomy_cache
+from common.engine.replay import record
+from common.inference.cache import ROOM, RoomyLayer, with_roomy_cache
 from common.inference.products import HalfLinear, quicken
 
 HALF = "fbgemm" in torch.backends.quantized.supported_engines
@@ -59,8 +61,10 @@ def test_a_batch_steps_as_with_transformers_own_cache(small_qwen):
 
 
 def test_generate_gets_a_cache_with_room(small_qwen):
-    config = AutoModelForCausalLM.from_pretrained(small_qwen).config
-    assert {type(one) for one in roomy_cache(config).layers} == {RoomyLayer}
+    """… where its class makes its cache of layers of attention; a model with states makes its own."""
+    (cache,) = with_roomy_cache(AutoModelForCausalLM.from_pretrained(small_qwen)).values()
+    assert {type(one) for one in cache.layers} == {RoomyLayer}
+    assert with_roomy_cache(torch.nn.Identity()) == {}
 
 
 @needs_half
@@ -114,3 +118,64 @@ def test_an_adapter_is_left_as_it_is_over_a_base_that_is_not(small_qwen):
     assert not [name for name, module in net.named_modules() if "lora_" in name and type(module) is HalfLinear]
     with torch.inference_mode():
         torch.testing.assert_close(net(ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen", "gemma", "glm4"])
+def test_a_replayed_step_is_the_models(family, request):
+    """Of other rows and columns than were recorded, after rows have come and gone too."""
+    package = {"qwen": "qwen2_sft.ft_qwen2", "gemma": "gemma_sft.ft_gemma", "glm4": "chatglm_sft.ft_glm4"}[family]
+    config = importlib.import_module(f"{package}.config").Config
+    folder = str(request.getfixturevalue(f"small_{family}"))
+    cfg = config(path_model_pretrain=folder, model_save_dir="/nowhere")
+    net = importlib.import_module(f"{package}.predict").load_answer(cfg, base=True).net
+    with torch.inference_mode():
+        replay = record(net)
+        assert replay
+        ours, theirs = (
+            [KVBatch(net, "ab", [list(range(9, 30)), [7]], 0), KVBatch(net, "c", [[8] * 50], 0)] for _ in range(2)
+        )
+        for used, (first, late) in ((replay, ours), (None, theirs)):
+            first.prefill(512), late.prefill(512)
+            first.step([5, 6], used)
+            first.join(late)
+            first.step([5, 6, 7], used)
+            first.keep([0, 2])
+        for id_ in range(5, 5 + 70):
+            torch.testing.assert_close(ours[0].step([id_, 9], replay), theirs[0].step([id_, 9]))
+        assert torch.equal(ours[0].mask, theirs[0].mask)
+
+
+def test_a_sliding_window_is_replayed():
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 3}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16, "max_position_embeddings": 128}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    net = Gemma3ForCausalLM(Gemma3TextConfig(**shape, layer_types=kinds)).eval()
+    with torch.inference_mode():
+        replay, (ours, theirs) = record(net), (KVBatch(net, "a", [[3, 4]], 0) for _ in range(2))
+        for batch in (ours, theirs):
+            batch.prefill(512)
+        for id_ in range(5, 40):  # beyond the window
+            torch.testing.assert_close(ours.step([id_], replay), theirs.step([id_]))
+
+
+class Guessing(torch.nn.Module):
+    """A head that is one of an even number of rows and another of an odd one, which a recording does not see."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden):
+        found = self.head(hidden)
+        return -found if len(hidden) % 2 else found
+
+
+def test_what_the_recording_does_not_hold_is_not_replayed(small_qwen):
+    net = AutoModelForCausalLM.from_pretrained(small_qwen).eval()
+    net.config.rope_parameters = {**net.config.rope_parameters, "rope_type": "dynamic"}
+    with torch.inference_mode():
+        assert record(net) is None
+        net.config.rope_parameters = {**net.config.rope_parameters, "rope_type": "default"}
+        assert record(net)
+        net.lm_head = Guessing(net.lm_head)
+        assert record(net) is None  # found when other rows are tried

@@ -6,6 +6,7 @@ request         what is asked, and the parts of its answers as they come
 prompt_encoder  conversations and texts as prompt ids, ids as tokens
 batcher         the thread that owns the model: rows join and leave between two steps
 kv_batch        rows that share forward passes, and their cache
+replay          their steps, recorded
 sampling        the next id of each row
 beam_search     beams that take turns with the others
 """

@@ -17,12 +17,11 @@ from common.conversation.answer_form import tools_of
 from common.conversation.turns import FormatError
 from common.errors import UserError
 from common.inference.answer_parts import Parts, Reading, kept_of, pieces, reading_of
-from common.inference.cache import roomy_cache
+from common.inference.cache import with_roomy_cache
 from common.inference.text import Wording, decode
 from common.model.layers import causal_of
 from common.model.loading import pad_id_of
 from common.model.loss import without_routers
-from common.versions import CACHE
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -167,7 +166,7 @@ class Answerer:
                 generation_config=self.generation_config(sampling),
                 streamer=streamer,
                 stopping_criteria=criteria,
-                **{CACHE: roomy_cache(causal_of(net).config)} | without_routers(net),
+                **with_roomy_cache(causal_of(net)) | without_routers(net),
             )
         return output[:, width:].tolist()
 

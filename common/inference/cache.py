@@ -8,9 +8,12 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from common.versions import CACHE
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAMES = ("keys", "values")
 ROOM = 64  # columns: as many ids are appended between two copies
 
 
@@ -39,22 +42,43 @@ class RoomyLayer(DynamicLayer):
         if not old.numel():
             return torch.cat([old, new], -2)
         width, end = old.shape[-2], old.shape[-2] + new.shape[-2]
+        larger = self._larger(name, old, end)
+        larger[..., width:end, :] = new
+        return self._given(name, larger, end)
+
+    def _larger(self, name: str, old: torch.Tensor, end: int) -> torch.Tensor:
+        """What `old` is a part of, or a copy of it, with at least `end` columns."""
         larger, given = self.given.get(name, (old, None))
         if given is not old or end > larger.shape[-2]:
             larger = old.new_empty((*old.shape[:-2], end + ROOM, old.shape[-1]))
-            larger[..., :width, :] = old
-        larger[..., width:end, :] = new
+            larger[..., : old.shape[-2], :] = old
+        return larger
+
+    def _given(self, name: str, larger: torch.Tensor, end: int) -> torch.Tensor:
         self.given[name] = larger, larger[..., :end, :]
         return self.given[name][1]
 
+    def with_room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with room for one more column, which whoever fills it announces by `grow`."""
+        end = self.keys.shape[-2] + 1
+        kept = self._larger("keys", self.keys, end), self._larger("values", self.values, end)
+        self.keys, self.values = (self._given(name, one, end - 1) for name, one in zip(NAMES, kept, strict=True))
+        return kept
 
-def roomy_cache(config: PreTrainedConfig) -> DynamicCache | None:
-    """An empty cache for `generate` of a model of attention alone; None for others, which make their own.
+    def grow(self) -> None:
+        """Count the column as its own that was filled after `with_room`."""
+        end = self.keys.shape[-2] + 1
+        self.keys, self.values = (self._given(name, self.given[name][0], end) for name in NAMES)
+
+
+def with_roomy_cache(net: PreTrainedModel) -> dict[str, DynamicCache]:
+    """An argument for `generate`: an empty cache, of a model of attention alone; {} for others, which make their own.
 
     Layers that look at the last ids only keep no others, as transformers has them.
     """
-    cache = DynamicCache(config=config)
-    if any(type(one) not in (DynamicLayer, DynamicSlidingWindowLayer) for one in cache.layers):
-        return None
+    cache = DynamicCache(config=getattr(net, "config", None))
+    kinds = {type(one) for one in cache.layers}
+    if not kinds or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+        return {}
     cache.layers = [RoomyLayer() if type(one) is DynamicLayer else one for one in cache.layers]
-    return cache
+    return {CACHE: cache}
