@@ -98,7 +98,7 @@ def record(net: PreTrainedModel) -> Replay | None:
         tried = (*TRIED, (2, window + 9)) if window < LONGEST else TRIED
         found = replay if all(_same(net, replay, *shape) for shape in tried) else None
     except Exception as error:  # of the tracer, or of a model that needs more than tensors
-        log.debug("not recorded", exc_info=error)
+        log.info("不录制步骤 steps are not recorded, the model makes each: %s", type(error).__name__)
         return None
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear, pad
@@ -22,24 +22,21 @@ FEW, LARGE = 16, 1 << 20  # rows and weights of a product for which oneDNN is fa
 class HalfLinear(torch.nn.Linear):
     """A linear layer over float32 whose weights, which float16 holds, are kept in float16: x @ weight.T + bias.
 
-    The products are float32's, by torch's FBGEMM. `weight` and `bias` are made anew where somebody asks for them.
+    The products are float32's, by torch's FBGEMM. `weight` is made anew, float32, where somebody asks for it; it is no
+    property, since torch's tracer would ask each module for all of them.
     """
 
     def __init__(self, layer: torch.nn.Linear) -> None:
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = layer.bias
         bias = None if layer.bias is None else layer.bias.detach()
         self.packed = torch.ops.quantized.linear_prepack_fp16(layer.weight.detach(), bias)
 
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """float32 [out, in]"""
-        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
-
-    @property
-    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
-        """float32 [out], or None"""
-        return torch.ops.quantized.linear_unpack_fp16(self.packed)[1]
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
+        return super().__getattr__(name)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """float32 [..., out] of float32 [..., in]"""
@@ -79,6 +76,8 @@ def _fits_half(weight: torch.Tensor) -> bool:
 
 def _few_by_onednn(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """The forward of a linear layer: a few rows by oneDNN, in numbers of rows for which it makes few programs."""
+    if torch.jit.is_tracing():  # as many rows as there will be: the slots of a service
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
     flat = x.reshape(-1, x.shape[-1])
     if not 0 < len(flat) <= FEW:
         return linear(x, self.weight, self.bias)
