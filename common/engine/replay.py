@@ -1,4 +1,4 @@
-"""A model's step recorded as torch's operations and replayed without the model's Python, of which small models are made.
+"""A model's step recorded as torch's operations and replayed without the model's Python: half a small model's time.
 
 The values are those of the model: other rows and columns than the recorded ones are tried first, and where anything
 differs, or cannot be recorded, the model itself goes on.
@@ -108,7 +108,8 @@ def _recorded(batch: KVBatch) -> Callable[..., torch.Tensor]:
     kept = [tensor for layer in batch.cache.layers for tensor in layer.with_room()]
     with report_hidden(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what becomes a constant, which is tried; of trace's being frozen
-        return torch.jit.trace(_Step(batch).eval(), (*batch.next_column([1] * len(batch.ids)), *kept), check_trace=False)
+        given = (*batch.next_column([1] * len(batch.ids)), *kept)
+        return torch.jit.trace(_Step(batch).eval(), given, check_trace=False)
 
 
 def _batch(net: PreTrainedModel, rows: int, columns: int) -> KVBatch:
