@@ -24,6 +24,9 @@ class RoomyLayer(DynamicLayer):
     nothing that was taken out of them is written to, and they may be cut, padded or joined by whom it suits.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.given: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # the larger tensor, and what was given out of it
