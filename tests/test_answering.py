@@ -13,6 +13,8 @@ from transformers import (
     Gemma3TextConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.cache_utils import DynamicLayer
 
@@ -197,3 +199,11 @@ def test_large_layers_of_float32_are_replayed():
         for batch in (ours, theirs):
             batch.prefill(512)
         torch.testing.assert_close(ours.step([6, 7], replay), theirs.step([6, 7]))
+
+
+def test_experts_are_not_replayed():
+    """Which of them computes depends on the values."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
+    with torch.inference_mode():
+        assert record(Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).eval()) is None

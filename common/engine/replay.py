@@ -87,7 +87,7 @@ def record(net: PreTrainedModel) -> Replay | None:
     experts are chosen, or whose positions are scaled anew with the length, does not.
     """
     scaled = any(word in str(getattr(net.config, "rope_parameters", "")) for word in ("dynamic", "longrope"))
-    if net.device.type != "cpu" or scaled or any(".experts." in name for name, _ in net.named_modules()):
+    if net.device.type != "cpu" or scaled or any("experts" in name.split(".") for name, _ in net.named_modules()):
         return None
     try:
         batch = _batch(net, *RECORDED)
