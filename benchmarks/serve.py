@@ -47,6 +47,7 @@ def prepare(source, folder):
     else:
         torch.manual_seed(0)
         net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(EMBEDDED), dtype=torch.float32)
+        net = net.bfloat16().float()  # numbers of bfloat16, as in a checkpoint; both sides compute in float32
     stops = prompt.stop_ids(tokenizer, "chat")
     net.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
     net.save_pretrained(folder)

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.conversation.turns import Turn
-from common.engine.kv_batch import KVBatch, new_cache
+from common.engine.kv_batch import KVBatch
 from common.errors import UserError
 from common.inference.answerer import Sampling
+from common.inference.cache import new_cache
 from common.model import loading
 from common.training import tuning
 from qwen2_sft.ft_qwen2.config import Config as QwenConfig

@@ -159,6 +159,20 @@ def test_a_product_of_one_dnn():
     torch.testing.assert_close(made, x @ weight.T)
 
 
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="torch without FBGEMM")
+def test_a_product_of_fbgemm_is_float32_over_weights_of_16_bits():
+    x, weight, bias = torch.randn(4, 8), torch.randn(3, 8).bfloat16().float(), torch.randn(3)
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+    assert torch.equal(torch.ops.quantized.linear_unpack_fp16(packed)[0], weight)
+    torch.testing.assert_close(torch.ops.quantized.linear_dynamic_fp16(x, packed), x @ weight.T + bias)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_still_records_what_a_function_does():
+    traced = torch.jit.trace(lambda x: x.narrow(0, 0, 2) + 1, torch.ones(3), check_trace=False)
+    assert torch.equal(traced(torch.zeros(5)), torch.ones(2))
+
+
 def test_bitsandbytes_is_told_to_leave_the_weights_alone():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(64, 64)

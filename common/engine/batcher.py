@@ -17,8 +17,10 @@ from common.engine.beam_search import Beams
 from common.engine.group import Group, columns, width
 from common.engine.kv_batch import KVBatch
 from common.engine.prompt_encoder import PromptEncoder
+from common.engine.replay import Replay, record
 from common.engine.request import Ask, ModelFailedError, Row, Ticket
-from common.inference.prefix_cache import PrefixCache, new_cache
+from common.inference.cache import new_cache
+from common.inference.prefix_cache import PrefixCache
 from common.model.layers import causal_of
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Batcher:
         self.adapter: str | None = "" if self.peft else None  # what the net is set to; "" is nothing yet
         context = getattr(self.net.config, "max_position_embeddings", None) or 2**31
         self.context = min(context, request_tokens or context)  # most tokens of a prompt and its answer
+        self.replays: dict[str | None, Replay | None] = {}  # by adapter
         self.probe = self.encoder.whole_ids([Turn("user", "你好")])
         self.changed = threading.Condition()  # guards `waiting`
         self.waiting: deque[Row] = deque()
@@ -218,7 +221,7 @@ class Batcher:
     def _step(self, group: Group, batch: KVBatch) -> None:
         """Give every row of the group's batch one more id."""
         try:
-            logits = batch.step([row.ids[-1] for row in batch.rows])
+            logits = batch.step([row.ids[-1] for row in batch.rows], self._replay())
         except Exception as error:
             self._failure(batch.rows, error)
             group.batch = None
@@ -284,6 +287,12 @@ class Batcher:
         except Exception:
             self.broken = True
             log.exception("模型不再工作 the model does not work any more")
+
+    def _replay(self) -> Replay | None:
+        """Steps of the net as it is set, recorded when they are first wanted."""
+        if self.adapter not in self.replays:
+            self.replays[self.adapter] = record(self.net)
+        return self.replays[self.adapter]
 
     def _use(self, adapter: str | None) -> None:
         """Set the net to an adapter, None for the base."""

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from common.inference.prefix_cache import new_cache
+from common.inference.cache import new_cache
 from common.model.loss import without_routers
 from common.versions import CACHE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import DynamicCache, PreTrainedModel
 
+    from common.engine.replay import Replay
     from common.engine.request import Row
     from common.inference.prefix_cache import PrefixCache
 
@@ -83,15 +84,29 @@ class KVBatch:
         self.positions = last if columns > 1 else torch.cat([last, last], -1)
         return logits
 
-    def step(self, ids: list[int]) -> torch.Tensor:
-        """Append one id to each row (a list of B): the logits [B, V] after it."""
-        column = torch.tensor(ids, device=self.mask.device)[:, None]
-        self.mask = pad(self.mask, (0, 1), value=1)
-        new = getattr(self.net, "next_positions", next_positions)(self.positions)
+    def step(self, ids: list[int], replay: Replay | None = None) -> torch.Tensor:
+        """Append one id to each row (a list of B): the logits [B, V] after it; replay: of the net, in its place."""
+        column, self.mask, new = self.next_column(ids)
         self.positions = torch.cat([self.positions, new], -1)[..., -2:]
-        return self._forward(column, self.mask, new)
+        return replay(column, self.mask, new, self.cache) if replay else self._forward(column, self.mask, new)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def next_column(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(ids [B, 1], mask [B, K + 1], positions [B, …, 1]) of one more id in each row."""
+        column = torch.tensor(ids, device=self.mask.device)[:, None]
+        new = getattr(self.net, "next_positions", next_positions)(self.positions)
+        return column, pad(self.mask, (0, 1), value=1), new
+
+    def forward_over(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, layers: list[Any]
+    ) -> torch.Tensor:
+        """As a step's logits [B, V], over another cache's layers."""
+        cache = new_cache(self.net.config)
+        cache.layers = layers
+        return self._forward(ids, mask, positions, cache)
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache | None = None
+    ) -> torch.Tensor:
         """Logits [B, V], fp32, after the last column of ids [B, S]; mask [B, K] covers the cached columns too."""
         output = self.net(
             input_ids=ids,
@@ -99,7 +114,7 @@ class KVBatch:
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{CACHE: self.cache} | without_routers(self.net),
+            **{CACHE: cache or self.cache} | without_routers(self.net),
         )
         return output.logits[:, -1].float()
 

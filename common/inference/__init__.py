@@ -2,6 +2,8 @@
 
 In reading order:
 
+products       matrix products of a model that only answers
+cache          keys and values, with room for more
 tuned          a run's folder, opened to answer
 prefix_cache   what has been read, kept for prompts that begin alike
 answerer       a model that answers conversations, in batches or as a stream

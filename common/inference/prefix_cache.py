@@ -11,41 +11,17 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicLayer
 
 from common.errors import UserError
+from common.inference.cache import RoomyLayer, new_cache, with_roomy_cache
 from common.versions import CACHE, DummyLayer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import DynamicCache, PreTrainedModel
 
 BLOCK = 16  # tokens
 PART, LEAST = 8, 64 << 20  # kept unless told otherwise: bytes, an eighth of the weights', and at least so many
-# of a model's layers: none (another layer's is used), keys and values, states, both
-SHARED = (DummyLayer, DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
-
-
-def new_cache(config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache for a model whose rows join and leave; UserError where a layer keeps what rows cannot share.
-
-    Layers of attention keep all keys, also where they look at the last ones only, so that rows can be padded. Those of
-    linear attention keep states, which have no columns: padding is not in them.
-    """
-    cache = DynamicCache(config=config)
-    cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
-    other = {type(one).__name__ for one in cache.layers if type(one) not in SHARED}
-    if other:
-        raise UserError(
-            f"{config.model_type}: 服务还不能给这种模型 the service cannot batch rows of this model yet, whose layers "
-            f"keep {', '.join(sorted(other))}; predict.py and evaluation.py answer with it"
-        )
-    return cache
 
 
 class Block:
@@ -172,7 +148,7 @@ class PrefixCache:
         """
         cache = self.started(*asked) if asked else None
         if asked is None or cache is None:
-            return net.generate(**arguments)
+            return net.generate(**arguments, **with_roomy_cache(self.net))
         output = net.generate(**arguments, **{CACHE: cache})
         self.offer(asked[0], output[0, : cache.get_seq_length()].tolist(), cache)
         return output
@@ -241,4 +217,4 @@ def _is_cuttable(net: PreTrainedModel) -> bool:
         layers = new_cache(config).layers
     except UserError:
         return False
-    return bool(layers) and all(type(one) in (DummyLayer, DynamicLayer) for one in layers)
+    return bool(layers) and all(type(one) in (DummyLayer, RoomyLayer) for one in layers)

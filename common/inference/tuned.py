@@ -8,6 +8,7 @@ import torch
 
 from common.errors import UserError
 from common.inference.answerer import Answerer
+from common.inference.products import quicken
 from common.model import adapter, loading
 from common.model.adapter import TrainedWith
 from common.runs import adopted
@@ -28,10 +29,10 @@ def load(cfg: SFTConfig, prompt: Family, base: bool = False) -> Answerer:
         torch.manual_seed(cfg.seed)
 
     def load_base() -> PreTrainedModel:
-        return loading.load_base(trained.path_model_pretrain, cfg.dtype, trained.bits, cfg.attn_implementation)
+        return quicken(loading.load_base(trained.path_model_pretrain, cfg.dtype, trained.bits, attention))
 
     attention = cfg.attn_implementation
-    net = load_base() if base else adapter.load_tuned(trained, cfg.model_save_dir, cfg.dtype, attention)
+    net = load_base() if base else quicken(adapter.load_tuned(trained, cfg.model_save_dir, cfg.dtype, attention))
     context = context_of(cfg, trained)
     return Answerer(net, tokenizer, prompt, trained.prompt_style, trained.max_length_q, load_base, context)
 

@@ -1,0 +1,209 @@
+"""What makes answering faster and changes no answer: a cache with room, weights of 16 bits read as such."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.cache_utils import DynamicLayer
+
+from common.engine.kv_batch import KVBatch
+from common.engine.replay import record
+from common.inference.cache import ROOM, RoomyLayer, with_roomy_cache
+from common.inference.products import HalfLinear, quicken
+
+HALF = "fbgemm" in torch.backends.quantized.supported_engines
+needs_half = pytest.mark.skipif(not HALF, reason="torch without FBGEMM")
+
+
+def columns(count, seed=0):
+    return torch.randn(2, 3, count, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_cache_with_room_holds_what_transformers_holds():
+    """Also where it has to grow, and where what it holds is cut or put in its place."""
+    theirs, ours = DynamicLayer(), RoomyLayer()
+    for step, count in enumerate([5, 1, 1, ROOM, 1, 2 * ROOM, 1]):
+        new = columns(count, step), columns(count, 100 + step)
+        for expected, found in zip(theirs.update(*new), ours.update(*new), strict=True):
+            assert torch.equal(expected, found)
+        if step == 4:
+            for layer in (theirs, ours):
+                layer.keys, layer.values = layer.keys[:, :, 3:], layer.values[[1, 0], :, 3:]
+    assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_a_column_is_written_where_there_is_room_and_nothing_taken_out_changes():
+    layer = RoomyLayer()
+    layer.update(columns(5), columns(5))
+    layer.update(columns(1), columns(1))
+    place, taken = layer.keys.data_ptr(), layer.keys[:1, :, :4]
+    before = taken.clone()
+    layer.update(columns(1, 1), columns(1, 1))
+    assert layer.keys.data_ptr() == place and layer.keys.shape[2] == 7  # no copy of the others
+    layer.keys = taken  # as whoever lets rows go
+    layer.update(columns(1, 2)[:1], columns(1, 2)[:1])
+    assert layer.keys.data_ptr() != place and torch.equal(taken, before)
+
+
+def test_a_batch_steps_as_with_transformers_own_cache(small_qwen):
+    net = AutoModelForCausalLM.from_pretrained(small_qwen).float().eval()
+    prompts = [list(range(10, 30)), list(range(20, 27))]
+    with torch.inference_mode():
+        ours, theirs = (KVBatch(net, [None, None], prompts, 0) for _ in range(2))
+        theirs.cache = DynamicCache(config=net.config)
+        for batch in (ours, theirs):
+            batch.prefill(512)
+        for id_ in range(5, 15):
+            assert torch.equal(ours.step([id_, id_ + 1]), theirs.step([id_, id_ + 1]))
+
+
+def test_generate_gets_a_cache_with_room(small_qwen):
+    """… where its class makes its cache of layers of attention; a model with states makes its own."""
+    (cache,) = with_roomy_cache(AutoModelForCausalLM.from_pretrained(small_qwen)).values()
+    assert {type(one) for one in cache.layers} == {RoomyLayer}
+    assert with_roomy_cache(torch.nn.Identity()) == {}
+
+
+@needs_half
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (3, 5, 24), (0, 24)])
+def test_weights_of_bfloat16_lose_nothing(bias, shape):
+    layer = torch.nn.Linear(24, 40, bias=bias).bfloat16().float().requires_grad_(False)
+    net = quicken(torch.nn.Sequential(copy.deepcopy(layer)))
+    assert type(net[0]) is HalfLinear and torch.equal(net[0].weight, layer.weight)
+    assert net[0].bias is None if not bias else torch.equal(net[0].bias, layer.bias)
+    x = torch.randn(shape)
+    torch.testing.assert_close(net(x), layer(x))
+    assert len(list(net.parameters())) == bias  # the weights are held once
+
+
+def test_weights_that_float16_does_not_hold_stay():
+    fine, large, small = (torch.nn.Linear(8, 8, bias=False) for _ in range(3))
+    torch.nn.init.constant_(large.weight, 1e5)
+    torch.nn.init.constant_(small.weight, 2.0**-26)  # less than a step of float16, as bfloat16 may hold
+    with torch.no_grad():
+        small.weight[0] = 1
+    net = quicken(torch.nn.Sequential(fine, large, small))
+    assert type(net[0]) is type(net[1]) is torch.nn.Linear
+    assert type(net[2]) is (HalfLinear if HALF else torch.nn.Linear)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("rows", [1, 3, 16, 17])
+def test_a_large_layer_of_float32_computes_the_same(rows):
+    layer = torch.nn.Linear(512, 2048).requires_grad_(False)
+    x = torch.randn(rows, 1, 512)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    net = quicken(torch.nn.Sequential(layer))
+    assert "forward" in vars(net[0])
+    torch.testing.assert_close(net(x), expected)
+
+
+@needs_half
+def test_an_adapter_is_left_as_it_is_over_a_base_that_is_not(small_qwen):
+    """… DoRA, which asks for the base's weights, too; and a second adapter can be attached."""
+    base = AutoModelForCausalLM.from_pretrained(small_qwen).bfloat16().float()
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False)
+    net = get_peft_model(base, config).eval()
+    ids = torch.arange(8, 20)[None]
+    with torch.inference_mode():
+        expected = net(ids).logits
+    quicken(net)
+    net.add_adapter("other", LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+    kinds = {name.rpartition(".")[2]: type(module) for name, module in net.named_modules()}
+    assert kinds["base_layer"] is kinds["v_proj"] is kinds["lm_head"] is HalfLinear
+    assert not [name for name, module in net.named_modules() if "lora_" in name and type(module) is HalfLinear]
+    with torch.inference_mode():
+        torch.testing.assert_close(net(ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen", "gemma", "glm4"])
+def test_a_replayed_step_is_the_models(family, request):
+    """Of other rows and columns than were recorded, after rows have come and gone too."""
+    package = {"qwen": "qwen2_sft.ft_qwen2", "gemma": "gemma_sft.ft_gemma", "glm4": "chatglm_sft.ft_glm4"}[family]
+    config = importlib.import_module(f"{package}.config").Config
+    folder = str(request.getfixturevalue(f"small_{family}"))
+    cfg = config(path_model_pretrain=folder, model_save_dir="/nowhere")
+    net = importlib.import_module(f"{package}.predict").load_answer(cfg, base=True).net
+    with torch.inference_mode():
+        replay = record(net)
+        assert replay
+        ours, theirs = (
+            [KVBatch(net, "ab", [list(range(9, 30)), [7]], 0), KVBatch(net, "c", [[8] * 50], 0)] for _ in range(2)
+        )
+        for used, (first, late) in ((replay, ours), (None, theirs)):
+            first.prefill(512), late.prefill(512)
+            first.step([5, 6], used)
+            first.join(late)
+            first.step([5, 6, 7], used)
+            first.keep([0, 2])
+        for id_ in range(5, 5 + 70):
+            torch.testing.assert_close(ours[0].step([id_, 9], replay), theirs[0].step([id_, 9]))
+        assert torch.equal(ours[0].mask, theirs[0].mask)
+
+
+def test_a_sliding_window_is_replayed():
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 3}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16, "max_position_embeddings": 128}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    net = Gemma3ForCausalLM(Gemma3TextConfig(**shape, layer_types=kinds)).eval()
+    with torch.inference_mode():
+        replay, (ours, theirs) = record(net), (KVBatch(net, "a", [[3, 4]], 0) for _ in range(2))
+        for batch in (ours, theirs):
+            batch.prefill(512)
+        for id_ in range(5, 40):  # beyond the window
+            torch.testing.assert_close(ours.step([id_], replay), theirs.step([id_]))
+
+
+class Guessing(torch.nn.Module):
+    """A head that is one of an even number of rows and another of an odd one, which a recording does not see."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden):
+        found = self.head(hidden)
+        return -found if len(hidden) % 2 else found
+
+
+def test_what_the_recording_does_not_hold_is_not_replayed(small_qwen):
+    net = AutoModelForCausalLM.from_pretrained(small_qwen).eval()
+    net.config.rope_parameters = {**net.config.rope_parameters, "rope_type": "dynamic"}
+    with torch.inference_mode():
+        assert record(net) is None
+        net.config.rope_parameters = {**net.config.rope_parameters, "rope_type": "default"}
+        assert record(net)
+        net.lm_head = Guessing(net.lm_head)
+        assert record(net) is None  # found when other rows are tried
+
+
+def test_large_layers_of_float32_are_replayed():
+    shape = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1}
+    net = Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2)).eval()
+    assert "forward" in vars(quicken(net).lm_head)
+    with torch.inference_mode():
+        replay, (ours, theirs) = record(net), (KVBatch(net, "ab", [[3, 4], [5]], 0) for _ in range(2))
+        for batch in (ours, theirs):
+            batch.prefill(512)
+        torch.testing.assert_close(ours.step([6, 7], replay), theirs.step([6, 7]))
+
+
+def test_experts_are_not_replayed():
+    """Which of them computes depends on the values."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
+    with torch.inference_mode():
+        assert record(Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).eval()) is None
