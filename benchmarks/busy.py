@@ -17,7 +17,7 @@ from measure import ROOT, machine, table
 
 FAMILIES = {"gemma": "gemma_sft.ft_gemma", "qwen": "qwen2_sft.ft_qwen2", "chatglm": "chatglm_sft.ft_chatglm"}
 BUSY = (0, 1, 2)  # processes beside
-STEPS = 6  # of a block; the first is not timed
+STEPS, UNTIMED = 12, 4  # of a block; within the first ones the change is noticed
 
 
 def main():
@@ -52,7 +52,7 @@ class Watch:
 
     def step(self):
         now = time.perf_counter()
-        if self.done >= 0 and self.done % STEPS:
+        if self.done >= 0 and self.done % STEPS >= UNTIMED:
             self.found[self.plan[self.done]].append(now - self.last)
         self.done += 1
         self.beside(self.plan[self.done] if self.done < len(self.plan) else 0)
