@@ -20,7 +20,7 @@ def on_the_path(monkeypatch):
     sys.modules.pop("data", None)
 
 
-@pytest.mark.parametrize("script", ["data.py", "generate.py", "train.py"])
+@pytest.mark.parametrize("script", ["busy.py", "data.py", "generate.py", "start.py", "train.py"])
 def test_help(script):
     found = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True, timeout=120
