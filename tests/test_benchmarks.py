@@ -22,10 +22,13 @@ def on_the_path(monkeypatch):
     sys.modules.pop("data", None)
 
 
-@pytest.mark.parametrize("script", ["chats.py", "data.py", "generate.py", "gpu.py", "train.py"])
+SCRIPTS = "busy chats data generate gpu start train".split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     found = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True, timeout=120
+        [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--help"], capture_output=True, text=True, timeout=120
     )
     assert found.returncode == 0 and f"python benchmarks/{script}" in found.stdout
 

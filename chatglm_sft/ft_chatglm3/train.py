@@ -19,7 +19,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, TrainFlags, argv)
     import chatglm_sft.models.chatglm2  # noqa: F401 -- tells transformers about the model
     from common import distributed
-    from common.checking import check
     from common.data import accounts, dataset
     from common.evaluation import evaluate
     from common.model import layers, loading, template_tokens
@@ -37,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.print_targets:
         return layers.show_targets(base)
     if flags.check:
+        from common.checking import check
+
         return check.run(cfg, flags, base, tokenizer, prompt, parent)
     rows = dataset.prepare(cfg, tokenizer, prompt)
     accounts.show_counts(rows)

@@ -19,7 +19,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg, flags = parse(Config, TrainFlags, argv)
     # torch is imported only now, so that --help answers at once
     from common import distributed
-    from common.checking import check
     from common.data import accounts, dataset
     from common.evaluation import evaluate
     from common.model import layers, loading, template_tokens
@@ -35,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.print_targets:
         return layers.show_targets(base)
     if flags.check:
+        from common.checking import check
+
         return check.run(cfg, flags, base, tokenizer, prompt, parent)
     rows = dataset.prepare(cfg, tokenizer, prompt)
     accounts.show_counts(rows)

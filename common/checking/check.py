@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy
+
 from common.checking import rehearsal
 from common.checking.check_report import show_rows, show_step, show_verdict
 from common.conversation.render import IGNORED
@@ -141,12 +143,17 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
         except UserError as problem:
             findings.append(_unreadable(problem))
             continue
-        rows = files[-1].rows
         findings += [_left_out(row) for row in files[-1].rejected]
         findings += [_mended(repair) for repair in files[-1].repaired]
         findings += [_unused(path, key, count) for key, count in files[-1].source["unused"].items()]
-        findings += [_cut(cfg, where) for where, cut in zip(rows["where"], rows["cut"], strict=True) if cut]
+        findings += [_cut(cfg, where) for where in _cut_rows(files[-1])]
     return files, findings
+
+
+def _cut_rows(file: Tokenised) -> Sequence[str]:
+    """Where the rows stand that were cut; of the others no value is made."""
+    numbers = numpy.flatnonzero(file.rows.with_format("numpy")["cut"][:])
+    return file.rows.select(numbers)["where"][:]
 
 
 def _paths(specs: Sequence[str], findings: list[Finding]) -> list[str]:

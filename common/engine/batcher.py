@@ -97,7 +97,8 @@ class Batcher:
         with self.changed:
             if self.closed or not self.alive:
                 raise ModelFailedError
-            if len(self.waiting) + self.active_count + len(asks) > self.slots + self.queue:
+            waiting = sum(not row.ticket.cancelled for row in self.waiting)
+            if waiting + self.active_count + len(asks) > self.slots + self.queue:
                 raise QueueFullError
             self.waiting += ticket.rows
             self.changed.notify()

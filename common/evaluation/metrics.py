@@ -1,8 +1,9 @@
 """Scores of a generated Chinese answer against its reference, in 0..1; an empty answer scores 0.
 
-nltk, rouge and sacrebleu compute them. rouge 1.0.1 is kept from three of its faults: a full stop would cut a sentence,
-"." alone raises ValueError, and ROUGE-L needs gigabytes and fails by recursion at some thousand characters. So its
-n-gram function is called directly, and the common subsequence is found here, the one that rouge would choose.
+nltk, rouge and sacrebleu compute them, imported with the first answer that is scored. rouge 1.0.1 is kept from three of
+its faults: a full stop would cut a sentence, "." alone raises ValueError, and ROUGE-L needs gigabytes and fails by
+recursion at some thousand characters. So its n-gram function is called directly, and the common subsequence is found
+here, the one that rouge would choose.
 """
 
 from __future__ import annotations
@@ -17,13 +18,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-from rouge.rouge_score import f_r_p_rouge_n, rouge_n
-from sacrebleu.metrics.chrf import CHRF
 
 if TYPE_CHECKING:
     from jieba import Tokenizer
     from numpy import ndarray
+    from sacrebleu.metrics.chrf import CHRF
 
 ENTITY = re.compile(r"(\S.*)_([^\W\d_]{1,10})")  # name_type; the type is a word
 NO_ENTITY = "没有"
@@ -33,9 +32,6 @@ PAIR = re.compile(r"[^*\s，。！？；：、]*[#＃][^*\s，。！？；：、
 MARKS = re.compile(r"[\s，。！？；：、]")  # between words: they say nothing
 COPIED, COVERED = 0.8, 0.5  # a copy: so much of it stands in the question, and so much of the question in it
 LOOPED = 20  # characters of the least loop
-_SMOOTHING = SmoothingFunction().method1
-_CHRF = CHRF()
-_CHRF.sentence_score("", [""])  # it knows its signature once it has scored
 
 
 def signature() -> str:
@@ -45,7 +41,7 @@ def signature() -> str:
         f"characters without blanks, word-* jieba {versions['jieba']} words; "
         f"BLEU-4 nltk {versions['nltk']} sentence_bleu method1, below 1 for an equal answer of 3 tokens or fewer; "
         f"ROUGE rouge {versions['rouge']} (sets of n-grams, summary-level L; '.' is a token and cuts no sentence); "
-        f"chrF sacrebleu {_CHRF.get_signature()}; exact = the same text but for blanks at its ends; "
+        f"chrF sacrebleu {_chrf().get_signature()}; exact = the same text but for blanks at its ends; "
         "distinct-2 = different / all pairs of neighbouring characters within an answer; "
         "stopped = ended by itself with some text; "
         "novel-f1 = F1 of pairs of neighbouring characters, each as often as it stands there, without pairs of the "
@@ -72,7 +68,7 @@ def score(prediction: str, reference: str, question: str = "") -> dict[str, Any]
         scores |= _overlaps(*characters)
         words = _overlaps(_words(prediction), _words(reference))
         scores |= {f"word-{name}": value for name, value in words.items()}
-        scores["chrf"] = _CHRF.sentence_score(prediction, [reference]).score / 100
+        scores["chrf"] = _chrf().sentence_score(prediction, [reference]).score / 100
         scores["exact"] = float(prediction.strip() == reference.strip())
         scores["distinct-2"] = _distinct_pairs(characters[0])
         scores["novel-f1"] = novel_f1(prediction, reference, question)
@@ -113,13 +109,27 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 def _overlaps(hypothesis: list[str], target: list[str]) -> dict[str, float]:
     """OVERLAPS of two lists of tokens, neither of them empty."""
-    scores = {"bleu-4": float(sentence_bleu([target], hypothesis, smoothing_function=_SMOOTHING))}
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    from rouge.rouge_score import f_r_p_rouge_n, rouge_n
+
+    smoothing = SmoothingFunction().method1
+    scores = {"bleu-4": float(sentence_bleu([target], hypothesis, smoothing_function=smoothing))}
     for kind in (1, 2):
         found = rouge_n([" ".join(hypothesis)], [" ".join(target)], kind)
         scores |= {f"rouge-{kind}-{stat}": float(found[stat]) for stat in "rpf"}
     common = set(common_subsequence(target, hypothesis))
     found = f_r_p_rouge_n(len(set(hypothesis)), len(set(target)), len(common))
     return scores | {f"rouge-l-{stat}": float(found[stat]) for stat in "rpf"}
+
+
+@functools.cache
+def _chrf() -> CHRF:
+    """sacrebleu's chrF; it knows its signature once it has scored."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    scorer = CHRF()
+    scorer.sentence_score("", [""])
+    return scorer
 
 
 def common_subsequence(left: Sequence[Hashable], right: Sequence[Hashable]) -> list[Any]:

@@ -6,11 +6,10 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 
 from common.export.proof import say
 from common.model.layers import causal_of
+from common.peft_names import BaseTunerLayer, ModulesToSaveWrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from peft import PeftModel
 
 from common.errors import UserError
 from common.export import llama_cpp, proof
 from common.export.proof import Expected
 from common.inference.answerer import Sampling
 from common.inference.remote import Remote
+from common.peft_names import PeftModel
 
 if TYPE_CHECKING:
     from common.config import ExportFlags, SFTConfig

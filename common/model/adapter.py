@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from common.config import LORA
@@ -21,6 +19,7 @@ from common.model.loading import load_base
 from common.model.token_rows import mend
 from common.model.verify import adapter_state, compare_adapter
 from common.model.weights import check_adapter, readable
+from common.peft_names import BaseTunerLayer, LoraConfig, PeftModel, without_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +71,7 @@ def attach(
     file, config = check_adapter(folder), config_of(folder)
     if dropout is not None:
         config.lora_dropout, config.base_model_name_or_path = dropout, base.name_or_path
-    with readable(file), warnings.catch_warnings():
+    with readable(file), warnings.catch_warnings(), without_bitsandbytes():
         warnings.simplefilter("ignore")  # peft only warns of missing keys; the comparison below refuses them
         try:
             if isinstance(base, PeftModel):

@@ -8,11 +8,10 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
+
+from common.peft_names import LoraConfig, LoraLayer, convert_peft_config_for_transformers
 
 if TYPE_CHECKING:
     from peft import PeftModel

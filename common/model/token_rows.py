@@ -11,9 +11,9 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import TrainableTokensWrapper
 from torch.nn import functional
+
+from common.peft_names import TrainableTokensLayer, TrainableTokensWrapper
 
 
 class Rows(NamedTuple):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers.core_model_loading import revert_weight_conversion
@@ -16,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from common import distributed
 from common.errors import UserError
 from common.model.weights import adapter_file, readable
+from common.peft_names import get_peft_model_state_dict
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -10,7 +10,7 @@ arguments      our knobs in transformers' names
 trainer        transformers' Trainer over all this
 samples        a few rows answered at each validation
 guards         what stops a run that would spoil or train nothing
-callbacks      signals, early stopping, whole checkpoints, the log
+callbacks      signals, early stopping, whole checkpoints, other processes, the log
 curve          the picture of its loss
 report         what a run leaves for people
 pretrain       how the embedded models are made

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from common import distributed
@@ -23,6 +22,7 @@ from common.model.layers import fused_experts, layers_reached, linear_layers, na
 from common.model.template_tokens import rows_to_train
 from common.model.token_rows import mend
 from common.model.weights import readable
+from common.peft_names import LoraConfig, get_peft_model, without_bitsandbytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -206,7 +206,7 @@ def _add_lora(base: PreTrainedModel, cfg: SFTConfig, token_ids: Sequence[int]) -
     if cfg.use_pissa:
         _check_pissa(base, config)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_bitsandbytes():
             warnings.filterwarnings("ignore", "Model has .tie_word_embeddings")  # export unties what was changed
             net = get_peft_model(base, config)
     except ValueError as problem:

@@ -1,0 +1,75 @@
+"""How the threads of one computation wait for each other on a CPU: awake on a quiet machine, asleep on a busy one.
+
+torch divides each product among OpenMP's threads, which wait for the last of them at its end. GNU's OpenMP (that of
+torch's wheels for Linux) lets them wait awake for some milliseconds: the next product comes sooner than a sleeper
+wakes. Beside other processes that is the wrong way: who waits keeps the core that the one waited for needs. What the
+environment says of it (OMP_WAIT_POLICY, GOMP_SPINCOUNT) holds for a whole process, but while there are more of its
+threads than cores it lets all of them sleep (gomp_throttled_spin_count_var in libgomp's wait.h and env.c). So threads
+that do nothing are held while others compute. How work is divided stays the same, and so does each result.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import psutil
+import torch
+
+PAUSE = 0.5  # seconds between two looks at the least: the kernel counts in hundredths
+BEGIN, END = 0.3, 0.15  # cores that others use beyond those left to them: from here on asleep, below that awake
+GRAIN = 1 << 15  # values that torch gives each thread at the least
+
+
+class Waiting:
+    """Lets this process's threads wait asleep while others use its cores; `look` is called from time to time."""
+
+    def __init__(self) -> None:
+        self.cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.spare = len(self.cores) - torch.get_num_threads()  # cores that others may have
+        self.last = self._used()
+        self.held: list[threading.Thread] = []
+        self.release = threading.Event()
+
+    def look(self) -> None:
+        """See what others have used since the last look, and change how the threads wait where that is due."""
+        if torch.get_num_threads() == 1 or not self.cores or time.monotonic() - self.last[0] < PAUSE:
+            return
+        before, self.last = self.last, self._used()
+        now, theirs = (new - old for new, old in zip(self.last, before, strict=True))
+        beyond = theirs / now - self.spare
+        if not self.held and beyond > BEGIN:
+            self.sleep()
+        elif self.held and beyond < END:
+            self.close()
+
+    def sleep(self) -> None:
+        """Hold so many idle threads that GNU's OpenMP lets those that wait sleep."""
+        self.release = threading.Event()
+        count = len(self.cores) // torch.get_num_threads() or 1
+        ready = threading.Barrier(count + 1)
+        self.held = [threading.Thread(target=_hold, args=(ready, self.release), daemon=True) for _ in range(count)]
+        for thread in self.held:
+            thread.start()
+        ready.wait()
+
+    def close(self) -> None:
+        """Let the idle threads end."""
+        self.release.set()
+        for thread in self.held:
+            thread.join()
+        self.held = []
+
+    def _used(self) -> tuple[float, float]:
+        """(monotonic seconds, seconds that others have used of this process's cores so far)."""
+        now, own, each = time.monotonic(), time.process_time(), psutil.cpu_times(percpu=True)
+        used = [sum(each[core][:3]) for core in self.cores if core < len(each)]  # user, nice, system
+        return now, sum(used) - own
+
+
+def _hold(ready: threading.Barrier, release: threading.Event) -> None:
+    """Have a team of OpenMP's threads of one's own, idle until `release`."""
+    torch.zeros(GRAIN * torch.get_num_threads()).add_(1)
+    ready.wait()
+    release.wait()

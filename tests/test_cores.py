@@ -1,0 +1,90 @@
+"""How threads wait for each other while other processes want the cores, and that nothing else changes by it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common import cores
+
+ROOT = Path(__file__).resolve().parents[1]
+TWO_THREADS = """
+import threading
+import torch
+from common.cores import Waiting
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+x, y = torch.randn(700, 300), torch.randn(300, 500)
+
+def computed():
+    return (x @ y).sum(0), torch.nn.functional.softmax(x, -1), x.sum()
+
+def system_threads():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("Threads")).split()[1])
+
+awake, before = computed(), system_threads()
+waiting = Waiting()
+waiting.cores = [0, 1]
+waiting.sleep()
+asleep = computed()
+assert all(map(torch.equal, awake, asleep))
+print(system_threads() - before, len(waiting.held))
+waiting.close()
+print(threading.active_count(), len(waiting.held), all(map(torch.equal, awake, computed())))
+"""
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """(a Waiting on two cores with two threads, pass_seconds(seconds, by others of both cores, by this process))."""
+    now = {"monotonic": 100.0, "own": 5.0, "all": 50.0}
+    monkeypatch.setattr(cores.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(cores.time, "monotonic", lambda: now["monotonic"])
+    monkeypatch.setattr(cores.time, "process_time", lambda: now["own"])
+    idle = now["all"]
+    monkeypatch.setattr(
+        cores.psutil, "cpu_times", lambda percpu: [(now["all"] / 2, 0.0, 0.0, idle), (now["all"] / 2, 0.0, 0.0, idle)]
+    )
+    made = cores.Waiting()
+    monkeypatch.setattr(made, "sleep", lambda: made.held.append("asleep"))
+    monkeypatch.setattr(made, "close", made.held.clear)
+
+    def pass_seconds(seconds, others, own):
+        now["monotonic"] += seconds
+        now["own"] += own
+        now["all"] += others + own
+        made.look()
+        return bool(made.held)
+
+    return pass_seconds
+
+
+def test_threads_sleep_while_others_use_cores(waiting):
+    assert not waiting(1, others=0.1, own=2), "what this process uses itself does not count"
+    assert not waiting(0.2, others=0.4, own=0), "too soon for a look"
+    assert waiting(0.8, others=0.6, own=1)
+    assert waiting(1, others=0.2, own=1.5), "neither many nor few"
+    assert not waiting(1, others=0.1, own=1.8)
+
+
+def test_one_thread_waits_for_none(waiting, monkeypatch):
+    monkeypatch.setattr(cores.torch, "get_num_threads", lambda: 1)
+    assert not waiting(1, others=2, own=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="counts the threads that Linux shows")
+def test_idle_threads_are_held_and_end_and_results_stay():
+    found = subprocess.run([sys.executable, "-c", TWO_THREADS], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    held, after = found.stdout.splitlines()
+    assert held == "2 1", "one idle thread, and the other one of its team"
+    assert after == "1 0 True"
+
+
+def test_the_kernel_is_asked_in_the_order_it_answers():
+    if hasattr(psutil.cpu_times(), "iowait"):  # Linux
+        assert psutil.cpu_times()._fields[:3] == ("user", "nice", "system")
