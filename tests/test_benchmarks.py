@@ -20,12 +20,22 @@ def on_the_path(monkeypatch):
     sys.modules.pop("data", None)
 
 
-@pytest.mark.parametrize("script", ["data.py", "generate.py", "train.py"])
+@pytest.mark.parametrize("script", ["data.py", "engines.py", "generate.py", "train.py"])
 def test_help(script):
     found = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True, timeout=120
     )
     assert found.returncode == 0 and f"python benchmarks/{script}" in found.stdout
+
+
+def test_each_engine_has_its_packages():
+    import engines
+
+    from common.elsewhere import asking
+
+    pinned = engines.pinned()
+    assert set(pinned) == {"llama.cpp", *asking.ENGINES}
+    assert all("==" in package for packages in pinned.values() for package in packages)
 
 
 def test_a_table():

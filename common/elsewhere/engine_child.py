@@ -2,10 +2,10 @@
 
 python common/elsewhere/engine_child.py ENGINE FOLDER SCRATCH
 
-Read from its input: {"prompts": [[id]], "messages": [[{"role", "content"}] or null], "new_tokens", "stop_ids", "threads"}.
-Printed last: {"versions", "prompts": [[id] or null], "answers": [[id]], "seconds"}: the prompts as the engine makes ids of
-the messages, what it answers to the given ids, and how long the answers took. It computes in float32; an engine that
-converts first does it in the folder SCRATCH. It imports nothing of the project: the engine's Python may lack its packages.
+Its input: {"prompts": [[id]], "messages": [[{"role", "content"}] or null], "new_tokens", "stop_ids", "threads"}.
+Its last line: {"versions", "prompts": [[id] or null], "answers": [[id]], "seconds"}: the prompts as the engine makes
+ids of the messages, what it answers to the given ids, and how long the answers took. It computes in float32; an engine
+that converts first does it in SCRATCH. It imports nothing of the project, whose packages its Python may lack.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -92,9 +93,11 @@ def mlx(folder: Path, scratch: Path, asked: dict[str, Any]) -> Engine:
 def onnx(folder: Path, scratch: Path, asked: dict[str, Any]) -> Engine:
     """ONNX Runtime GenAI, converted by its own builder."""
     import onnxruntime_genai
-    from onnxruntime_genai.models.builder import create_model
 
-    create_model(None, str(folder), str(scratch / "model"), "fp32", "cpu", str(scratch / "cache"))
+    words = ["-i", folder, "-o", scratch / "model", "-p", "fp32", "-e", "cpu", "-c", scratch / "cache"]
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, words)]
+    if (done := subprocess.run(builder, stdout=sys.stderr)).returncode:
+        sys.exit(done.returncode)  # it said why
     net = onnxruntime_genai.Model(str(scratch / "model"))
     tokenizer = onnxruntime_genai.Tokenizer(net)
 
