@@ -16,19 +16,24 @@ from gemma_sft import prompt
 
 LOAD = """
 import json, os
-from transformers import AutoTokenizer
 
 class Net:
     def set_dtype(self, dtype):
         assert dtype == "float32"
 
+class Tokenizer:
+    def __init__(self, prompts):
+        self.prompts = iter(prompts)
+
+    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
+        assert messages[0]["role"] == "user" and add_generation_prompt and not return_dict
+        return next(self.prompts)
+
 def load(path):
     asked = json.load(open(os.environ["FALSE_ANSWERS"]))
     if "error" in asked:
         raise ValueError(asked["error"])
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.chat_template = asked.get("template", tokenizer.chat_template)
-    return Net(), tokenizer
+    return Net(), Tokenizer(asked.get("prompts", [ids for ids, new in asked["answers"]]))
 """
 STEP = """
 import json, os
@@ -42,7 +47,10 @@ def generate_step(prompt, net, max_tokens):
 
 @pytest.fixture
 def answer(tmp_path, monkeypatch):
-    """answer(answers, **more): a false mlx-lm is installed, which answers so: [(ids, ids of the answer)]."""
+    """answer([(ids, ids of the answer)], **more): a false mlx-lm is installed, which answers so.
+
+    It is installed for this process, and for the Python in tmp_path.
+    """
     files = {
         "mlx/core.py": 'array, float32 = list, "float32"',
         "mlx/__init__.py": "",
@@ -57,6 +65,9 @@ def answer(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("FALSE_ANSWERS", str(tmp_path / "answers.json"))
+    python = f"PYTHONPATH={tmp_path} FALSE_ANSWERS={tmp_path}/answers.json exec {sys.executable}"
+    (tmp_path / "python").write_text(f'#!/bin/sh\n{python} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
 
     def say(answers, **more):
         (tmp_path / "answers.json").write_text(json.dumps({"answers": answers} | more))
@@ -92,10 +103,11 @@ def test_an_engine_that_answers_as_the_export_is_accepted(gemma, run, own, answe
     assert printed.splitlines()[-1] == f"{run}_merged: 一致 the same text in mlx-lm 2.5, mlx 1.5"
 
 
-def test_an_engine_of_another_environment_is_asked(gemma, run, own, answer, capsys, monkeypatch):
+def test_an_engine_of_another_environment_is_asked(gemma, run, own, answer, capsys, tmp_path, monkeypatch):
     answer(own)
+    monkeypatch.delenv("PYTHONPATH")
     monkeypatch.setattr(asking, "check_installed", lambda engine: pytest.fail("this environment may lack it"))
-    check(gemma, run, f"mlx={sys.executable}", "--output_dir", f"{run}_merged")
+    check(gemma, run, f"mlx={tmp_path}/python", "--output_dir", f"{run}_merged")
     assert "一致 the same text in mlx-lm 2.5" in capsys.readouterr().out
 
 
@@ -113,9 +125,9 @@ def test_another_answer_is_caught(gemma, run, own, answer, capsys):
     assert "| 否 no |" in line and "(token 2)" in line
 
 
-def test_the_exit_code_says_so(gemma, run, own, answer, forked):
+def test_the_exit_code_says_so(gemma, run, own, answer, forked, tmp_path):
     answer(spoiled(own))
-    done = forked("export.py", "--model_save_dir", run, "--verify", "mlx")
+    done = forked("export.py", "--model_save_dir", run, "--verify", f"mlx={tmp_path}/python")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "1 个回答不同 of 8 answers differ" in done.stderr
 
@@ -128,7 +140,7 @@ def test_a_tie_is_no_error(gemma, run, own, answer, capsys, monkeypatch):
 
 
 def test_another_template_is_caught(gemma, run, own, answer, capsys):
-    answer(own, template="{{ messages[0].content }}")
+    answer(own, prompts=[[*ids[:-1], 9] for ids, _ in own])
     with pytest.raises(UserError, match="--verify mlx: 8 个提示的编号不同 of 8 prompts get other ids by its template"):
         check(gemma, run, "mlx")
     assert capsys.readouterr().out.count("| 否 no | 是 yes |") == 8
