@@ -29,7 +29,8 @@ GEMMA = WIDE | dict(query_pre_attn_scalar=32, sliding_window=24)
 GEMMA3 = GEMMA | dict(num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
 RANDOM = {
     "Gemma 1": ("gemma", "Gemma", WIDE),
-    "Gemma 2": ("gemma", "Gemma2", GEMMA),
+    "Gemma 2": ("gemma", "Gemma2", GEMMA | {"sliding_window": 4096}),
+    "Gemma 2, past its window": ("gemma", "Gemma2", GEMMA),
     "Gemma 3": ("gemma", "Gemma3", GEMMA3 | {"rope_parameters": TWO_THETAS}),
     "Gemma 3, scaled": ("gemma", "Gemma3", GEMMA3 | {"rope_parameters": SCALED}),
     "Qwen2": ("qwen", "Qwen2", WIDE),  # theta 10,000
