@@ -62,6 +62,7 @@ def main():
                 except UserError as problem:
                     line = ["–"] * 4 + [""]
                     problems.append(f"- {engine}, {name}: {problem}")
+                    print(problems[-1])
                 lines.append([name, engine, *line])
                 print(*lines[-1], sep=" | ", flush=True)
     header = ["model", "engine", "same text", "gap", "same prompt", "speed", "versions"]

@@ -106,9 +106,11 @@ def onnx(folder: Path, scratch: Path, asked: dict[str, Any]) -> Engine:
         parameters.set_search_options(max_length=len(ids) + asked["new_tokens"], do_sample=False)
         generator = onnxruntime_genai.Generator(net, parameters)
         generator.append_tokens(ids)
+        found: Ids = []  # not its get_sequence, which leaves out the stop id
         while not generator.is_done():
             generator.generate_next_token()
-        return [int(number) for number in generator.get_sequence(0)][len(ids) :]
+            found.append(int(generator.get_next_tokens()[0]))
+        return found
 
     def prompt(messages: Messages) -> Ids:
         text = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
