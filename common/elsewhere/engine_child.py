@@ -125,7 +125,7 @@ def openvino(folder: Path, scratch: Path, asked: dict[str, Any]) -> Engine:
     from openvino import Tensor
     from optimum.exporters.openvino import main_export
 
-    main_export(str(folder), scratch / "model", task="text-generation-with-past")
+    main_export(str(folder), scratch / "model", task="text-generation-with-past", convert_tokenizer=True)
     options = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "ATTENTION_BACKEND": "SDPA"}
     net = openvino_genai.LLMPipeline(str(scratch / "model"), "CPU", INFERENCE_NUM_THREADS=asked["threads"], **options)
     tokenizer, config = net.get_tokenizer(), openvino_genai.GenerationConfig()
