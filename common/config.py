@@ -194,7 +194,7 @@ class ExportFlags:
     format: Literal["safetensors", "gguf", "gguf-lora"] = "safetensors"  # gguf: one file; gguf-lora: the adapter alone
     gguf_type: Literal["auto", "f16", "bf16", "q8_0", "f32"] = "auto"  # of weights in it; auto: f16, an adapter's f32
     repair: str = ""  # mend this folder, exported by an earlier version, for other engines, and exit
-    verify: str = ""  # compare what llama.cpp (the file in output_dir) or a server (http://…/v1) answers, and exit
+    verify: str = ""  # compare what an engine (llama.cpp, mlx …) or a server (http://…/v1) answers, and exit
 
 
 TASKS = ("ceval", "cmmlu", "mmlu", "arc", "gsm8k", "probe")

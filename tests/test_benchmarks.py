@@ -22,7 +22,7 @@ def on_the_path(monkeypatch):
     sys.modules.pop("data", None)
 
 
-SCRIPTS = "busy chats data generate gpu start train".split()
+SCRIPTS = "busy chats data engines generate gpu start train".split()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -31,6 +31,16 @@ def test_help(script):
         [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--help"], capture_output=True, text=True, timeout=120
     )
     assert found.returncode == 0 and f"python benchmarks/{script}" in found.stdout
+
+
+def test_each_engine_has_its_packages():
+    import engines
+
+    from common.elsewhere import asking
+
+    pinned = engines.pinned()
+    assert set(pinned) == {"llama.cpp", *asking.ENGINES}
+    assert all("==" in package for packages in pinned.values() for package in packages)
 
 
 def test_a_table():

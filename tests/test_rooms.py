@@ -14,7 +14,7 @@ FLOORS = [
     {"launch", "device", "cores", "versions", "peft_names"},
     {"errors"},
     {"opened"},
-    {"inputs"},
+    {"inputs", "elsewhere"},
     {"config", "files", "workers"},
     {"knobs"},
     {"knob_files"},

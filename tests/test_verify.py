@@ -133,7 +133,7 @@ def test_names_that_do_not_tell(gemma, run, answers, serve, names, match):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--verify", "tgi"], "--verify tgi: 未知 unknown; give llama.cpp or a URL"),
+        (["--verify", "tgi"], "--verify tgi: 未知 unknown; give llama.cpp, mlx, .* or a URL"),
         (["--verify", "http://127.0.0.1:9/v1", "--format", "gguf"], "nothing is written"),
         (["--verify", "http://127.0.0.1:9/v1", "--output_dir", "x"], "a server is asked"),
         (["--verify", "llama.cpp", "--output_dir", "nowhere"], "nowhere 里应有一个 .gguf holds 0 GGUF files"),

@@ -22,9 +22,19 @@ COMMANDS = {
     "mlx": "mlx_lm.generate --model {folder} --prompt 你好",
     "keras": 'keras_hub.models.CausalLM.from_preset("{folder}")',
     "ctranslate2": "ct2-transformers-converter --model {folder} --output_dir {folder}_ct2",
+    "onnx": "python -m onnxruntime_genai.models.builder -i {folder} -o {folder}_onnx -p fp32 -e cpu",
+    "openvino": "optimum-cli export openvino --model {folder} {folder}_openvino",
     "llama.cpp": "python {recipes}/export.py --model_save_dir {run} --format gguf",
     "ollama": "cd {run}_gguf && ollama create {run_name}_gguf -f Modelfile  (之后 after the line above)",
     "vllm": "vllm serve {folder}",
+}
+TRIED = {  # the versions that gave the text, as benchmarks/engines.txt installs them
+    "mlx": "mlx-lm 0.32.2",
+    "keras": "keras-hub 0.32.0, JAX",
+    "ctranslate2": "ctranslate2 4.8.5",
+    "onnx": "onnxruntime-genai 0.18.0",
+    "openvino": "openvino-genai 2026.4.1, optimum-intel 2.2.0, transformers 5.5.4",
+    "llama.cpp": "xllamacpp 2026.10.11549",
 }
 OF_FILE = {
     "llama.cpp": "llama-cli -m {folder}/{name}.gguf",
@@ -60,7 +70,8 @@ def _show_folder(tuned: Tuned, folder: Path, prompt: Family, config: PreTrainedC
         if why := reasons.get(engine):
             print(f"  {engine + ':':<13}不能 cannot: {why}")
         elif engine != "ollama" or (folder / "Modelfile").is_file():
-            _line(engine, COMMANDS[engine], tuned, folder, prompt)
+            tried = f"  (试过 tried: {TRIED[engine]})" if engine in TRIED else ""
+            _line(engine, COMMANDS[engine] + tried, tuned, folder, prompt)
     if not able:
         alone = "没有在其他引擎上跑过 run in no other engine"
         why = "输出层不再与嵌入共享 the head is no longer tied to the embeddings" if untied else alone

@@ -1,6 +1,8 @@
-"""--verify: a server or llama.cpp asked what the run was asked, and its text compared with the run's and the base's.
+"""--verify: a server or an engine asked what the run was asked, and its text compared with the run's and the base's.
 
-Some engines serve the base under an adapter's name without a word; that is told apart from rounding.
+Some engines serve the base under an adapter's name without a word; that is told apart from rounding. An engine that
+takes a folder of safetensors is compared in float32 with that folder's own weights in transformers, which are compared
+with the run before: so a tie is one of float32, whatever type the folder has.
 """
 
 from __future__ import annotations
@@ -10,12 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from transformers import GenerationConfig
 
+from common.elsewhere import asking
 from common.errors import UserError
 from common.export import llama_cpp, proof
+from common.export.folder import place_of
 from common.export.proof import Expected
 from common.inference.answerer import Sampling
 from common.inference.remote import Remote
+from common.model.folders import read_object
+from common.model.loading import load_whole
 from common.peft_names import PeftModel
 
 if TYPE_CHECKING:
@@ -39,25 +46,33 @@ def check(cfg: SFTConfig, flags: ExportFlags, prompt: Family) -> None:
     At a tie the run's two best logits are within `proof.TOLERANCE` of --dtype (auto: float32), a share of the largest.
     """
     is_url = flags.verify.startswith(("http://", "https://"))
-    if not is_url and flags.verify != "llama.cpp":
-        raise UserError(f"--verify {flags.verify}: 未知 unknown; give llama.cpp or a URL that ends with /v1")
+    engine, _, python = flags.verify.partition("=")
+    if not is_url and flags.verify != "llama.cpp" and engine not in asking.ENGINES:
+        known = ", ".join(("llama.cpp", *asking.ENGINES))
+        raise UserError(f"--verify {flags.verify}: 未知 unknown; give {known} or a URL that ends with /v1")
     if flags.format != "safetensors" or flags.gguf_type != "auto":
         raise UserError("--verify 与 --format 不能同用 cannot go together: nothing is written; leave it out")
     if is_url and flags.output_dir:
         raise UserError("--verify URL 与 --output_dir 不能同用 cannot go together: a server is asked; leave it out")
+    if not is_url and engine in asking.ENGINES:
+        return _check_folder(engine, python, _folder(cfg, flags, engine, python), cfg, prompt)
     file = None if is_url else _file(cfg, flags)
     tuned = proof.load(cfg, prompt)
     expected = proof.measure(tuned)
-    limit = proof.TOLERANCE[torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)]
+    limit = _limit(cfg)
     if file:
         print(f"{file}: {llama_cpp.prove(file, expected, limit)}")
     else:
         _check_server(flags.verify, expected, limit, prompt)
 
 
+def _limit(cfg: SFTConfig) -> float:
+    return proof.TOLERANCE[torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)]
+
+
 def _file(cfg: SFTConfig, flags: ExportFlags) -> Path:
     """The GGUF file of the run's export; UserError where there is none, or no llama.cpp."""
-    folder = Path(flags.output_dir or f"{cfg.model_save_dir}_gguf")
+    folder = place_of(cfg, flags.output_dir, "gguf")
     found = sorted(folder.glob("*.gguf"))
     if len(found) != 1:
         raise UserError(
@@ -67,6 +82,80 @@ def _file(cfg: SFTConfig, flags: ExportFlags) -> Path:
     if not llama_cpp.installed():
         raise UserError(f"--verify llama.cpp 需要 needs {llama_cpp.PACKAGE}: pip install {llama_cpp.PACKAGE}")
     return found[0]
+
+
+def _folder(cfg: SFTConfig, flags: ExportFlags, engine: str, python: str) -> Path:
+    """The run's export as safetensors; UserError where there is none, or no engine."""
+    folder = place_of(cfg, flags.output_dir, "safetensors")
+    if not all((folder / name).is_file() for name in ("export.json", "config.json")):
+        raise UserError(
+            f"--verify {engine}: {folder} 不是导出的完整模型 is no exported whole model: export the run first, "
+            "or give the folder as --output_dir"
+        )
+    if python and not Path(python).is_file():
+        raise UserError(f"--verify {engine}={python}: 没有这个文件 no such file; give the Python that has the engine")
+    if not python:
+        asking.check_installed(engine)
+    return folder
+
+
+def _check_folder(engine: str, python: str, folder: Path, cfg: SFTConfig, prompt: Family) -> None:
+    """Compare the folder with the run, ask the engine about it, and print a table.
+
+    UserError where the folder answers otherwise than the run, or the engine otherwise than the folder.
+    """
+    expected = _of_folder(folder, proof.measure(proof.load(cfg, prompt)))
+    tuned = expected.tuned
+    proof.say(f"提问 asking: {engine}, in float32")
+    messages = [[{"role": turn.role, "content": turn.text} for turn in turns] for turns in tuned.questions]
+    questions = asking.Questions(
+        prompts=tuned.prompts,
+        messages=messages if tuned.tokenizer.chat_template else [None] * len(messages),
+        stop_ids=tuned.stop_ids,
+        new_tokens=proof.NEW_TOKENS,
+        threads=torch.get_num_threads(),
+    )
+    found = asking.ask(engine, folder, questions, *filter(None, [python]))
+    wrong = _table_of_ids(found, expected, _limit(cfg), prompt)
+    if wrong:
+        raise UserError(f"--verify {engine}: " + "; ".join(wrong))
+    print(f"{folder}: 一致 the same text in {', '.join(' '.join(pair) for pair in found.versions.items())}")
+
+
+def _of_folder(folder: Path, expected: Expected) -> Expected:
+    """How the weights in the folder answer in transformers, in float32; UserError where that is not as the run does."""
+    record, tuned = read_object(folder / "export.json"), expected.tuned
+    net = load_whole(folder, dtype=torch.float32).eval()
+    net.generation_config = GenerationConfig()
+    dtype = getattr(torch, record.get("dtype", "").removeprefix("torch."), torch.float32)
+    try:
+        proof.compare(net, expected, dtype)
+    except UserError:
+        raise UserError(f"--verify: {folder} 回答得与训练结果不同 does not answer as the run: export again") from None
+    return proof.measure(tuned._replace(net=net))
+
+
+def _table_of_ids(found: asking.Found, expected: Expected, limit: float, prompt: Family) -> list[str]:
+    """Print how an engine answers, prompt by prompt; what is wrong, in words."""
+    tuned, wrong, other = expected.tuned, 0, 0
+    print("提示 prompt | 编号 its ids | 相同 same | 差距 gap | 回答 text")
+    rows = zip(tuned.prompts, found.prompts, found.answers, expected.answers, expected.logits, strict=True)
+    for number, (ids, made, answer, new, logits) in enumerate(rows, 1):
+        place = parted_ids(answer, new, logits)
+        tie = place is not None and place.gap <= limit * float(logits.abs().max())
+        differs = made is not None and made != ids and len(made) <= len(ids)  # a longer one was cut by the run
+        wrong, other = wrong + (place is not None and not tie), other + differs
+        rendered = "–" if made is None else "否 no" if differs else "是 yes"
+        print(f"  {number} | {rendered} | {_row(place, tie)} | {_text(tuned, answer, prompt)[:SHOWN]!r}")
+    counts = [(wrong, "个回答不同 of {} answers differ at more than a tie")]
+    counts += [(other, "个提示的编号不同 of {} prompts get other ids by its template")]
+    return [f"{count} {words.format(len(found.answers))}" for count, words in counts if count]
+
+
+def _row(place: Parted | None, tie: bool) -> str:
+    """Whether a text is the same, and how far it is from that, as cells of a table."""
+    said = "是 yes" if place is None else "平局 tie" if tie else "否 no"
+    return f"{said} | " + ("" if place is None else f"{place.gap:.3g} (token {place.step + 1})")
 
 
 def _check_server(url: str, expected: Expected, limit: float, prompt: Family) -> None:
@@ -117,9 +206,7 @@ def _compare(
     for number, (text, place, logits) in enumerate(zip(found, places, expected.logits, strict=True), 1):
         tie = place is not None and place.gap <= limit * float(logits.abs().max())
         wrong += place is not None and not tie
-        said = "是 yes" if place is None else "平局 tie" if tie else "否 no"
-        gap = "" if place is None else f"{place.gap:.3g} (token {place.step + 1})"
-        print(f"  {number} | {said} | {gap} | {text[:SHOWN]!r}")
+        print(f"  {number} | {_row(place, tie)} | {text[:SHOWN]!r}")
     if not wrong:
         return []
     base = [_text(tuned, ids, prompt) for ids in other.answers] if other else texts
@@ -142,3 +229,16 @@ def parted(tuned: Tuned, found: str, ids: list[int], logits: torch.Tensor, promp
     step = min(shared[-1], len(logits) - 1)
     best = logits[step].topk(2).values
     return Parted(step, float(best[0] - best[1]))
+
+
+def parted_ids(found: Sequence[int], new: Sequence[int], logits: torch.Tensor) -> Parted | None:
+    """Where the ids `found` leave the answer `new`, and by how much its best logit is above that of the id found.
+
+    None where they are equal; inf where the found ids end before the answer does.
+    """
+    pairs = zip([*found, None], [*new, None], strict=False)
+    step = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    if step is None:
+        return None
+    best = float(logits[step].max())
+    return Parted(step, best - float(logits[step][found[step]]) if step < len(found) else float("inf"))
