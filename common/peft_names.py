@@ -43,6 +43,7 @@ def _forget() -> None:
 
 with without_bitsandbytes():
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -54,6 +55,7 @@ __all__ = [
     "BaseTunerLayer",
     "LoraConfig",
     "LoraLayer",
+    "LoraLinear",
     "ModulesToSaveWrapper",
     "PeftModel",
     "TrainableTokensLayer",

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 
 from common.model.frozen_layers import autocast_in_force, is_frozen, times_transposed, with_pads
 from common.model.token_rows import Rows
+from common.peft_names import LoraLinear
 
 POSITIONS, BLOCK = 512, 8192  # at most in one product on a CPU, positions and rows of the head: 16 MiB of logits
 
