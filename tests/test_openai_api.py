@@ -14,6 +14,7 @@ import pytest
 
 from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
+from common.engine.kv_batch import KVBatch
 from common.inference.answerer import Sampling
 from common.serving import openai_requests
 from common.serving.app import Service, create_app
@@ -317,15 +318,15 @@ def test_a_time_limit(gemma, monkeypatch, stream):
 
 def test_a_failure_in_a_stream_is_its_last_event(gemma, monkeypatch):
     """Without [DONE]; the client raises."""
-    forward, calls = gemma.batcher.net.forward, []
+    step, calls = KVBatch.step, []
 
-    def fail(*args, **kwargs):
-        calls.append(kwargs["input_ids"].shape)
-        if len(calls) == 4:
+    def fail(batch, *args):
+        calls.extend(batch.rows)  # none where a step is being recorded
+        if len(calls) == 3:
             raise RuntimeError("secret")
-        return forward(*args, **kwargs)
+        return step(batch, *args)
 
-    monkeypatch.setattr(gemma.batcher.net, "forward", fail)
+    monkeypatch.setattr(KVBatch, "step", fail)  # the model's own, or replayed
     with pytest.raises(openai.APIError) as caught:
         list(gemma.chat(max_tokens=20, temperature=0, stream=True, presence_penalty=2))
     assert "secret" not in str(caught.value) and caught.value.code == "model_failed"

@@ -130,6 +130,8 @@ PRIVATE = {  # a method that is ours or calls theirs: (its parameters, the modul
 OTHERS = {
     "_n_gpu",
     "_linear_pointwise",
+    "linear_dynamic_fp16",
+    "trace",
     "support_avx512bf16_for_cpu",
     "__compatible_ops__",
     "_weight_conversions",
