@@ -47,7 +47,7 @@ MODEL_TYPES = tuple(
 )
 GGUF_ENGINES = {"llama.cpp": "", "ollama": ""}
 ENGINES = {  # besides transformers, what gave its text from an exported folder, and the file it needs for that
-    "qwen2": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "", "onnx": ""},
+    "qwen2": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "", "onnx": "", "openvino": ""},
     "qwen3": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "", "onnx": "", "openvino": ""},
 }
 UNTRIED_ENGINES = ("vllm",)

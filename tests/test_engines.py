@@ -128,7 +128,7 @@ def test_what_an_engine_would_compute_otherwise_is_named(small_qwen, tmp_path, c
     shutil.copytree(small_qwen, tmp_path / "whole")
     config = read(tmp_path / "whole/config.json")
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    for change, engines_not in (({}, ()), ({"rope_parameters": scaled}, "mlx ctranslate2 keras onnx".split())):
+    for change, engines_not in (({}, ()), ({"rope_parameters": scaled}, "mlx ctranslate2 keras onnx openvino".split())):
         (tmp_path / "whole/config.json").write_text(json.dumps(config | change))
         engines.show(tuned_of(small_qwen, qwen_prompt), tmp_path / "whole", ExportFlags(), qwen_prompt)
         printed = capsys.readouterr().out
