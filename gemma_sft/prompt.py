@@ -51,7 +51,7 @@ MODEL_TYPES = tuple(
 )
 GGUF_ENGINES = {"llama.cpp": "", "ollama": ""}
 ENGINES = {  # besides transformers, what gave its text from an exported folder, and the file it needs for that
-    "gemma": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "tokenizer.model"},
+    "gemma": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "onnx": "", "keras": "tokenizer.model"},
     "gemma2": GGUF_ENGINES,
     "gemma3_text": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": ""},
 }

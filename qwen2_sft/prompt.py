@@ -47,8 +47,8 @@ MODEL_TYPES = tuple(
 )
 GGUF_ENGINES = {"llama.cpp": "", "ollama": ""}
 ENGINES = {  # besides transformers, what gave its text from an exported folder, and the file it needs for that
-    "qwen2": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": ""},
-    "qwen3": GGUF_ENGINES,
+    "qwen2": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "", "onnx": "", "openvino": ""},
+    "qwen3": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "", "onnx": "", "openvino": ""},
 }
 UNTRIED_ENGINES = ("vllm",)
 UNTIED_ENGINES = tuple(ENGINES["qwen2"])  # of these, what runs a head of its own: the larger Qwen have one

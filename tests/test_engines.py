@@ -123,6 +123,22 @@ def test_a_model_that_cannot_be_written_as_gguf_is_named(small_qwen, tmp_path, c
     assert "mlx_lm.generate" in printed
 
 
+def test_what_an_engine_would_compute_otherwise_is_named(small_qwen, tmp_path, capsys):
+    """Scaled positions, and heads that ONNX Runtime's attention does not take; llama.cpp asks for itself."""
+    shutil.copytree(small_qwen, tmp_path / "whole")
+    config = read(tmp_path / "whole/config.json")
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    for change, engines_not in (({}, ()), ({"rope_parameters": scaled}, "mlx ctranslate2 keras onnx openvino".split())):
+        (tmp_path / "whole/config.json").write_text(json.dumps(config | change))
+        engines.show(tuned_of(small_qwen, qwen_prompt), tmp_path / "whole", ExportFlags(), qwen_prompt)
+        printed = capsys.readouterr().out
+        assert [line.split(":")[0].strip() for line in printed.splitlines() if "are scaled" in line] == [*engines_not]
+    config = config | {"hidden_size": 48}
+    (tmp_path / "whole/config.json").write_text(json.dumps(config))
+    engines.show(tuned_of(small_qwen, qwen_prompt), tmp_path / "whole", ExportFlags(), qwen_prompt)
+    assert "onnx:        不能 cannot: 注意力头的大小 24 不是 16 的倍数" in capsys.readouterr().out
+
+
 def test_why_an_engine_is_not_named(small_gemma, small_qwen, tmp_path, capsys):
     path = str(tmp_path / "untied")
     for base, prompt, named in ((small_gemma, gemma_prompt, False), (small_qwen, qwen_prompt, True)):

@@ -159,6 +159,8 @@ def keras(folder: Path, scratch: Path, asked: dict[str, Any]) -> Engine:
         padded = numpy.zeros((1, longest), dtype="int32")
         padded[0, : len(ids)] = ids
         given = {"token_ids": padded, "padding_mask": numpy.arange(longest)[None] < len(ids)}
+        if type(net).__name__ == "Gemma3CausalLM":  # it hands them on, and JAX takes no None
+            given["images"] = numpy.zeros((1, 0, 1, 1, 3), dtype="float32")
         net.preprocessor = None  # ids in, ids out
         stops = tuple(asked["stop_ids"])
         found = numpy.asarray(net.generate(given, stop_token_ids=stops)["token_ids"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,7 @@ def _show_folder(tuned: Tuned, folder: Path, prompt: Family, config: PreTrainedC
     engines = prompt.ENGINES.get(config.model_type, {})
     able = {name: file for name, file in engines.items() if not untied or name in prompt.UNTIED_ENGINES}
     reasons = {engine: _why_no_gguf(tuned, prompt, config) for engine in OF_FILE if engine in able}
+    reasons |= _why_not_computed(able, config)
     lacking = older.add_pieces(folder, tuned.manifest["base"]["path"], tuned.tokenizer)
     reasons |= {engine: f"需要 needs {file}; {lacking}" for engine, file in able.items() if file and lacking}
     for engine in able:
@@ -80,6 +82,20 @@ def _show_folder(tuned: Tuned, folder: Path, prompt: Family, config: PreTrainedC
         _line(engine, COMMANDS[engine] + "  (没有在这里跑过 not run here)", tuned, folder, prompt)
         if tuned.rank:
             _show_adapter(tuned, Path(tuned.manifest["config"]["model_save_dir"]))
+
+
+def _why_not_computed(engines: Iterable[str], config: PreTrainedConfig) -> dict[str, str]:
+    """{engine: why it would compute otherwise or end in an error}, of those that do not look at it themselves."""
+    reasons = {}
+    rope = config.rope_parameters
+    types = {one["rope_type"] for one in ([rope] if "rope_type" in rope else rope.values())}
+    if types - {"default"}:  # CTranslate2 leaves out the scale of Gemma 3 without a word
+        scaled = "位置有缩放 its positions are scaled: 没有给出相同的文字 no run there gave the same text"
+        reasons = {engine: scaled for engine in engines if engine not in OF_FILE}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if "onnx" in engines and head % 16:
+        reasons["onnx"] = f"注意力头的大小 {head} 不是 16 的倍数 the head size is no multiple of 16"
+    return reasons
 
 
 def _line(engine: str, command: str, tuned: Tuned, folder: Path, prompt: Family) -> None:
