@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 
 import pytest
 import torch
@@ -127,6 +128,20 @@ def test_an_adapter_is_left_as_it_is_over_a_base_that_is_not(small_qwen):
     assert not [name for name, module in net.named_modules() if "lora_" in name and type(module) is HalfLinear]
     with torch.inference_mode():
         torch.testing.assert_close(net(ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@needs_half
+@pytest.mark.parametrize("family", ["gemma_sft.ft_gemma", "qwen2_sft.ft_qwen2", "chatglm_sft.ft_chatglm"])
+def test_one_short_answer_does_not_wait_for_what_makes_later_ones_faster(family, monkeypatch):
+    """predict.py --query loads a model as it is; every other use of it prepares its weights."""
+    predict, asked = importlib.import_module(f"{family}.predict"), []
+    load = predict.load_answer
+    monkeypatch.setattr(predict, "load_answer", lambda *args, **how: asked.append(load(*args, **how)) or asked[-1])
+    monkeypatch.setattr("sys.stdin", io.StringIO("EXIT\n"))
+    predict.main(["--base", "--query", "你好", "--max_new_tokens", "2"])
+    predict.main(["--base"])
+    packed = [any(type(module) is HalfLinear for module in answer.net.modules()) for answer in asked]
+    assert packed == [False, True]
 
 
 @pytest.mark.parametrize("family", ["qwen", "gemma", "glm4"])

@@ -269,7 +269,7 @@ def test_half_a_character_typed_does_not_end_the_chat(monkeypatch, capsys):
     fake = Fake("答")
     line = "你".encode()[:2] + b"abc\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line + "好\nEXIT\n".encode()), encoding="utf-8"))
-    monkeypatch.setattr(predict, "load_answer", lambda cfg, base=False, base_url="": fake)
+    monkeypatch.setattr(predict, "load_answer", lambda cfg, base=False, base_url="", once=False: fake)
     predict.main(["--base"])
     asked = [turns[-1][1] for turns in turns_asked(fake)]
     assert asked[-1] == "好"
@@ -322,7 +322,7 @@ def test_a_query_prints_thought_beside_the_answer(capsys):
 )
 def test_query(monkeypatch, capfd, flags, shown, bases):
     fake = Fake()
-    monkeypatch.setattr(predict, "load_answer", lambda cfg, base=False, base_url="": fake)
+    monkeypatch.setattr(predict, "load_answer", lambda cfg, base=False, base_url="", once=False: fake)
     predict.main(flags)
     found = capfd.readouterr().out
     if shown is None:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from common.inference.remote import Remote
 
 
-def load_answer(cfg: Config, base: bool = False, base_url: str = "") -> Answerer | Remote:
+def load_answer(cfg: Config, base: bool = False, base_url: str = "", once: bool = False) -> Answerer | Remote:
     """The Answerer of the run in `cfg.model_save_dir`, or of a server; evaluation.py and post_api.py use it too."""
     from common.inference import remote, tuned
 
-    return remote.load(cfg, prompt, base_url) if base_url else tuned.load(cfg, prompt, base)
+    return remote.load(cfg, prompt, base_url) if base_url else tuned.load(cfg, prompt, base, once)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         return answer_file.write(load_answer(cfg, flags.base, flags.base_url), rows, cfg, flags)
     if flags.print_prompt:
         return console.print_prompt(cfg, prompt, flags.print_prompt, flags.system)
-    answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url)
+    answer = load_answer(cfg, flags.base and not flags.compare, flags.base_url, once=bool(flags.query))
     if flags.query:
         return console.ask_once(answer, Sampling.of(cfg), flags)
     console.chat(answer, Sampling.of(cfg), flags)

@@ -70,7 +70,7 @@ def _is_plain(module: torch.nn.Module) -> bool:
 
 def _fits_half(weight: torch.Tensor) -> bool:
     """Whether float16 holds these numbers as bfloat16 holds them."""
-    halves = (part.half().float().sub_(part).abs_().max() for part in weight.detach().split(4096))
+    halves = (part.half().float().sub_(part).abs_().max() for part in weight.detach().split(512))
     return all(bool(most <= SMALLEST_STEP / 2) for most in halves)
 
 

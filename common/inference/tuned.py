@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,17 +23,21 @@ if TYPE_CHECKING:
     from common.conversation.family import Family
 
 
-def load(cfg: SFTConfig, prompt: Family, base: bool = False) -> Answerer:
-    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone. Errors: `open_run`."""
+def load(cfg: SFTConfig, prompt: Family, base: bool = False, once: bool = False) -> Answerer:
+    """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone. Errors: `open_run`.
+
+    once: for one short answer, which comes sooner without the seconds that make later ones faster.
+    """
     _, trained, tokenizer = open_run(cfg, prompt, base)
     if "seed" in cfg.given:
         torch.manual_seed(cfg.seed)
 
     def load_base() -> PreTrainedModel:
-        return quicken(loading.load_base(trained.path_model_pretrain, cfg.dtype, trained.bits, attention))
+        return made(loading.load_base(trained.path_model_pretrain, cfg.dtype, trained.bits, attention))
 
+    made: Callable[[Any], Any] = (lambda net: net) if once else quicken
     attention = cfg.attn_implementation
-    net = load_base() if base else quicken(adapter.load_tuned(trained, cfg.model_save_dir, cfg.dtype, attention))
+    net = load_base() if base else made(adapter.load_tuned(trained, cfg.model_save_dir, cfg.dtype, attention))
     context = context_of(cfg, trained)
     return Answerer(net, tokenizer, prompt, trained.prompt_style, trained.max_length_q, load_base, context)
 
