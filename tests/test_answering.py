@@ -22,6 +22,8 @@ from common.engine.kv_batch import KVBatch
 from common.engine.replay import record
 from common.inference.cache import ROOM, RoomyLayer, with_roomy_cache
 from common.inference.products import HalfLinear, quicken
+from common.model.adapter import attach
+from common.model.token_rows import mend
 
 HALF = "fbgemm" in torch.backends.quantized.supported_engines
 needs_half = pytest.mark.skipif(not HALF, reason="torch without FBGEMM")
@@ -87,6 +89,43 @@ def test_weights_of_bfloat16_lose_nothing(bias, shape):
     x = torch.randn(shape)
     torch.testing.assert_close(net(x), layer(x))
     assert len(list(net.parameters())) == bias  # the weights are held once
+
+
+@needs_half
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_adapter_that_brings_layers_of_its_own_is_attached_over_weights_of_16_bits(bias, tmp_path):
+    """modules_to_save: peft copies the base's layer and puts the adapter's weights into the copy."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=64, num_key_value_heads=1, **shape)  # q_proj has a bias, lm_head none
+    base = Qwen2ForCausalLM(config).bfloat16().float().eval()
+    whole, ids = ["q_proj" if bias else "lm_head"], torch.arange(8, 20)[None]
+    for name, own in (("one", {}), ("two", {"modules_to_save": whole})):
+        lora = LoraConfig(target_modules=["v_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **own)
+        made = get_peft_model(copy.deepcopy(base), lora).eval()
+        for weight in made.parameters():
+            weight.data += 0.01 * weight.requires_grad
+        made.save_pretrained(tmp_path / name)
+    net = attach(quicken(attach(base, tmp_path / "one")), tmp_path / "two", "two")
+    net.set_adapter("two")
+    with torch.inference_mode():
+        torch.testing.assert_close(net(ids).logits, made(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@needs_half
+def test_trained_rows_of_a_head_do_not_ask_for_its_weights(small_qwen, monkeypatch):
+    """… which are made anew for whoever asks: seconds for each token where the vocabulary is large."""
+    base = AutoModelForCausalLM.from_pretrained(small_qwen).bfloat16().float()
+    net = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6, 9])).eval()
+    mend(net)
+    for name, weight in net.named_parameters():
+        if "trainable_tokens_delta" in name:
+            weight.data += 1
+    ids = torch.arange(4, 20)[None]
+    with torch.inference_mode():
+        expected = net(ids).logits
+        quicken(net)
+        monkeypatch.setattr(HalfLinear, "__getattr__", torch.nn.Module.__getattr__)
+        torch.testing.assert_close(net(ids).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_weights_that_float16_does_not_hold_stay():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,14 @@ class HalfLinear(torch.nn.Linear):
         if name == "weight":
             return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
         return super().__getattr__(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Linear:
+        """An ordinary layer with the same weights: peft copies one to put an adapter's own weights in it."""
+        found = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        found.weight = torch.nn.Parameter(self.weight, requires_grad=False)
+        if self.bias is not None:
+            found.bias = copy.deepcopy(self.bias, memo)
+        return found
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """float32 [..., out] of float32 [..., in]"""
