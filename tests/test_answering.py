@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from common.inference.cache import ROOM, RoomyLayer, with_roomy_cache
 from common.inference.products import HalfLinear, quicken
 from common.model.adapter import attach
 from common.model.token_rows import mend
+from common.serving import adapters
 
 HALF = "fbgemm" in torch.backends.quantized.supported_engines
 needs_half = pytest.mark.skipif(not HALF, reason="torch without FBGEMM")
@@ -112,6 +114,23 @@ def test_an_adapter_that_brings_layers_of_its_own_is_attached_over_weights_of_16
 
 
 @needs_half
+def test_weights_that_a_later_dora_reads_at_each_call_are_kept_again(small_qwen, tmp_path):
+    """They would be made anew for each token."""
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(small_qwen).bfloat16().float()
+    made = get_peft_model(copy.deepcopy(base), config).eval()
+    made.save_pretrained(tmp_path)
+    plain = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    answer, ids = SimpleNamespace(net=quicken(plain.eval())), torch.arange(8, 20)[None]
+    adapters.load(answer, [f"second={tmp_path}"])
+    answer.net.set_adapter("adapter_2")
+    kinds = {name.split(".")[-2]: type(m) for name, m in answer.net.named_modules() if name.endswith("base_layer")}
+    assert kinds == {"q_proj": torch.nn.Linear, "down_proj": torch.nn.Linear}
+    with torch.inference_mode():
+        torch.testing.assert_close(answer.net(ids).logits, made(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@needs_half
 def test_trained_rows_of_a_head_do_not_ask_for_its_weights(small_qwen, monkeypatch):
     """… which are made anew for whoever asks: seconds for each token where the vocabulary is large."""
     base = AutoModelForCausalLM.from_pretrained(small_qwen).bfloat16().float()
@@ -152,7 +171,7 @@ def test_a_large_layer_of_float32_computes_the_same(rows):
 
 @needs_half
 def test_an_adapter_is_left_as_it_is_over_a_base_that_is_not(small_qwen):
-    """… DoRA, which asks for the base's weights, too; and a second adapter can be attached."""
+    """… and a second adapter can be attached. DoRA's layers keep their weights, of which it takes norms each time."""
     base = AutoModelForCausalLM.from_pretrained(small_qwen).bfloat16().float()
     config = LoraConfig(target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False)
     net = get_peft_model(base, config).eval()
@@ -161,8 +180,9 @@ def test_an_adapter_is_left_as_it_is_over_a_base_that_is_not(small_qwen):
         expected = net(ids).logits
     quicken(net)
     net.add_adapter("other", LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False))
-    kinds = {name.rpartition(".")[2]: type(module) for name, module in net.named_modules()}
-    assert kinds["base_layer"] is kinds["v_proj"] is kinds["lm_head"] is HalfLinear
+    kinds = {".".join(name.split(".")[-2:]): type(module) for name, module in net.named_modules()}
+    assert kinds["k_proj.base_layer"] is kinds["self_attn.v_proj"] is kinds["model.lm_head"] is HalfLinear
+    assert kinds["q_proj.base_layer"] is kinds["down_proj.base_layer"] is torch.nn.Linear
     assert not [name for name, module in net.named_modules() if "lora_" in name and type(module) is HalfLinear]
     with torch.inference_mode():
         torch.testing.assert_close(net(ids).logits, expected, atol=1e-5, rtol=1e-4)

@@ -62,12 +62,24 @@ def quicken(net: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     for name, module in list(net.named_modules()):
         if not _is_plain(module) or NEW.search(f".{name}."):
             continue
-        if halves and _fits_half(module.weight):
-            parent, _, own = name.rpartition(".")
+        parent, _, own = name.rpartition(".")
+        if halves and not _is_reread(net.get_submodule(parent)) and _fits_half(module.weight):
             setattr(net.get_submodule(parent), own, HalfLinear(module))
         elif module.weight.numel() >= LARGE and torch.backends.mkldnn.is_available():
             module.forward = MethodType(_few_by_onednn, module)
     return net
+
+
+def give_back(net: PreTrainedModel | PeftModel) -> None:
+    """Make ordinary layers again, in place, of those whose weights an adapter that came later reads at each call."""
+    for module in list(net.modules()):
+        if _is_reread(module) and type(module.base_layer) is HalfLinear:
+            module.base_layer = copy.deepcopy(module.base_layer)
+
+
+def _is_reread(parent: torch.nn.Module) -> bool:
+    """Whether its base layer's weights are read at each call, as DoRA's norms are of them: making them anew is slow."""
+    return bool(getattr(parent, "lora_magnitude_vector", None))
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
