@@ -70,6 +70,12 @@ def quicken(net: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     return net
 
 
+def weight_bytes(net: torch.nn.Module) -> int:
+    """Size of all weights; those of a HalfLinear are not among the parameters."""
+    halves = (2 * one.in_features * one.out_features for one in net.modules() if type(one) is HalfLinear)
+    return sum(halves) + sum(weight.numel() * weight.element_size() for weight in net.parameters())
+
+
 def give_back(net: PreTrainedModel | PeftModel) -> None:
     """Make ordinary layers again, in place, of those whose weights an adapter that came later reads at each call."""
     for module in list(net.modules()):
