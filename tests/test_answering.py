@@ -158,6 +158,16 @@ def test_weights_that_float16_does_not_hold_stay():
     assert type(net[2]) is (HalfLinear if HALF else torch.nn.Linear)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e-6, 1e-8])
+def test_a_layer_of_small_numbers_alone_computes_the_same(scale):
+    """float16's steps are as large as they are: a layer of 1e-8 would be one of zeros."""
+    layer = torch.nn.Linear(64, 64, bias=False).requires_grad_(False)
+    torch.nn.init.uniform_(layer.weight, -scale, scale)
+    x = torch.randn(3, 64)
+    expected = torch.nn.functional.linear(x, layer.weight)
+    torch.testing.assert_close(quicken(torch.nn.Sequential(layer))(x) / scale, expected / scale)
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 @pytest.mark.parametrize("rows", [1, 3, 16, 17])
 def test_a_large_layer_of_float32_computes_the_same(rows):

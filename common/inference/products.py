@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SMALLEST_STEP = 2.0**-24  # of float16: numbers of bfloat16 lose half of it, where they are that small, and else nothing
+SMALL_PART = 2.0**-16  # of a layer's largest number: what its smallest ones may lose
 ENGINE = "fbgemm"  # of torch, on x86
 FEW, LARGE = 16, 1 << 20  # rows and weights of a product for which oneDNN is faster than MKL
 
@@ -96,9 +97,11 @@ def _is_plain(module: torch.nn.Module) -> bool:
 
 
 def _fits_half(weight: torch.Tensor) -> bool:
-    """Whether float16 holds these numbers as bfloat16 holds them."""
+    """Whether float16 holds these numbers as bfloat16 holds them; no layer of small numbers alone, which lose more."""
+    low, high = weight.detach().aminmax()
+    bound = min(SMALLEST_STEP / 2, SMALL_PART * max(-float(low), float(high)))
     halves = (part.half().float().sub_(part).abs_().max() for part in weight.detach().split(4096))
-    return all(bool(most <= SMALLEST_STEP / 2) for most in halves)
+    return all(bool(most <= bound) for most in halves)
 
 
 def _few_by_onednn(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
