@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ from common.engine.kv_batch import KVBatch
 from common.engine.replay import record
 from common.inference.cache import ROOM, RoomyLayer, with_roomy_cache
 from common.inference.products import HalfLinear, quicken
+from common.model.adapter import attach
+from common.model.token_rows import mend
+from common.serving import adapters
 
 HALF = "fbgemm" in torch.backends.quantized.supported_engines
 needs_half = pytest.mark.skipif(not HALF, reason="torch without FBGEMM")
@@ -90,6 +94,60 @@ def test_weights_of_bfloat16_lose_nothing(bias, shape):
     assert len(list(net.parameters())) == bias  # the weights are held once
 
 
+@needs_half
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_adapter_that_brings_layers_of_its_own_is_attached_over_weights_of_16_bits(bias, tmp_path):
+    """modules_to_save: peft copies the base's layer and puts the adapter's weights into the copy."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=64, num_key_value_heads=1, **shape)  # q_proj has a bias, lm_head none
+    base = Qwen2ForCausalLM(config).bfloat16().float().eval()
+    whole, ids = ["q_proj" if bias else "lm_head"], torch.arange(8, 20)[None]
+    for name, own in (("one", {}), ("two", {"modules_to_save": whole})):
+        lora = LoraConfig(target_modules=["v_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **own)
+        made = get_peft_model(copy.deepcopy(base), lora).eval()
+        for weight in made.parameters():
+            weight.data += 0.01 * weight.requires_grad
+        made.save_pretrained(tmp_path / name)
+    net = attach(quicken(attach(base, tmp_path / "one")), tmp_path / "two", "two")
+    net.set_adapter("two")
+    with torch.inference_mode():
+        torch.testing.assert_close(net(ids).logits, made(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@needs_half
+def test_weights_that_a_later_dora_reads_at_each_call_are_kept_again(small_qwen, tmp_path):
+    """They would be made anew for each token."""
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(small_qwen).bfloat16().float()
+    made = get_peft_model(copy.deepcopy(base), config).eval()
+    made.save_pretrained(tmp_path)
+    plain = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    answer, ids = SimpleNamespace(net=quicken(plain.eval())), torch.arange(8, 20)[None]
+    adapters.load(answer, [f"second={tmp_path}"])
+    answer.net.set_adapter("adapter_2")
+    kinds = {name.split(".")[-2]: type(m) for name, m in answer.net.named_modules() if name.endswith("base_layer")}
+    assert kinds == {"q_proj": torch.nn.Linear, "down_proj": torch.nn.Linear}
+    with torch.inference_mode():
+        torch.testing.assert_close(answer.net(ids).logits, made(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@needs_half
+def test_trained_rows_of_a_head_do_not_ask_for_its_weights(small_qwen, monkeypatch):
+    """… which are made anew for whoever asks: seconds for each token where the vocabulary is large."""
+    base = AutoModelForCausalLM.from_pretrained(small_qwen).bfloat16().float()
+    net = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6, 9])).eval()
+    mend(net)
+    for name, weight in net.named_parameters():
+        if "trainable_tokens_delta" in name:
+            weight.data += 1
+    ids = torch.arange(4, 20)[None]
+    with torch.inference_mode():
+        expected = net(ids).logits
+        quicken(net)
+        monkeypatch.setattr(HalfLinear, "__getattr__", torch.nn.Module.__getattr__)
+        torch.testing.assert_close(net(ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_weights_that_float16_does_not_hold_stay():
     fine, large, small = (torch.nn.Linear(8, 8, bias=False) for _ in range(3))
     torch.nn.init.constant_(large.weight, 1e5)
@@ -99,6 +157,16 @@ def test_weights_that_float16_does_not_hold_stay():
     net = quicken(torch.nn.Sequential(fine, large, small))
     assert type(net[0]) is type(net[1]) is torch.nn.Linear
     assert type(net[2]) is (HalfLinear if HALF else torch.nn.Linear)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-6, 1e-8])
+def test_a_layer_of_small_numbers_alone_computes_the_same(scale):
+    """float16's steps are as large as they are: a layer of 1e-8 would be one of zeros."""
+    layer = torch.nn.Linear(64, 64, bias=False).requires_grad_(False)
+    torch.nn.init.uniform_(layer.weight, -scale, scale)
+    x = torch.randn(3, 64)
+    expected = torch.nn.functional.linear(x, layer.weight)
+    torch.testing.assert_close(quicken(torch.nn.Sequential(layer))(x) / scale, expected / scale)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -114,7 +182,7 @@ def test_a_large_layer_of_float32_computes_the_same(rows):
 
 @needs_half
 def test_an_adapter_is_left_as_it_is_over_a_base_that_is_not(small_qwen):
-    """… DoRA, which asks for the base's weights, too; and a second adapter can be attached."""
+    """… and a second adapter can be attached. DoRA's layers keep their weights, of which it takes norms each time."""
     base = AutoModelForCausalLM.from_pretrained(small_qwen).bfloat16().float()
     config = LoraConfig(target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False)
     net = get_peft_model(base, config).eval()
@@ -123,8 +191,9 @@ def test_an_adapter_is_left_as_it_is_over_a_base_that_is_not(small_qwen):
         expected = net(ids).logits
     quicken(net)
     net.add_adapter("other", LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False))
-    kinds = {name.rpartition(".")[2]: type(module) for name, module in net.named_modules()}
-    assert kinds["base_layer"] is kinds["v_proj"] is kinds["lm_head"] is HalfLinear
+    kinds = {".".join(name.split(".")[-2:]): type(module) for name, module in net.named_modules()}
+    assert kinds["k_proj.base_layer"] is kinds["self_attn.v_proj"] is kinds["model.lm_head"] is HalfLinear
+    assert kinds["q_proj.base_layer"] is kinds["down_proj.base_layer"] is torch.nn.Linear
     assert not [name for name, module in net.named_modules() if "lora_" in name and type(module) is HalfLinear]
     with torch.inference_mode():
         torch.testing.assert_close(net(ids).logits, expected, atol=1e-5, rtol=1e-4)

@@ -55,7 +55,7 @@ class Fake:
         self.turns = turns
         return [1, 2, 3]
 
-    def submit(self, model, asks, seconds):
+    def submit(self, model, asks, seconds, client):
         self.asked.append((self.turns, asks[0].sampling, model))
         return FakeTicket(self.text, model)
 

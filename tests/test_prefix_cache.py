@@ -14,8 +14,11 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
 from common.engine.request import Ask, ClientGoneError
+from common.inference import prefix_cache
 from common.inference.answerer import Sampling
 from common.inference.prefix_cache import BLOCK, PrefixCache
+from common.inference.products import quicken
+from common.versions import CACHE
 
 FAMILIES = {
     "gemma": "gemma_sft.ft_gemma",
@@ -335,3 +338,19 @@ def test_what_cannot_be_cut_is_not_kept(gemma):
     assert PrefixCache(net).usable
     net.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     assert not PrefixCache(net).usable and PrefixCache(net).limit == 0
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="torch without FBGEMM")
+def test_weights_kept_in_16_bits_count_among_those_of_which_an_eighth_is_kept(monkeypatch):
+    """A quickened model may keep half of what the same weights in 32 bits let it keep, not nearly nothing."""
+    monkeypatch.setattr(prefix_cache, "LEAST", BLOCK)
+    wide = Gemma3TextConfig(vocab_size=8, hidden_size=64, intermediate_size=4096, num_hidden_layers=2, head_dim=16)
+    net, limits = Gemma3ForCausalLM(wide).bfloat16().float().eval(), []
+    for _ in range(2):
+        kept = PrefixCache(net)
+        with torch.inference_mode():
+            cache = net(torch.tensor([[*range(8)] * 2]))[CACHE]
+        kept.offer("a", [*range(8)] * 2, cache)
+        limits.append(kept.limit)
+        quicken(net)
+    assert limits[0] * 0.48 < limits[1] < limits[0] * 0.52

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from common.errors import UserError
 from common.inference.cache import RoomyLayer, new_cache, with_roomy_cache
+from common.inference.products import weight_bytes
 from common.versions import CACHE, DummyLayer
 
 if TYPE_CHECKING:
@@ -200,9 +201,8 @@ class PrefixCache:
             for name in ("keys", "values")
         ]
         self.layout = [(number, name, kept[0, :, :0].clone()) for number, name, kept in kinds if kept is not None]
-        weights = sum(weight.numel() * weight.element_size() for weight in self.net.parameters())
         token = sum(empty.shape[0] * empty.shape[2] * empty.element_size() for *_, empty in self.layout)
-        self.by_weights = max(LEAST, weights // PART) // token
+        self.by_weights = max(LEAST, weight_bytes(self.net) // PART) // token
 
 
 def _is_cuttable(net: PreTrainedModel) -> bool:

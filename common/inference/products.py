@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SMALLEST_STEP = 2.0**-24  # of float16: numbers of bfloat16 lose half of it, where they are that small, and else nothing
+SMALL_PART = 2.0**-16  # of a layer's largest number: what its smallest ones may lose
 ENGINE = "fbgemm"  # of torch, on x86
 FEW, LARGE = 16, 1 << 20  # rows and weights of a product for which oneDNN is faster than MKL
 
@@ -38,6 +40,14 @@ class HalfLinear(torch.nn.Linear):
             return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
         return super().__getattr__(name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Linear:
+        """An ordinary layer with the same weights: peft copies one to put an adapter's own weights in it."""
+        found = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        found.weight = torch.nn.Parameter(self.weight, requires_grad=False)
+        if self.bias is not None:
+            found.bias = copy.deepcopy(self.bias, memo)
+        return found
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """float32 [..., out] of float32 [..., in]"""
         return torch.ops.quantized.linear_dynamic_fp16(input, self.packed)
@@ -53,12 +63,30 @@ def quicken(net: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     for name, module in list(net.named_modules()):
         if not _is_plain(module) or NEW.search(f".{name}."):
             continue
-        if halves and _fits_half(module.weight):
-            parent, _, own = name.rpartition(".")
+        parent, _, own = name.rpartition(".")
+        if halves and not _is_reread(net.get_submodule(parent)) and _fits_half(module.weight):
             setattr(net.get_submodule(parent), own, HalfLinear(module))
         elif module.weight.numel() >= LARGE and torch.backends.mkldnn.is_available():
             module.forward = MethodType(_few_by_onednn, module)
     return net
+
+
+def weight_bytes(net: torch.nn.Module) -> int:
+    """Size of all weights; those of a HalfLinear are not among the parameters."""
+    halves = (2 * one.in_features * one.out_features for one in net.modules() if type(one) is HalfLinear)
+    return sum(halves) + sum(weight.numel() * weight.element_size() for weight in net.parameters())
+
+
+def give_back(net: PreTrainedModel | PeftModel) -> None:
+    """Make ordinary layers again, in place, of those whose weights an adapter that came later reads at each call."""
+    for module in list(net.modules()):
+        if _is_reread(module) and type(module.base_layer) is HalfLinear:
+            module.base_layer = copy.deepcopy(module.base_layer)
+
+
+def _is_reread(parent: torch.nn.Module) -> bool:
+    """Whether its base layer's weights are read at each call, as DoRA's norms are of them: making them anew is slow."""
+    return bool(getattr(parent, "lora_magnitude_vector", None))
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
@@ -69,9 +97,11 @@ def _is_plain(module: torch.nn.Module) -> bool:
 
 
 def _fits_half(weight: torch.Tensor) -> bool:
-    """Whether float16 holds these numbers as bfloat16 holds them."""
+    """Whether float16 holds these numbers as bfloat16 holds them; no layer of small numbers alone, which lose more."""
+    low, high = weight.detach().aminmax()
+    bound = min(SMALLEST_STEP / 2, SMALL_PART * max(-float(low), float(high)))
     halves = (part.half().float().sub_(part).abs_().max() for part in weight.detach().split(512))
-    return all(bool(most <= SMALLEST_STEP / 2) for most in halves)
+    return all(bool(most <= bound) for most in halves)
 
 
 def _few_by_onednn(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -73,13 +73,13 @@ def _forward(self: TrainableTokensLayer, x: torch.Tensor, active_adapters: Seque
     result, found = self.base_layer(x), _rows(self, active_adapters)
     if found is None:
         return result
-    values = found.values.to(self.base_layer.weight.dtype)
     if isinstance(self.base_layer, torch.nn.Embedding):
+        values = found.values.to(self.base_layer.weight.dtype)
         here = x[..., None] == found.ids
         looked_up, scale = functional.embedding(here.int().argmax(-1), values), self._get_embed_scale()
         if scale is not None:
             looked_up = looked_up * scale.to(looked_up.dtype)
         return torch.where(here.any(-1, keepdim=True), looked_up, result)
     bias = self.base_layer.bias
-    own = functional.linear(x, values, None if bias is None else bias[found.ids])
+    own = functional.linear(x, found.values.to(x.dtype), None if bias is None else bias[found.ids])
     return result.index_copy(-1, found.ids, own.to(result.dtype))

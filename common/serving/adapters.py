@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.inference.products import give_back
 from common.model import adapter, loading
 from common.model.layers import causal_of
 from common.runs import adopted
@@ -36,6 +37,7 @@ def load(answer: Answerer, specs: Sequence[str], alone: str = "tuned") -> dict[s
         own = f"adapter_{len(models)}"  # peft takes no dot, and finds "1" in layers.1 too
         answer.net = adapter.attach(answer.net, folder, own)
         models[name] = own
+    give_back(answer.net)
     return models
 
 
