@@ -87,7 +87,7 @@ def _show_folder(tuned: Tuned, folder: Path, prompt: Family, config: PreTrainedC
 def _why_not_computed(engines: Iterable[str], config: PreTrainedConfig) -> dict[str, str]:
     """{engine: why it would compute otherwise or end in an error}, of those that do not look at it themselves."""
     reasons = {}
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}  # a config of one's own may have none
     types = {one["rope_type"] for one in ([rope] if "rope_type" in rope else rope.values())}
     if types - {"default"}:  # CTranslate2 leaves out the scale of Gemma 3 without a word
         scaled = "位置有缩放 its positions are scaled: 没有给出相同的文字 no run there gave the same text"
