@@ -268,6 +268,14 @@ def test_typed_control_tokens_stay_text_in_every_field(name):
 
 
 @needs_trl
+def test_a_text_may_have_thousands_of_typed_control_tokens():
+    tokenizer, _ = official_tokenizer("qwen3")
+    typed = "<tool_call>a" * 3000
+    ids = encode_text(tokenizer, typed)
+    assert tokenizer.decode(ids) == typed and tokenizer.convert_tokens_to_ids("<tool_call>") not in ids
+
+
+@needs_trl
 def test_words_added_to_a_vocabulary_are_text():
     """Where the template has them too, and single characters that are special; they were looked for without end."""
     tokenizer, prompt = official_tokenizer("qwen3")

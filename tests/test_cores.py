@@ -71,6 +71,17 @@ def test_threads_sleep_while_others_use_cores(waiting):
     assert not waiting(1, others=0.1, own=1.8)
 
 
+def test_where_others_cannot_be_seen_nothing_changes(waiting, monkeypatch):
+    """A sandbox hides /proc/stat: training goes on."""
+
+    def hidden(percpu):
+        raise PermissionError(13, "Permission denied", "/proc/stat")
+
+    monkeypatch.setattr(cores.psutil, "cpu_times", hidden)
+    assert not cores.Waiting().held
+    assert not waiting(1, others=2, own=0)
+
+
 def test_one_thread_waits_for_none(waiting, monkeypatch):
     monkeypatch.setattr(cores.torch, "get_num_threads", lambda: 1)
     assert not waiting(1, others=2, own=0)

@@ -187,6 +187,29 @@ def test_what_cannot_be_asked_is_refused(gemma, run, flags, match):
         check(gemma, run, *flags)
 
 
+@pytest.mark.parametrize(
+    ("script", "mode", "match"),
+    [
+        ("#!/bin/sh\n", 0o755, "没有回答 gave no answer, is it a Python"),
+        ("#!/bin/sh\n", 0o644, "不能运行 cannot be run: Permission denied"),
+        ("\0", 0o755, "不能运行 cannot be run: Exec format error"),
+    ],
+)
+def test_what_is_no_python_is_named_in_one_line(script, mode, match, tmp_path):
+    (tmp_path / "python").write_text(script)
+    (tmp_path / "python").chmod(mode)
+    with pytest.raises(UserError, match=match):
+        asking.ask("mlx", tmp_path, asking.Questions([[1]], [None], [], 1, 1), str(tmp_path / "python"))
+
+
+def test_what_an_engine_prints_at_its_end_is_no_answer(tmp_path):
+    found = {"versions": {"mlx": "1"}, "prompts": [None], "answers": [[2]], "seconds": 0.5}
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho '{json.dumps(found)}'\necho bye\n")
+    (tmp_path / "python").chmod(0o755)
+    asked = asking.Questions([[1]], [None], [], 1, 1)
+    assert asking.ask("mlx", tmp_path, asked, str(tmp_path / "python")) == asking.Found(**found)
+
+
 def test_the_process_answers_as_this_one(small_gemma, tmp_path):
     """transformers, which the benchmark asks as an engine, in a process of its own."""
     expected = measured(small_gemma, prompt, AutoModelForCausalLM.from_pretrained(small_gemma))

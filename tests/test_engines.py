@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -109,6 +110,15 @@ def test_only_engines_that_can_are_named(saved, request, capsys):
     able = prompt.ENGINES[net.config.model_type]
     assert "ollama" not in able or (whole / "Modelfile").exists()
     assert found == [*able, *prompt.UNTRIED_ENGINES]
+
+
+def test_a_folder_with_a_space_can_be_pasted(small_qwen, tmp_path, capsys):
+    whole = tmp_path / "my 模型"
+    shutil.copytree(small_qwen, whole)
+    engines.show(tuned_of(small_qwen, qwen_prompt), whole, ExportFlags(), qwen_prompt)
+    commands = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert str(whole) in shlex.split(commands["  mlx"])
+    assert str(whole) in shlex.split(commands["  vllm"])
 
 
 def test_a_model_that_cannot_be_written_as_gguf_is_named(small_qwen, tmp_path, capsys):

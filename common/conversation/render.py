@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.conversation.turns import Turn
@@ -43,9 +45,15 @@ class TooLongError(RowError):
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text as text: no special tokens are added, and control tokens typed in it stay ordinary characters."""
     words = template_words(tokenizer, str(tokenizer.chat_template))
-    typed = min((place for place in map(text.find, words) if place >= 0), default=None)
-    if typed is not None:  # the tokenizer takes these for text too, but has one id for each
-        return encode_text(tokenizer, text[: typed + 1]) + encode_text(tokenizer, text[typed + 1 :])
+    if not any(word in text for word in words):
+        return _encoded(tokenizer, text)
+    # the tokenizer takes these for text too, but has one id for each: it gets each of them in two parts
+    typed = re.finditer("(?=" + "|".join(map(re.escape, words)) + ")", text)
+    cuts = [0, *(found.start() + 1 for found in typed), len(text)]
+    return [id_ for start, end in pairwise(cuts) for id_ in _encoded(tokenizer, text[start:end])]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not tokenizer.is_fast:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     backend = tokenizer.backend_tokenizer  # the same ids in a third of the time

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from common.errors import UserError
 
 CHILD = Path(__file__).with_name("engine_child.py")
+REMEDY = "给出装有该引擎的 Python give the Python that has the engine"
 
 
 class Engine(NamedTuple):
@@ -72,10 +73,16 @@ def ask(engine: str, folder: Path, questions: Questions, python: str = sys.execu
     """
     with tempfile.TemporaryDirectory(prefix="engine-") as scratch:
         words = [python, str(CHILD), engine, str(folder), scratch]
-        done = subprocess.run(
-            words, input=json.dumps(questions._asdict()), capture_output=True, encoding="utf-8", errors="replace"
-        )
+        try:
+            done = subprocess.run(
+                words, input=json.dumps(questions._asdict()), capture_output=True, encoding="utf-8", errors="replace"
+            )
+        except OSError as problem:
+            raise UserError(f"{engine}: {python} 不能运行 cannot be run: {problem.strerror}; {REMEDY}") from None
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         raise UserError(f"{engine} 不能回答 cannot answer from {folder}: {said[-1][:300]}")
-    return Found(**json.loads(done.stdout.splitlines()[-1]))
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"versions"')]  # an engine may print too
+    if not lines:
+        raise UserError(f"{engine}: {python} 没有回答 gave no answer, is it a Python? {REMEDY}")
+    return Found(**json.loads(lines[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +88,7 @@ def _show_folder(tuned: Tuned, folder: Path, prompt: Family, config: PreTrainedC
 def _why_not_computed(engines: Iterable[str], config: PreTrainedConfig) -> dict[str, str]:
     """{engine: why it would compute otherwise or end in an error}, of those that do not look at it themselves."""
     reasons = {}
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}  # a config of one's own may have none
     types = {one["rope_type"] for one in ([rope] if "rope_type" in rope else rope.values())}
     if types - {"default"}:  # CTranslate2 leaves out the scale of Gemma 3 without a word
         scaled = "位置有缩放 its positions are scaled: 没有给出相同的文字 no run there gave the same text"
@@ -101,7 +102,8 @@ def _why_not_computed(engines: Iterable[str], config: PreTrainedConfig) -> dict[
 def _line(engine: str, command: str, tuned: Tuned, folder: Path, prompt: Family) -> None:
     run = Path(tuned.manifest["config"]["model_save_dir"])
     names = {"folder": folder, "name": folder.name, "run": run, "run_name": run.name, "recipes": prompt.RECIPES}
-    print(f"  {engine + ':':<13}{command.format(**names)}")
+    quoted = {key: str(name) if engine == "keras" else shlex.quote(str(name)) for key, name in names.items()}
+    print(f"  {engine + ':':<13}{command.format(**quoted)}")
 
 
 def _why_no_gguf(tuned: Tuned, prompt: Family, config: PreTrainedConfig) -> str:
@@ -121,5 +123,5 @@ def _show_adapter(tuned: Tuned, adapter: Path) -> None:
         print(f"  适配器不能单独服务 the adapter alone is not served by vLLM: {', '.join(tuned.merge_reasons)}")
         return
     rank = next((rank for rank in VLLM_RANKS if rank >= tuned.rank), tuned.rank)
-    serve = f"vllm serve {tuned.manifest['base']['path']} --enable-lora --max-lora-rank {rank}"
-    print(f"  适配器单独 the adapter alone: {serve} --lora-modules {adapter.name}={adapter}")
+    serve = f"vllm serve {shlex.quote(tuned.manifest['base']['path'])} --enable-lora --max-lora-rank {rank}"
+    print(f"  适配器单独 the adapter alone: {serve} --lora-modules {shlex.quote(f'{adapter.name}={adapter}')}")
