@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.cores import apart
 from common.errors import UserError
 from common.inference.answerer import Answerer
 from common.inference.products import quicken
@@ -36,8 +37,8 @@ def load(cfg: SFTConfig, prompt: Family, base: bool = False, once: bool = False)
         return made(loading.load_base(trained.path_model_pretrain, cfg.dtype, trained.bits, attention))
 
     made: Callable[[Any], Any] = (lambda net: net) if once else quicken
-    attention = cfg.attn_implementation
-    net = load_base() if base else made(adapter.load_tuned(trained, cfg.model_save_dir, cfg.dtype, attention))
+    folder, attention = cfg.model_save_dir, cfg.attn_implementation
+    net = apart(lambda: load_base() if base else made(adapter.load_tuned(trained, folder, cfg.dtype, attention)))
     context = context_of(cfg, trained)
     return Answerer(net, tokenizer, prompt, trained.prompt_style, trained.max_length_q, load_base, context)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from common.cores import apart
 from common.errors import UserError
 from common.inference.products import give_back
 from common.model import adapter, loading
@@ -35,7 +37,7 @@ def load(answer: Answerer, specs: Sequence[str], alone: str = "tuned") -> dict[s
             )
         _check(answer, folder)
         own = f"adapter_{len(models)}"  # peft takes no dot, and finds "1" in layers.1 too
-        answer.net = adapter.attach(answer.net, folder, own)
+        answer.net = apart(partial(adapter.attach, answer.net, folder, own))
         models[name] = own
     give_back(answer.net)
     return models
