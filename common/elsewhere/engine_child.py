@@ -11,6 +11,7 @@ that converts first does it in SCRATCH. It imports nothing of the project, whose
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -153,16 +154,16 @@ def keras(folder: Path, scratch: Path, asked: dict[str, Any]) -> Engine:
 
     net = keras_hub.models.CausalLM.from_preset(str(folder), dtype="float32")
     net.compile(sampler="greedy")
-    longest = max(map(len, asked["prompts"])) + asked["new_tokens"]
+    longest, stops = max(map(len, asked["prompts"])) + asked["new_tokens"], tuple(asked["stop_ids"])
+    filler = next(id_ for id_ in itertools.count() if id_ not in stops)  # a stop id there ends the answer at once
 
     def answer(ids: Ids) -> Ids:
-        padded = numpy.zeros((1, longest), dtype="int32")
+        padded = numpy.full((1, longest), filler, dtype="int32")
         padded[0, : len(ids)] = ids
         given = {"token_ids": padded, "padding_mask": numpy.arange(longest)[None] < len(ids)}
         if type(net).__name__ == "Gemma3CausalLM":  # it hands them on, and JAX takes no None
             given["images"] = numpy.zeros((1, 0, 1, 1, 3), dtype="float32")
         net.preprocessor = None  # ids in, ids out
-        stops = tuple(asked["stop_ids"])
         found = numpy.asarray(net.generate(given, stop_token_ids=stops)["token_ids"])
         return found[0, len(ids) : len(ids) + asked["new_tokens"]].tolist()
 
