@@ -13,7 +13,7 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
-from common.engine.request import Ask, ClientGoneError
+from common.engine.request import Ask
 from common.inference import prefix_cache
 from common.inference.answerer import Sampling
 from common.inference.prefix_cache import BLOCK, PrefixCache
@@ -152,8 +152,7 @@ def test_interleaved_clients_who_leave_while_little_is_kept(gemma, batcher_of):
         leaving = [submit(batcher, ids + ids[-20:], 200) for ids in asked[:2]]
         tickets = [submit(batcher, ids, 10) for ids in asked]
         for ticket in leaving:
-            with pytest.raises(ClientGoneError):
-                list(ticket.parts(gone=lambda: True))
+            ticket.cancel()
         for chat, ticket, ids in zip(chats, tickets, asked, strict=True):
             row = row_of(ticket)
             assert row.ids == generated(gemma, ids, 10)
