@@ -23,12 +23,12 @@ from transformers.cache_utils import DynamicLayer
 from common.engine.kv_batch import KVBatch
 from common.engine.replay import record
 from common.inference.cache import ROOM, RoomyLayer, with_roomy_cache
-from common.inference.products import HalfLinear, quicken
+from common.inference.products import ENGINES, HalfLinear, quicken
 from common.model.adapter import attach
 from common.model.token_rows import mend
 from common.serving import adapters
 
-HALF = "fbgemm" in torch.backends.quantized.supported_engines
+HALF = torch.backends.quantized.engine in ENGINES
 needs_half = pytest.mark.skipif(not HALF, reason="torch without FBGEMM")
 
 
@@ -178,6 +178,14 @@ def test_a_large_layer_of_float32_computes_the_same(rows):
     net = quicken(torch.nn.Sequential(layer))
     assert "forward" in vars(net[0])
     torch.testing.assert_close(net(x), expected)
+
+
+@needs_half
+def test_another_engine_of_torch_leaves_layers_as_they_are(monkeypatch):
+    layer = torch.nn.Linear(8, 8)
+    layer.weight.data = layer.weight.data.bfloat16().float()
+    monkeypatch.setattr(torch.backends.quantized, "engine", "onednn")
+    assert type(quicken(torch.nn.Sequential(layer))[0]) is torch.nn.Linear
 
 
 @needs_half

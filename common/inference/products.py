@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SMALLEST_STEP = 2.0**-24  # of float16: numbers of bfloat16 lose half of it, where they are that small, and else nothing
 SMALL_PART = 2.0**-16  # of a layer's largest number: what its smallest ones may lose
-ENGINE = "fbgemm"  # of torch, on x86
+ENGINES = ("x86", "fbgemm")  # of torch, that have products of float16
 FEW, LARGE = 16, 1 << 20  # rows and weights of a product for which oneDNN is faster than MKL
 
 
@@ -59,7 +59,7 @@ def quicken(net: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     Weights that float16 holds, as those of a checkpoint in bfloat16, are read in half the bytes; other large layers
     multiply few rows by oneDNN. Either way the products differ from torch's own in the order of their sums alone.
     """
-    halves = ENGINE in torch.backends.quantized.supported_engines
+    halves = torch.backends.quantized.engine in ENGINES
     for name, module in list(net.named_modules()):
         if not _is_plain(module) or NEW.search(f".{name}."):
             continue
