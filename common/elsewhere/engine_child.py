@@ -161,7 +161,7 @@ def keras(folder: Path, scratch: Path, asked: dict[str, Any]) -> Engine:
         padded = numpy.full((1, longest), filler, dtype="int32")
         padded[0, : len(ids)] = ids
         given = {"token_ids": padded, "padding_mask": numpy.arange(longest)[None] < len(ids)}
-        if type(net).__name__ == "Gemma3CausalLM":  # it hands them on, and JAX takes no None
+        if hasattr(net.backbone, "vision_encoder"):  # images are handed on, and JAX takes no None
             given["images"] = numpy.zeros((1, 0, 1, 1, 3), dtype="float32")
         net.preprocessor = None  # ids in, ids out
         found = numpy.asarray(net.generate(given, stop_token_ids=stops)["token_ids"])

@@ -90,12 +90,13 @@ def _why_not_computed(engines: Iterable[str], config: PreTrainedConfig) -> dict[
     reasons = {}
     rope = getattr(config, "rope_parameters", None) or {}  # a config of one's own may have none
     types = {one["rope_type"] for one in ([rope] if "rope_type" in rope else rope.values())}
-    if types - {"default"}:  # CTranslate2 leaves out the scale of Gemma 3 without a word
+    if types - {"default"}:  # CTranslate2 leaves out a scale without a word
         scaled = "位置有缩放 its positions are scaled: 没有给出相同的文字 no run there gave the same text"
         reasons = {engine: scaled for engine in engines if engine not in OF_FILE}
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if "onnx" in engines and head % 16:
-        reasons["onnx"] = f"注意力头的大小 {head} 不是 16 的倍数 the head size is no multiple of 16"
+    if "onnx" in engines:  # a config whose layers differ has no one size, and is of none of these engines
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if head % 16:
+            reasons["onnx"] = f"注意力头的大小 {head} 不是 16 的倍数 the head size is no multiple of 16"
     return reasons
 
 
