@@ -54,9 +54,13 @@ def _by_processes(
     values = [None if name else argument for name, argument in zip(names, arguments, strict=True)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _start_worker, (names, values)) as pool:
+        started = [pool.submit(os.getpid) for _ in range(count)]
         waiting: deque[Future] = deque()
         try:
             for chunk in chunks:
+                if not (waiting or _any_ready(started)):
+                    yield function(chunk, *arguments)  # they import what they need; meanwhile this process goes on
+                    continue
                 waiting.append(pool.submit(_work, function, chunk))
                 if len(waiting) > 2 * count:
                     yield waiting.popleft().result()
@@ -70,11 +74,14 @@ def _by_processes(
             pool.shutdown(cancel_futures=True)
 
 
+def _any_ready(started: Iterable[Future]) -> bool:
+    return any(map(Future.done, started))
+
+
 def _start_worker(names: list[str | None], values: list[Any]) -> None:
     """Make a new process ready: its arguments, Ctrl-C left to the parent, and an end when the parent is gone."""
     global _arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _arguments = [importlib.import_module(n) if n else v for n, v in zip(names, values, strict=True)]
 

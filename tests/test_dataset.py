@@ -5,7 +5,10 @@ import importlib.util
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -490,6 +493,7 @@ def processes(monkeypatch):
     monkeypatch.setattr(dataset, "CHUNK", 3)
     monkeypatch.setattr(workers, "ALONE", 2)
     monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "_any_ready", lambda started: True)
 
 
 MANY = [QA, EMPTY, {"question": "问" * 90, "answer": "答"}, '{"question": 坏', {"x": 1}, {"text": "一段"}]
@@ -534,6 +538,29 @@ def test_a_process_that_dies_is_told(processes):
     found = workers.map_chunks(die, [[0], [1], [3], [2], [4]])
     with pytest.raises(UserError, match="a tokenising process died"):
         list(found)
+
+
+def whose(chunk):
+    return os.getpid()
+
+
+@pytest.mark.slow
+def test_work_goes_on_while_processes_start(monkeypatch):
+    monkeypatch.setattr(workers, "ALONE", 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    pids, end = [os.getpid()], time.monotonic() + 120
+    chunks = iter(lambda: pids[-1] == os.getpid() and time.monotonic() < end, False)
+    for pid in workers.map_chunks(whose, chunks):
+        pids.append(pid)
+        time.sleep(0.01)
+    assert pids[1:5] == [os.getpid()] * 4, "more than the first two chunks"
+    assert pids[-1] != os.getpid()
+
+
+def test_a_process_that_tokenises_imports_no_torch():
+    """It takes as long as all the rest, and a process a core would hold it."""
+    code = "import sys, common.data.dataset, gemma_sft.prompt; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=dataset.__file__.partition("/common/")[0]).returncode == 0
 
 
 def test_chunks_are_not_read_ahead_of_their_use():

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import random
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +16,9 @@ import numpy
 from common.checking import rehearsal
 from common.checking.check_report import show_rows, show_step, show_verdict
 from common.conversation.render import IGNORED
-from common.conversation.turns import Conversation, Repair, Turn, Unusable, said, texts_of
+from common.conversation.turns import Repair, Unusable
 from common.data import accounts, cache, dataset
+from common.data.alike import Known, Typed, digests_of
 from common.data.defects import DEFECTS
 from common.errors import UserError, is_out_of_memory
 from common.inputs import files_of
@@ -102,10 +101,11 @@ def examine(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) 
     """(what there is to train on or None, the report about every row of data_path and eval_data_path)."""
     cfg = replace(cfg, strict=False, max_dropped=1.0)
     files, findings = _files(cfg, tokenizer, prompt)
-    lost = {row.where for file in files for row in file.rejected}
-    texts, told = _judge_texts(cfg, lost, tokenizer)
-    overlap, unfit = _held_out_overlap(cfg, texts)
-    findings += told + unfit
+    known = _said_by(files)
+    same = known.repeated()
+    findings += [_repeated(*pair) for pair in same]
+    overlap, unfit = _held_out_overlap(cfg, known)
+    findings += unfit
     rows: TrainingData | None = None
     try:
         rows = dataset.prepare(cfg, tokenizer, prompt)
@@ -113,13 +113,13 @@ def examine(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) 
         if not findings:
             findings.append(_unreadable(problem))
     validation = set(rows.validation["where"]) if rows else set()
-    straddling = [pair for pair in texts.same if len(validation & set(pair)) == 1]
+    straddling = [pair for pair in same if len(validation & set(pair)) == 1]
     findings += [_on_both_sides(first, second) for first, second in straddling]
     counted = ("rows", "kept", "cut", "tokens", "supervised")
     totals = {name: sum(file.source[name] for file in files) for name in counted}
     report: Report = {
         "rows": {name: totals[name] for name in ("rows", "kept", "cut")}
-        | {"dropped": totals["rows"] - totals["kept"], "duplicates": len(texts.same)}
+        | {"dropped": totals["rows"] - totals["kept"], "duplicates": len(same)}
         | ({"train": len(rows.train), "validation": len(rows.validation)} if rows else {}),
         "overlap": overlap | {"validation": len(straddling)},
         "usable_share": totals["kept"] / max(totals["rows"], 1),
@@ -144,6 +144,7 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
             findings.append(_unreadable(problem))
             continue
         findings += [_left_out(row) for row in files[-1].rejected]
+        findings += [_typed(row) for row in files[-1].typed]
         findings += [_mended(repair) for repair in files[-1].repaired]
         findings += [_unused(path, key, count) for key, count in files[-1].source["unused"].items()]
         findings += [_cut(cfg, where) for where in _cut_rows(files[-1])]
@@ -199,40 +200,27 @@ def _on_both_sides(first: str, second: str) -> Finding:
     return Finding(second, "validation overlap", found, "each row on one side", "delete one of the two", bad=False)
 
 
-class Texts(NamedTuple):
-    """What the usable rows of data_path say, as digests."""
-
-    known: dict[bytes, str]  # digest of a row: where it stands first
-    asked: set[bytes]  # digests of the questions
-    same: list[tuple[str, str]]  # (where a row stands first, where again)
-
-
-def _judge_texts(cfg: SFTConfig, lost: set[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Texts, list[Finding]]:
-    """The Texts of the rows whose `where` is not in `lost`; Findings of repeated rows and typed control tokens."""
-    texts = Texts({}, set(), [])
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    control = re.compile("|".join([*map(re.escape, special), r"<\|\w+\|>"]))  # the last: what most templates use
-    findings: list[Finding] = []
-    for where, turns in _conversations(cfg):
-        if where in lost:
-            continue
-        digest = _digest(turns)
-        if turns[:-1]:  # plain text asks nothing
-            texts.asked.add(_digest(turns[:-1]))
-        first = texts.known.setdefault(digest, where)
-        if first != where:
-            texts.same.append((first, where))
-            found = f"与 {first} 相同 the same row as {first}"
-            findings.append(Finding(where, "duplicate", found, "each row once", "delete one of the two", bad=False))
-        typed = sorted({match for turn in turns for text in texts_of(turn) for match in control.findall(text)})
-        if typed:
-            found = f"文字里有控制符 control tokens typed in the text: {' '.join(typed)}"
-            remedy = "delete them if a template was applied before; as text they are kept"
-            findings.append(Finding(where, "control tokens", found, "text without a template", remedy, bad=False))
-    return texts, findings
+def _said_by(files: Sequence[Tokenised]) -> Known:
+    """What the rows of the files say that are not left out."""
+    tables = []
+    for file in files:
+        lost = [int(row.where.rpartition(":")[2]) for row in file.rejected]
+        tables.append((file.source["path"], file.digests[~numpy.isin(file.digests[:, 0], lost)]))
+    return Known(tables)
 
 
-def _held_out_overlap(cfg: SFTConfig, texts: Texts) -> tuple[dict[str, int], list[Finding]]:
+def _repeated(first: str, where: str) -> Finding:
+    found = f"与 {first} 相同 the same row as {first}"
+    return Finding(where, "duplicate", found, "each row once", "delete one of the two", bad=False)
+
+
+def _typed(row: Typed) -> Finding:
+    found = f"文字里有控制符 control tokens typed in the text: {' '.join(row.tokens)}"
+    remedy = "delete them if a template was applied before; as text they are kept"
+    return Finding(row.where, "control tokens", found, "text without a template", remedy, bad=False)
+
+
+def _held_out_overlap(cfg: SFTConfig, known: Known) -> tuple[dict[str, int], list[Finding]]:
     """{held_out: equal rows, held_out_questions: equal questions}; Findings of equal and unusable held-out rows."""
     findings: list[Finding] = []
     same_rows = same_questions = 0
@@ -242,8 +230,9 @@ def _held_out_overlap(cfg: SFTConfig, texts: Texts) -> tuple[dict[str, int], lis
                 if isinstance(row, Unusable):
                     findings.append(_left_out(row))
                     continue
-                same_questions += _digest(row.turns[:-1]) in texts.asked
-                twin = texts.known.get(_digest(row.turns))
+                digest, question = digests_of(row.turns)
+                same_questions += known.asks(question)
+                twin = known.twin(digest)
                 if twin:
                     same_rows += 1
                     said = f"也是留出数据 {row.where} also a held-out row: {row.where}"
@@ -251,20 +240,6 @@ def _held_out_overlap(cfg: SFTConfig, texts: Texts) -> tuple[dict[str, int], lis
         except UserError as problem:
             findings.append(_unreadable(problem))
     return {"held_out": same_rows, "held_out_questions": same_questions}, findings
-
-
-def _conversations(cfg: SFTConfig) -> Iterator[Conversation]:
-    """The usable rows of data_path; a file that breaks off has been reported already."""
-    for path in _paths(cfg.data_path, []):
-        with contextlib.suppress(UserError):
-            for row in dataset.conversations(path, cfg):
-                if isinstance(row, Conversation):
-                    yield row
-
-
-def _digest(turns: Sequence[Turn]) -> bytes:
-    text = json.dumps(said([turn._replace(text=turn.text.strip()) for turn in turns]))
-    return hashlib.blake2b(text.encode(), digest_size=12).digest()
 
 
 def _place(finding: Finding) -> tuple[str, int]:

@@ -13,5 +13,6 @@ fields    the values of a row as text and lists, and which keys were read
 defects   kinds of rows that cannot be used, with what is expected and the remedy
 dataset   all rows as ids and labels: tokenised once, mixed, sampled, split
 cache     where a file's ids and labels are kept
+alike     which rows say the same, and where control tokens were typed
 accounts  what was read and lost, shown
 """

@@ -13,6 +13,7 @@ import numpy
 
 from common.conversation import family
 from common.conversation.turns import Repair, Unusable
+from common.data.alike import Typed
 from common.files import stream_jsonl
 from common.knobs import IDS
 
@@ -48,11 +49,13 @@ class Tokenised(NamedTuple):
     """One file of `--data_path`, ready to train on."""
 
     rows: Dataset  # input_ids, labels, length (in ids), cut (whether the prompt was) and where (file:line)
-    # path, sha256, and how many: rows, kept, cut (rows), tokens, supervised (ids), unused {key: rows}, repaired
+    # path, sha256, unused {key: rows}, and how many: rows, kept, cut (rows), tokens, supervised (ids), and of each list
     source: dict[str, Any]
     rejected: Listed[Unusable]
     repaired: Listed[Repair]
+    typed: Listed[Typed]
     whole: numpy.ndarray  # (ids of the prompt, ids of the last answer) of each row before it is cut or left out, [N, 2]
+    digests: numpy.ndarray  # of each conversation that can be read: line, digests of row and question, [N, 3]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

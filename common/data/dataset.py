@@ -7,6 +7,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 from filelock import FileLock
 
-from common import distributed, workers
+from common import workers
 from common.conversation import render
 from common.conversation.render import Sample
 from common.conversation.turns import Conversation, Repair, Unusable, said
+from common.data.alike import Digests, Typed
 from common.data.cache import Listed, Tokenised, cache_key, encoding_hash
 from common.data.formats import Notes, conversations_in
 from common.data.sources import Record, read_records
@@ -34,6 +36,12 @@ if TYPE_CHECKING:
     from common.conversation.family import Family
 
 CHUNK = 1000  # rows tokenised at a time: what a process is handed, and a record batch of rows.arrow
+LISTS: dict[str, type] = {"rejected": Unusable, "repaired": Repair, "typed": Typed}  # NAME.jsonl in the cache: its rows
+# NAME.npy in the cache: `Tokenised.whole`, and `Digests.table`
+TABLES: dict[str, numpy.ndarray] = {
+    "whole": numpy.empty((0, 2), numpy.int32),
+    "digests": numpy.empty((0, 3), numpy.uint64),
+}
 
 
 class TrainingData(NamedTuple):
@@ -52,6 +60,8 @@ def prepare(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) 
     Of several processes the first does it for all, and the others find its cache. Raises UserError where nothing can be
     trained on, or more than `cfg.max_dropped` of the rows cannot.
     """
+    from common import distributed  # which brings torch: the processes that tokenise go without
+
     return distributed.in_turn(lambda: _prepare(cfg, tokenizer, prompt))
 
 
@@ -152,48 +162,51 @@ def tokenised(
         if not folder.exists():
             _tokenise(path, cfg, tokenizer, prompt, folder)
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    rejected = Listed(Unusable, [(folder / "rejected.jsonl", record["rows"] - record["kept"])])
-    repaired = Listed(Repair, [(folder / "repaired.jsonl", record["repaired"])])
-    if cfg.strict and (rejected or repaired):
-        first = rejected[0] if rejected else repaired[0]
-        raise UserError(f"{first.where}: {first.reason} (--strict)")
-    source = {"path": path, "sha256": content, **record}
-    whole = numpy.load(folder / "whole.npy", mmap_mode="r")
-    return Tokenised(Dataset.from_file(str(folder / "rows.arrow")), source, rejected, repaired, whole)
+    lists: dict[str, Listed] = {
+        name: Listed(kind, [(folder / f"{name}.jsonl", record[name])]) for name, kind in LISTS.items()
+    }
+    strict = [row for name in ("rejected", "repaired") for row in islice(lists[name], 1)] if cfg.strict else []
+    if strict:
+        raise UserError(f"{strict[0].where}: {strict[0].reason} (--strict)")
+    tables = {name: numpy.load(folder / f"{name}.npy", mmap_mode="r") for name in TABLES}
+    rows = Dataset.from_file(str(folder / "rows.arrow"))
+    found: dict[str, Any] = {**lists, **tables}
+    return Tokenised(rows, {"path": path, "sha256": content, **record}, **found)
 
 
 def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family, folder: Path) -> None:
-    """Write `folder`: rows.arrow, {rejected,repaired}.jsonl, whole.npy, record.json; it appears when all are whole."""
+    """Write `folder`: rows.arrow, the files of LISTS and TABLES, record.json; it appears when all are whole."""
     from datasets.arrow_writer import ArrowWriter
     from tqdm import tqdm
 
     features = _features()
-    schema = features.arrow_schema
-    counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0, repaired=0)
+    counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
+    counts.update(dict.fromkeys(LISTS, 0))
     unused: Counter[str] = Counter()
-    whole: list[numpy.ndarray] = [numpy.empty((0, 2), numpy.int32)]
+    tables = {name: [empty] for name, empty in TABLES.items()}
     records = read_records(path)
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         draft = Path(scratch) / folder.name
         draft.mkdir()
-        with (
-            ArrowWriter(features=features, path=str(draft / "rows.arrow")) as writer,
-            (draft / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as rejected,
-            (draft / "repaired.jsonl").open("w", encoding="utf-8", newline="\n") as repaired,
-            tqdm(desc="编码 tokenising", unit="row", leave=False) as bar,
-        ):
-            done = workers.map_chunks(_encode, chunks, path, schema, cfg, tokenizer, prompt)
-            for chunk in done:
+        with ExitStack() as opened:
+            writer = opened.enter_context(ArrowWriter(features=features, path=str(draft / "rows.arrow")))
+            lists = {name: (draft / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") for name in LISTS}
+            for file in lists.values():
+                opened.enter_context(file)
+            bar = opened.enter_context(tqdm(desc="编码 tokenising", unit="row", leave=False))
+            for chunk in workers.map_chunks(_encode, chunks, path, features.arrow_schema, cfg, tokenizer, prompt):
                 writer.write_table(chunk.table)
-                rejected.writelines(chunk.rejected)
+                for name, file in lists.items():
+                    file.writelines(chunk.lists[name])
+                for name, parts in tables.items():
+                    parts.append(chunk.tables[name])
                 counts.update(chunk.counts)
-                unused.update(chunk.notes.unused)
-                repaired.writelines(line_of(repair._asdict()) for repair in chunk.notes.repaired)
-                whole.append(chunk.whole)
+                unused.update(chunk.unused)
                 bar.update(chunk.counts["rows"])
             writer.finalize()
-        numpy.save(draft / "whole.npy", numpy.concatenate(whole))
+        for name, parts in tables.items():
+            numpy.save(draft / f"{name}.npy", numpy.concatenate(parts))
         record = {**counts, "unused": dict(sorted(unused.items()))}
         (draft / "record.json").write_text(json.dumps(record), encoding="utf-8")
         draft.rename(folder)
@@ -214,16 +227,17 @@ def _features() -> Features:
 
 
 class Encoded(NamedTuple):
-    """Some Records of a file: their samples as a table, lines of rejected.jsonl, counts, what else was noted.
+    """Some Records of a file: their samples as a table, and what is to be said of them.
 
-    `whole`: (ids of the prompt, ids of the last answer) of each row before it is cut or left out, int32 [N, 2].
+    lists: lines of the files of LISTS. tables: parts of the arrays of TABLES. counts: rows, kept, …, and the lines.
+    unused: key that was not read: rows that have it.
     """
 
     table: pyarrow.Table
-    rejected: list[str]
+    lists: dict[str, list[str]]
+    tables: dict[str, numpy.ndarray]
     counts: Counter[str]
-    notes: Notes
-    whole: numpy.ndarray
+    unused: Counter[str]
 
 
 def _encode(
@@ -237,25 +251,27 @@ def _encode(
     import pyarrow
 
     columns: dict[str, list] = {name: [] for name in schema.names}
-    rejected: list[str] = []
+    rejected: list[Unusable] = []
     counts: Counter[str] = Counter()
-    notes = Notes()
+    notes, texts = Notes(), Digests(tokenizer)
     whole: list[tuple[int, int]] = []
-    found = (row for record in records for row in conversations_in(record, path, cfg, notes))
+    found = (texts.noted(row) for record in records for row in conversations_in(record, path, cfg, notes))
     for row in lessons(found, prompt.ONE_ANSWER and cfg.loss_on == "answer"):
         counts["rows"] += 1
         sample = _sample_of(row, cfg, tokenizer, prompt, whole)
         if isinstance(sample, Unusable):
-            rejected.append(line_of(sample._asdict()))
+            rejected.append(sample)
             continue
         length = len(sample.input_ids)
         counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(render.IGNORED))
         for name, value in zip(columns, (sample.input_ids, sample.labels, length, sample.cut, row.where), strict=True):
             columns[name].append(value)
-    counts["repaired"] = len(notes.repaired)
-    return Encoded(
-        pyarrow.table(columns, schema), rejected, counts, notes, numpy.array(whole, numpy.int32).reshape(-1, 2)
-    )
+    told: dict[str, list] = {"rejected": rejected, "repaired": notes.repaired, "typed": texts.typed}
+    lists = {name: [line_of(row._asdict()) for row in rows] for name, rows in told.items()}
+    counts.update({name: len(lines) for name, lines in lists.items()})
+    lengths = numpy.array(whole, numpy.int32).reshape(-1, 2)
+    tables = {"whole": lengths, "digests": texts.table()}
+    return Encoded(pyarrow.table(columns, schema), lists, tables, counts, notes.unused)
 
 
 def lessons(rows: Iterable[Conversation | Unusable], one_answer: bool) -> Iterator[Conversation | Unusable]:
