@@ -12,8 +12,15 @@ from common.training import memory, tuning
 from gemma_sft.ft_gemma.config import Config
 
 
+@pytest.fixture(params=["AVX2", "AVX-512"])
+def cpu(request, monkeypatch):
+    """The products are those of this kind of CPU, on any."""
+    monkeypatch.setattr(frozen_layers, "has_avx512", lambda: request.param == "AVX-512")
+    return request.param
+
+
 @pytest.fixture(params=["all-linear", "q_proj"], ids=["trained gates", "frozen gates"])
-def nets(request, small_gemma, monkeypatch):
+def nets(request, small_gemma, monkeypatch, cpu):
     """A plain model with LoRA in training, and the same made lean."""
     torch.manual_seed(0)
     monkeypatch.setattr(frozen_layers, "ROWS", 32)  # several parts of a gated layer
@@ -53,7 +60,7 @@ def test_less_is_kept_for_the_backward_pass(nets):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products(dtype):
+def test_products(dtype, cpu):
     x, weight = torch.randn(3, 5, 16).to(dtype), torch.randn(7, 16).to(dtype)
     torch.testing.assert_close(frozen_layers.times_transposed(x, weight), x @ weight.T)
     torch.testing.assert_close(frozen_layers.times_transposed(x, weight.T.contiguous().T), x @ weight.T)
@@ -99,7 +106,7 @@ def test_the_backward_pass_casts_as_the_forward_pass_did(small_gemma):
     torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
 
 
-def test_few_numbers_of_rows_reach_onednn(monkeypatch):
+def test_few_numbers_of_rows_reach_onednn():
     met = set()
     whole = torch.ops.mkldnn._linear_pointwise
 
@@ -117,3 +124,21 @@ def test_few_numbers_of_rows_reach_onednn(monkeypatch):
             assert 0 <= len(frozen_layers.with_pads(x)) - rows < max(16, rows / 15)
     assert len(met) < 100
     torch.testing.assert_close(frozen_layers.times_transposed(x, weight), x @ weight.T)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_which_products_onednn_makes(cpu):
+    x, weight = torch.randn(5, 16), torch.randn(7, 16)
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(function is torch.ops.mkldnn._linear_pointwise.default)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        frozen_layers.times_transposed(x, weight)
+        forward = any(made)
+        made.clear()
+        frozen_layers.times_transposed(x, weight.T.contiguous().T)
+    assert forward and any(made) == (cpu == "AVX-512")
