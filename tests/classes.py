@@ -150,7 +150,16 @@ class Checkpoint:
         """Of a run on sums, into parent/out."""
         rows = [{"query": f"{n}+{n * 7 % 50}", "response": str(n + n * 7 % 50) * (1 + n % 4)} for n in range(24)]
         (parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        flags = ["--path_model_pretrain", self.folder, "--data_path", parent / "rows.jsonl", "--eval_rows", 0]
+        flags = [
+            "--path_model_pretrain",
+            self.folder,
+            "--data_path",
+            parent / "rows.jsonl",
+            "--eval_rows",
+            0,
+            "--sample_rows",
+            0,
+        ]
         flags += ["--model_save_dir", parent / "out", "--cache_dir", parent / "cache", "--learning_rate", 0.02]
         return [str(flag) for flag in [*flags, "--val_set_size", 0, "--logging_steps", 1, *more]]
 

@@ -26,7 +26,7 @@ class Family:
 
     def __init__(self, package, base, parent):
         self.package, self.base, self.parent = package, base, parent
-        self.given = ["--cache_dir", parent / "cache", "--eval_rows", 0, "--learning_rate", 0.05]
+        self.given = ["--cache_dir", parent / "cache", "--eval_rows", 0, "--sample_rows", 0, "--learning_rate", 0.05]
         for name, first in (("rows", 0), ("other", 100)):
             rows = [{"query": f"{n}+{n * 7 % 50}", "response": str(n + n * 7 % 50)} for n in range(first, first + 24)]
             (parent / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -28,7 +28,16 @@ def run(small_glm4, tmp_path_factory):
     one = [{"query": f"{'有他'[n % 2]}{n}", "response": ANSWERS[n % 2]} for n in range(40)]
     two = [row | {"history": [["他0", "不是"]]} for row in one]
     (parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one + two))
-    flags = ["--path_model_pretrain", small_glm4, "--data_path", parent / "rows.jsonl", "--eval_rows", 0]
+    flags = [
+        "--path_model_pretrain",
+        small_glm4,
+        "--data_path",
+        parent / "rows.jsonl",
+        "--eval_rows",
+        0,
+        "--sample_rows",
+        0,
+    ]
     flags += ["--cache_dir", parent / "cache", "--model_save_dir", parent / "out", "--max_steps", 240]
     flags += ["--target_modules", "all-linear", "--lora_r", 16, "--lora_dropout", 0, "--learning_rate", 0.01]
     flags += ["--train_template_tokens", "false"]

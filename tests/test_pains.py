@@ -53,6 +53,7 @@ def flags(small_gemma, rows_file, tmp_path_factory):
 
     def make(folder, *more):
         given = ["--path_model_pretrain", small_gemma, "--data_path", rows_file, "--cache_dir", cache, "--eval_rows", 0]
+        given += ["--sample_rows", 0]
         given += ["--learning_rate", 0.01, "--max_steps", 2, "--model_save_dir", folder]
         return [str(flag) for flag in [*given, *more]]
 

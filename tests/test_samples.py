@@ -89,7 +89,8 @@ def test_rows_of_all_files_are_asked(gemma):
     """The first validation row of each file, and only then the second one of the first."""
     (gemma.parent / "text.jsonl").write_text('{"text": "plain"}\n' * 8)
     files = [gemma.parent / f"{name}.jsonl" for name in ("rows", "other", "text")]
-    folder = gemma.train("mixed", *VALIDATED[2:], "--max_steps", 1, "--val_set_size", 0.5, "--data_path", *files)
+    given = ["--max_steps", 1, "--val_set_size", 0.5, "--sample_rows", 4, "--data_path", *files]
+    folder = gemma.train("mixed", *VALIDATED[2:], *given)
     names = [line["where"].rpartition("/")[2].partition(":")[0] for line in lines(folder)]
     assert names == ["rows.jsonl", "other.jsonl", "rows.jsonl", "other.jsonl"]
 
@@ -165,5 +166,5 @@ def test_the_generator_of_random_numbers_is_left_alone(gemma, monkeypatch):
         return found
 
     monkeypatch.setattr(samples.Samples, "take", watched)
-    gemma.train("random", *VALIDATED, "--do_sample", "true")
+    gemma.train("random", *VALIDATED, "--sample_rows", 2, "--do_sample", "true")
     assert states == [True] * 4

@@ -51,7 +51,7 @@ def rows_file(tmp_path_factory):
 def command_line(small_gemma, rows_file, parent, name, *more):
     """The flags of a run into parent/name."""
     given = ["--path_model_pretrain", small_gemma, "--data_path", rows_file, "--model_save_dir", parent / name]
-    given += ["--eval_rows", 0, "--learning_rate", 0.01, "--cache_dir", parent / "cache"]
+    given += ["--eval_rows", 0, "--sample_rows", 0, "--learning_rate", 0.01, "--cache_dir", parent / "cache"]
     return [str(flag) for flag in [*given, *more]]
 
 
