@@ -11,8 +11,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from common.knobs import OPTIMIZERS
-from common.model import loading
-from common.model.loss import supervised
+from common.model import frozen_head, loading
+from common.model.loss import logits_alive, supervised
 from common.training import batches, memory, tuning
 from gemma_sft.ft_gemma import train
 from gemma_sft.ft_gemma.config import Config
@@ -45,8 +45,20 @@ def test_the_estimate_of_a_long_batch_comes_from_short_ones(net, monkeypatch):
     assert found.activations == pytest.approx(real * (1 + 1 / layers), rel=0.1)
     assert found.recomputed < found.activations
     assert found.states == 12 * 5120, "gradients and two moments in fp32 of the LoRA weights"
-    assert found.logits == 3 * 4 * 128 * 314
+    assert found.logits == 3 * 4 * 512 * 314
     assert found.total(False) == found.states + found.logits + found.activations
+
+
+@pytest.mark.parametrize("targets, modules", [(("q_proj",), ()), (("lm_head",), ()), (("q_proj",), ("lm_head",))])
+def test_the_logits_alive_are_those_of_the_loss(small_gemma, targets, modules):
+    """A head that is not trained is walked over, and one that is makes its logits a few rows at a time."""
+    config = Config(target_modules=targets, modules_to_save=modules)
+    net = tuning.make_trainable(loading.load_base(small_gemma, "float32"), config)
+    rows = 128 if modules else 512
+    assert [logits_alive(net, where) for where in ("cpu", "cuda")] == [rows * 314, 512 * 314]
+    walked = frozen_head.POSITIONS * frozen_head.block_rows("cpu")
+    net.config.vocab_size = 262_144
+    assert logits_alive(net, "cpu") == (64 * 262_144 if modules else walked)
 
 
 def test_moments_are_counted_by_optimizer(net):

@@ -14,6 +14,11 @@ from common.peft_names import LoraLinear
 POSITIONS, BLOCK = 512, 8192  # at most in one product on a CPU, positions and rows of the head: 16 MiB of logits
 
 
+def block_rows(device_type: str) -> int:
+    """Rows of a head in one product; a GPU's want more of them."""
+    return BLOCK if device_type == "cpu" else 8 * BLOCK
+
+
 class Head(NamedTuple):
     """A head that is not trained, and what plain LoRA adds: rows [weight | up], for positions [hidden | low]."""
 
@@ -166,7 +171,7 @@ def _blocks(
     hidden: torch.Tensor, head: Head, softcap: float | None, own: Rows
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(first row, rows [W, H], their logits [N, W] fp32, which of these are of `own` [k]) of each block of a head."""
-    width = BLOCK if hidden.device.type == "cpu" else 8 * BLOCK  # a GPU's products want more of them
+    width = block_rows(hidden.device.type)
     own_logits = _capped(hidden @ own.values.T, softcap)
     for start in range(0, len(head.weight), width):
         block, trained = head.rows(slice(start, start + width)), own.ids

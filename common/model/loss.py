@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from common.conversation.render import IGNORED
-from common.model.frozen_head import FrozenHeadLoss, with_lora
-from common.model.frozen_layers import replaced
+from common.model.frozen_head import POSITIONS, FrozenHeadLoss, block_rows, with_lora
+from common.model.frozen_layers import is_frozen, replaced
 from common.model.layers import causal_of
 from common.model.token_rows import Rows, matrix_of, rows_of
+from common.peft_names import LoraLinear
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,6 +32,14 @@ def chunk_rows(vocabulary: int, device_type: str) -> int:
     """Rows of logits alive at once; a GPU's matrix products want more of them."""
     times = 1 if device_type == "cpu" else 4
     return max(16, min(times * LOGITS // vocabulary, times * ROWS) // 16 * 16)
+
+
+def logits_alive(net: PreTrainedModel | PeftModel, device_type: str) -> int:
+    """How many logits the loss of `net` holds at once, at most."""
+    head, vocabulary = net.get_output_embeddings(), net.config.get_text_config().vocab_size
+    if is_frozen(head.get_base_layer() if type(head) is LoraLinear else matrix_of(head)):
+        return POSITIONS * min(block_rows(device_type), vocabulary)
+    return chunk_rows(vocabulary, device_type) * vocabulary
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from common.data.dataset import lengths_of
 from common.device import device
 from common.knobs import OPTIMIZERS
 from common.model.loading import pad_id_of
-from common.model.loss import chunk_rows
+from common.model.loss import logits_alive
 from common.training.batches import LengthGroupedSampler, collate
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Estimate:
     states: int  # gradients and what the optimizer keeps
     activations: int  # of the heaviest micro batch, all kept for the backward pass
     recomputed: int  # the same with gradient checkpointing
-    logits: int  # one chunk of the loss
+    logits: int  # of the loss at one time
 
     def total(self, checkpointing: bool) -> int:
         """Bytes of a step with or without gradient checkpointing."""
@@ -76,8 +76,7 @@ def estimate(
     inputs = fitted([(shape, entering) for shape, _, entering in tried], rows, length)
     recomputed = inputs + activations // layers if layers else activations
     workspace = activations // max(layers, 1)  # gradients of the layer under way
-    vocabulary = net.config.get_text_config().vocab_size
-    logits = 3 * 4 * chunk_rows(vocabulary, device().type) * vocabulary
+    logits = 3 * 4 * logits_alive(net, device().type)
     return Estimate((4 + moments) * trainable, activations + workspace, recomputed + workspace, logits)
 
 
