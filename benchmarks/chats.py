@@ -94,10 +94,9 @@ def system(answer, keeps, dice, args):
     }
 
 
-def questions(answer, keeps, dice, args):
-    """256 questions of four subjects, five examples each, to be answered by a letter: (letters, {seconds})."""
+def examples(answer, keeps, dice, args):
+    """256 questions of four subjects, five examples each, for an Answerer with nothing kept so far."""
     from common.conversation.turns import Turn
-    from common.inference import likelihood
     from common.inference.prefix_cache import PrefixCache
 
     def question(length):
@@ -105,11 +104,19 @@ def questions(answer, keeps, dice, args):
 
     asked = []
     for _ in range(4):
-        examples = [turn for a in "ABCDA" for turn in (question(60), Turn("assistant", a))]
-        asked += [([*examples, question(dice.randint(30, 60))], list("ABCD")) for _ in range(args.questions // 4)]
+        shots = [turn for a in "ABCDA" for turn in (question(60), Turn("assistant", a))]
+        asked += [[*shots, question(dice.randint(30, 60))] for _ in range(args.questions // 4)]
     answer.prefixes = PrefixCache(answer.net)
     answer.prefixes.usable &= keeps
     answer.max_length_q = 1900
+    return asked
+
+
+def questions(answer, keeps, dice, args):
+    """Questions to be answered by a letter, the likeliest: (letters, {seconds})."""
+    from common.inference import likelihood
+
+    asked = [(turns, list("ABCD")) for turns in examples(answer, keeps, dice, args)]
     started = time.monotonic()
     found = [fits for n in range(0, len(asked), 32) for fits in likelihood.fits(answer, asked[n : n + 32])]
     seconds = time.monotonic() - started
@@ -117,7 +124,22 @@ def questions(answer, keeps, dice, args):
     return letters, {"seconds": seconds, "prompt": len(answer.fitted_ids(asked[0][0]))}
 
 
-PARTS = {"chat": (chat, "first"), "system": (system, "requests_per_second"), "questions": (questions, "seconds")}
+def written(answer, keeps, dice, args):
+    """The same questions answered in writing, 32 at once: (texts, {seconds})."""
+    from common.inference.answerer import Sampling
+
+    asked, sampling = examples(answer, keeps, dice, args), Sampling(max_new_tokens=args.tokens)
+    started = time.monotonic()
+    found = [one.text for n in range(0, len(asked), 32) for one in answer(asked[n : n + 32], sampling)]
+    return found, {"seconds": time.monotonic() - started, "prompt": len(answer.fitted_ids(asked[0]))}
+
+
+PARTS = {
+    "chat": (chat, "first"),
+    "system": (system, "requests_per_second"),
+    "questions": (questions, "seconds"),
+    "written": (written, "seconds"),
+}
 
 
 def main(argv=None):

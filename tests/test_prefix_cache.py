@@ -90,6 +90,11 @@ def plain(net, ids, answer):
 
 def generated(answer, ids, tokens=12):
     (row,) = answer.generate([ids], sampling(tokens))
+    return cut(answer, row)
+
+
+def cut(answer, row):
+    """Generated ids up to the first that ends an answer."""
     ends = [number for number, id_ in enumerate(row) if id_ in answer.stop_ids]
     return row[: ends[0]] if ends else row
 
@@ -115,8 +120,9 @@ def test_ten_turns_are_those_of_a_model_that_reads_all_of_them(answer, batcher_o
         assert row.cached > 0.7 * len(ids) and read < 1.6 * len(ids)
 
 
-def test_ten_turns_through_a_sliding_window(gemma, batcher_of):
-    """Layers that look at the last 32 tokens only find these in what was kept."""
+@pytest.fixture
+def sliding(gemma):
+    """An answerer whose model has layers that look at the last 32 tokens only."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 32}
@@ -126,6 +132,11 @@ def test_ten_turns_through_a_sliding_window(gemma, batcher_of):
     sliding = copy.copy(gemma)
     sliding.net = Gemma3ForCausalLM(config).eval()
     sliding.prefixes = PrefixCache(sliding.net)
+    return sliding
+
+
+def test_ten_turns_through_a_sliding_window(sliding, batcher_of):
+    """They find the last tokens in what was kept."""
     test_ten_turns_are_those_of_a_model_that_reads_all_of_them(sliding, batcher_of)
 
 
@@ -265,6 +276,54 @@ def test_a_console_reads_of_a_chat_what_is_new(answer, monkeypatch):
         turns.append(Turn("assistant", text or "有"))
     first = [length for length in lengths if length > 1]
     assert len(first) == 6 and (max(first[1:]) < 110) == answer.prefixes.usable
+
+
+def counted(monkeypatch, net):
+    """A list of (rows, ids) that the forward passes of nets of this class get from now on."""
+    shapes, forward = [], type(net).forward
+
+    @functools.wraps(forward)  # generate looks at its arguments
+    def watched(self, input_ids=None, **arguments):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(type(net), "forward", watched)
+    return shapes
+
+
+def test_what_a_batch_begins_with_is_read_once(answer, monkeypatch):
+    """Rows of any length, one as short as what they share but for an id; the answers are those of each alone."""
+    monkeypatch.setattr(prefix_cache, "LEAST_SHARED", 100)
+    dice = random.Random(8)
+    shared = dice.choices(range(5, 40), k=90)
+    prompts = [shared + dice.choices(range(40, 60), k=length) for length in (1, 12, 130, 40)]
+    expected = [answer.generate([ids], sampling(12))[0] for ids in prompts]
+    shapes = counted(monkeypatch, answer.net.get_decoder())
+    found = answer.generate(prompts, sampling(12))
+    assert [cut(answer, ids) for ids in found] == [cut(answer, ids) for ids in expected]
+    if answer.prefixes.usable:
+        assert shapes[:2] == [(1, 90), (4, 130)] and set(shapes[2:]) == {(4, 1)}
+        shapes.clear()
+        answer.generate(prompts[1:], sampling(12))
+        assert shapes[:2] == [(1, 90 % BLOCK), (3, 130)], "whole blocks were kept"
+    else:
+        assert (4, 220) in shapes
+
+
+def test_a_batch_is_begun_through_a_sliding_window(sliding, monkeypatch):
+    test_what_a_batch_begins_with_is_read_once(sliding, monkeypatch)
+
+
+def test_beams_and_rows_with_little_in_common_are_read_whole(gemma, monkeypatch):
+    dice = random.Random(9)
+    prompts = [dice.choices(range(5, 40), k=300) for _ in range(4)]
+    shapes = counted(monkeypatch, gemma.net.get_decoder())
+    gemma.generate(prompts, sampling(2))
+    gemma.generate([prompts[0]] * 4, Sampling(max_new_tokens=2, num_beams=2))
+    assert [shape for shape in shapes if shape[1] > 1] == [(4, 300), (8, 300)]
+    shapes.clear()
+    gemma.generate([prompts[0]] * 4, sampling(2))
+    assert shapes[:2] == [(1, 299), (4, 1)]
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class Answerer:
         self.pad_id = pad_id_of(tokenizer, self.stop_ids[0])
         self.watch: Callable[[int], None] | None = None  # told of each step of a batch: new tokens of a row so far
         self.lock = threading.Lock()
-        self.prefixes = PrefixCache(causal_of(net))  # of streamed answers and of shared examples
+        self.prefixes = PrefixCache(causal_of(net))  # of streamed answers, and of what prompts share
         _forget_generation_config(net)
 
     def fitted_ids(self, turns: Sequence[Turn]) -> list[int]:
@@ -163,7 +163,8 @@ class Answerer:
         with self.lock, torch.inference_mode(), self.chosen(base) as net:
             output = self.prefixes.generate(
                 net,
-                (base, prompts[0]) if streamer else None,
+                base,
+                prompts if sampling.num_beams == 1 and (streamer or len(prompts) > 1) else None,
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=self.generation_config(sampling),

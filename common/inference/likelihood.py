@@ -11,15 +11,13 @@ import torch
 from common.conversation import render
 from common.conversation.turns import Turn
 from common.errors import UserError
-from common.inference.prefix_cache import BLOCK
+from common.inference.prefix_cache import BLOCK, LEAST_SHARED
 from common.model.layers import causal_of
 from common.model.loss import token_losses
 from common.versions import CACHE
 
 if TYPE_CHECKING:
     from common.inference.answerer import Answerer
-
-LEAST = 512  # tokens not read twice, for which sequences are run in batches of their own
 
 
 class Fit(NamedTuple):
@@ -90,12 +88,12 @@ def _answer_ids(answerer: Answerer, question: Turn, text: str) -> list[int]:
 def _batches(scored: Sequence[_Numbered], size: int, may_share: bool) -> Iterator[tuple[list[_Numbered], int]]:
     """(sequences of like length to be run together, how many tokens they share at their beginning and read once).
 
-    Sequences stand together that have the most of their ids in common, where this saves LEAST tokens or more.
+    Sequences stand together that have the most of their ids in common, where this saves LEAST_SHARED tokens or more.
     """
     left: list[_Numbered] = []
     for group in _alike(scored) if may_share else ():
         shared = _shared([one for _, one in group])
-        if shared * (len(group) - 1) >= LEAST:
+        if shared * (len(group) - 1) >= LEAST_SHARED:
             yield from ((batch, shared) for batch in _by_length(group, size))
         else:
             left += group

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from common.errors import UserError
-from common.inference.cache import RoomyLayer, new_cache, with_roomy_cache
+from common.inference.cache import NAMES, RoomyLayer, new_cache, with_roomy_cache
 from common.inference.products import weight_bytes
+from common.model.layers import causal_of
 from common.versions import CACHE, DummyLayer
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 BLOCK = 16  # tokens
+LEAST_SHARED = 512  # tokens not read twice, for which several prompts are begun with one reading
 PART, LEAST = 8, 64 << 20  # kept unless told otherwise: bytes, an eighth of the weights', and at least so many
 
 
@@ -142,33 +145,65 @@ class PrefixCache:
             self.fill(cache, [found], len(found) * BLOCK)
         return cache
 
-    def generate(self, net: Any, asked: tuple[Hashable, list[int]] | None, **arguments: Any) -> torch.Tensor:
-        """What the net's own generate returns; of the only prompt, asked: (scope, ids), what is kept is not read again.
+    def generate(
+        self, net: Any, scope: Hashable, prompts: Sequence[list[int]] | None, **arguments: Any
+    ) -> torch.Tensor:
+        """What the net's own generate returns. Of a prompt alone, what is kept is not read again; what several prompts
+        begin with, padded on the left, is read once.
 
-        asked: None for prompts of which nothing is to be kept.
+        prompts: None where nothing is to be kept.
         """
-        cache = self.started(*asked) if asked else None
-        if asked is None or cache is None:
+        alone = prompts is not None and len(prompts) == 1
+        cache = None
+        if prompts:
+            cache = self.started(scope, prompts[0]) if alone else self._begun(net, scope, prompts)
+        if cache is None:
             return net.generate(**arguments, **with_roomy_cache(self.net))
         output = net.generate(**arguments, **{CACHE: cache})
-        self.offer(asked[0], output[0, : cache.get_seq_length()].tolist(), cache)
+        if alone:
+            self.offer(scope, output[0, : cache.get_seq_length()].tolist(), cache)
         return output
+
+    def _begun(self, net: Any, scope: Hashable, prompts: Sequence[list[int]]) -> DynamicCache | None:
+        """A cache of many rows with the first columns of prompts that are padded on the left to the same length: what
+        they begin with, read once and moved to where it stands. None where this saves fewer than LEAST_SHARED tokens.
+        """
+        common = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+        if common * (len(prompts) - 1) < LEAST_SHARED:
+            return None
+        cache = self._read(causal_of(net).get_decoder(), scope, prompts[0][:common])
+        if cache is None:
+            return None
+        longest = max(map(len, prompts))
+        for layer in cache.layers:
+            for name in NAMES if getattr(layer, "keys", None) is not None else ():
+                one = getattr(layer, name)
+                rows = one.new_zeros(len(prompts), *one.shape[1:])
+                for row, prompt in zip(rows, prompts, strict=True):
+                    pads = min(longest - len(prompt), common)
+                    row[:, pads:] = one[0, :, : common - pads]
+                setattr(layer, name, rows)
+        return cache
 
     def read(self, trunk: PreTrainedModel, scope: Hashable, ids: Sequence[int], count: int) -> DynamicCache | None:
         """The keys and values of `ids` as those of `count` rows at once, for one call of the net's trunk.
 
         What is not kept of them is read, and then kept. None where nothing can be kept.
         """
-        cache = self.started(scope, [*ids, -1])
-        if cache is None:
-            return None
-        if (behind := cache.get_seq_length()) < len(ids):
-            rest = torch.tensor([ids[behind:]], device=self.net.device)
-            trunk(input_ids=rest, attention_mask=rest.new_ones(1, len(ids)), use_cache=True, **{CACHE: cache})
-            self.offer(scope, ids, cache)
-        for number, layer in enumerate(cache.layers):
-            if getattr(layer, "keys", None) is not None:
+        cache = self._read(trunk, scope, ids)
+        for number, layer in enumerate(cache.layers if cache else ()):
+            if cache and getattr(layer, "keys", None) is not None:
                 cache.layers[number] = _ForMany(layer.keys, layer.values, count)
+        return cache
+
+    def _read(self, trunk: PreTrainedModel, scope: Hashable, ids: Sequence[int]) -> DynamicCache | None:
+        """A cache of one row with `ids` in it."""
+        cache = self.started(scope, [*ids, -1])
+        if cache and (behind := cache.get_seq_length()) < len(ids):
+            rest = torch.tensor([ids[behind:]], device=self.net.device)
+            mask = rest.new_ones(1, len(ids))
+            trunk(input_ids=rest, attention_mask=mask, use_cache=True, **{CACHE: cache})
+            self.offer(scope, ids, cache)
         return cache
 
     def _path(self, scope: Hashable, ids: Sequence[int]) -> list[Block]:
