@@ -208,6 +208,12 @@ def test_control_tokens_in_a_thought_are_told(report):
     assert code == 0 and found["kinds"] == {"control tokens": 1}
 
 
+def test_of_a_row_that_is_left_out_the_reason_alone_is_told(report):
+    long = {"question": "问<eos>", "answer": "答" * 41}
+    found, _ = report([long, long])
+    assert [finding["kind"] for finding in found["findings"]] == ["over-long"] * 2
+
+
 def test_a_repeated_row_on_both_sides_of_the_split_is_named(report):
     rows = [{"question": "1+1=", "answer": "2"}] * 6
     found, _ = report(rows, "--val_set_size", 3)

@@ -144,7 +144,8 @@ def _files(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) -
             findings.append(_unreadable(problem))
             continue
         findings += [_left_out(row) for row in files[-1].rejected]
-        findings += [_typed(row) for row in files[-1].typed]
+        lost = {row.where for row in files[-1].rejected}
+        findings += [_typed(row) for row in files[-1].typed if row.where not in lost]
         findings += [_mended(repair) for repair in files[-1].repaired]
         findings += [_unused(path, key, count) for key, count in files[-1].source["unused"].items()]
         findings += [_cut(cfg, where) for where in _cut_rows(files[-1])]
