@@ -49,16 +49,25 @@ def test_the_estimate_of_a_long_batch_comes_from_short_ones(net, monkeypatch):
     assert found.total(False) == found.states + found.logits + found.activations
 
 
-@pytest.mark.parametrize("targets, modules", [(("q_proj",), ()), (("lm_head",), ()), (("q_proj",), ("lm_head",))])
-def test_the_logits_alive_are_those_of_the_loss(small_gemma, targets, modules):
-    """A head that is not trained is walked over, and one that is makes its logits a few rows at a time."""
-    config = Config(target_modules=targets, modules_to_save=modules)
+@pytest.mark.parametrize(
+    "targets, modules, dora",
+    [
+        (("q_proj",), (), False),
+        (("lm_head",), (), False),
+        (("lm_head",), (), True),
+        (("q_proj",), ("lm_head",), False),
+    ],
+)
+def test_the_logits_alive_are_those_of_the_loss(small_gemma, targets, modules, dora):
+    """A head that is not trained is walked over; one that is, or has DoRA, makes its logits a few rows at a time."""
+    config = Config(target_modules=targets, modules_to_save=modules, use_dora=dora)
     net = tuning.make_trainable(loading.load_base(small_gemma, "float32"), config)
-    rows = 128 if modules else 512
+    in_chunks = modules or dora
+    rows = 128 if in_chunks else 512
     assert [logits_alive(net, where) for where in ("cpu", "cuda")] == [rows * 314, 512 * 314]
     walked = frozen_head.POSITIONS * frozen_head.block_rows("cpu")
     net.config.vocab_size = 262_144
-    assert logits_alive(net, "cpu") == (64 * 262_144 if modules else walked)
+    assert logits_alive(net, "cpu") == (64 * 262_144 if in_chunks else walked)
 
 
 def test_moments_are_counted_by_optimizer(net):

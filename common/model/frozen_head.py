@@ -31,15 +31,23 @@ class Head(NamedTuple):
         return found if self.up is None else torch.cat([found, self.up[which].to(found.dtype)], dim=1)
 
 
-def with_lora(head: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """(positions [N, H + r], weight [V, H], up [V, r]) of a frozen head with one plain LoRA on it, else None."""
+def plain_lora(head: torch.nn.Module) -> str | None:
+    """The name of the one plain LoRA that is at work on a frozen head, else None."""
     if type(head) is not LoraLinear or head.disable_adapters or head.merged or not is_frozen(head.get_base_layer()):
         return None
     names = [name for name in head.active_adapters if name in head.lora_A]
     if len(names) != 1 or head.lora_variant or head.lora_B[names[0]].bias is not None:
         return None
-    down, up, dropout = (part[names[0]] for part in (head.lora_A, head.lora_B, head.lora_dropout))
-    low = down(dropout(hidden.to(down.weight.dtype))) * head.scaling[names[0]]
+    return names[0]
+
+
+def with_lora(head: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """(positions [N, H + r], weight [V, H], up [V, r]) of a frozen head with one plain LoRA on it, else None."""
+    name = plain_lora(head)
+    if name is None:
+        return None
+    down, up, dropout = (part[name] for part in (head.lora_A, head.lora_B, head.lora_dropout))
+    low = down(dropout(hidden.to(down.weight.dtype))) * head.scaling[name]
     return torch.cat([hidden, low.to(hidden.dtype)], dim=1), head.get_base_layer().weight, up.weight
 
 

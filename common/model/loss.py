@@ -14,11 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from common.conversation.render import IGNORED
-from common.model.frozen_head import POSITIONS, FrozenHeadLoss, block_rows, with_lora
+from common.model.frozen_head import POSITIONS, FrozenHeadLoss, block_rows, plain_lora, with_lora
 from common.model.frozen_layers import is_frozen, replaced
 from common.model.layers import causal_of
 from common.model.token_rows import Rows, matrix_of, rows_of
-from common.peft_names import LoraLinear
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,7 +36,7 @@ def chunk_rows(vocabulary: int, device_type: str) -> int:
 def logits_alive(net: PreTrainedModel | PeftModel, device_type: str) -> int:
     """How many logits the loss of `net` holds at once, at most."""
     head, vocabulary = net.get_output_embeddings(), net.config.get_text_config().vocab_size
-    if is_frozen(head.get_base_layer() if type(head) is LoraLinear else matrix_of(head)):
+    if plain_lora(head) or is_frozen(matrix_of(head)):
         return POSITIONS * min(block_rows(device_type), vocabulary)
     return chunk_rows(vocabulary, device_type) * vocabulary
 
