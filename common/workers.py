@@ -25,8 +25,9 @@ _arguments: Sequence[Any] = ()  # of a worker: what `function` takes after the c
 def map_chunks(function: Callable[..., Any], chunks: Iterable, *arguments: Any) -> Iterator[Any]:
     """Yield function(chunk, *arguments) of each chunk, in order.
 
-    The first ALONE chunks are worked through here, the others by one process a core. They get function, chunk and
-    arguments pickled, except modules, which they import by name. UserError where one of them dies.
+    The first ALONE chunks are worked through here, and more until a process has started; the others by one process a
+    core. Processes get function, chunk and arguments pickled, except modules, which they import by name. UserError
+    where one of them dies.
     """
     chunks = iter(chunks)
     for chunk in islice(chunks, ALONE):
@@ -58,7 +59,7 @@ def _by_processes(
         waiting: deque[Future] = deque()
         try:
             for chunk in chunks:
-                if not (waiting or _any_ready(started)):
+                if not (waiting or any_ready(started)):
                     yield function(chunk, *arguments)  # they import what they need; meanwhile this process goes on
                     continue
                 waiting.append(pool.submit(_work, function, chunk))
@@ -74,7 +75,8 @@ def _by_processes(
             pool.shutdown(cancel_futures=True)
 
 
-def _any_ready(started: Iterable[Future]) -> bool:
+def any_ready(started: Iterable[Future]) -> bool:
+    """Whether one of the processes has started: its first piece of work is done, or it died."""
     return any(map(Future.done, started))
 
 

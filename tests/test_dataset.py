@@ -493,7 +493,7 @@ def processes(monkeypatch):
     monkeypatch.setattr(dataset, "CHUNK", 3)
     monkeypatch.setattr(workers, "ALONE", 2)
     monkeypatch.setattr(workers, "cores", lambda: 2)
-    monkeypatch.setattr(workers, "_any_ready", lambda started: True)
+    monkeypatch.setattr(workers, "any_ready", lambda started: True)
 
 
 MANY = [QA, EMPTY, {"question": "问" * 90, "answer": "答"}, '{"question": 坏', {"x": 1}, {"text": "一段"}]
