@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
+from common import distributed
 from common.conversation.turns import Turn
 from common.engine.batcher import Batcher
 from common.engine.request import Ask
@@ -321,6 +322,11 @@ def test_beams_and_rows_with_little_in_common_are_read_whole(gemma, monkeypatch)
     gemma.generate(prompts, sampling(2))
     gemma.generate([prompts[0]] * 4, Sampling(max_new_tokens=2, num_beams=2))
     assert [shape for shape in shapes if shape[1] > 1] == [(4, 300), (8, 300)]
+    shapes.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "shards_weights", lambda: True)
+        gemma.generate([prompts[0]] * 4, sampling(2))
+    assert shapes[0] == (4, 300)
     shapes.clear()
     gemma.generate([prompts[0]] * 4, sampling(2))
     assert shapes[:2] == [(1, 299), (4, 1)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from common import distributed
 from common.errors import UserError
 from common.inference.cache import NAMES, RoomyLayer, new_cache, with_roomy_cache
 from common.inference.products import weight_bytes
@@ -169,8 +170,8 @@ class PrefixCache:
         they begin with, read once and moved to where it stands. None where this saves fewer than LEAST_SHARED tokens.
         """
         common = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
-        if common * (len(prompts) - 1) < LEAST_SHARED:
-            return None
+        if common * (len(prompts) - 1) < LEAST_SHARED or distributed.shards_weights():
+            return None  # the trunk of a net in parts is not called but through the net
         cache = self._read(causal_of(net).get_decoder(), scope, prompts[0][:common])
         if cache is None:
             return None
@@ -199,7 +200,7 @@ class PrefixCache:
     def _read(self, trunk: PreTrainedModel, scope: Hashable, ids: Sequence[int]) -> DynamicCache | None:
         """A cache of one row with `ids` in it."""
         cache = self.started(scope, [*ids, -1])
-        if cache and (behind := cache.get_seq_length()) < len(ids):
+        if cache is not None and (behind := cache.get_seq_length()) < len(ids):
             rest = torch.tensor([ids[behind:]], device=self.net.device)
             mask = rest.new_ones(1, len(ids))
             trunk(input_ids=rest, attention_mask=mask, use_cache=True, **{CACHE: cache})
