@@ -73,8 +73,8 @@ def times_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     In fp32 on a CPU through oneDNN, as torch does itself in bf16: on an AMD EPYC with AVX-512 it took a fifth to a
     quarter less time than MKL's sgemm, two fifths less at 128 rows or fewer (torch 2.13). With AVX2 alone both take as
-    long, but oneDNN a third longer for a weight that lies transposed: those of backward passes go to MKL there. A step
-    took 4 % (Gemma 3 270M) to 8 % (the embedded Gemma) less. No gradient is recorded.
+    long, but oneDNN a third longer for a weight that lies transposed: those of backward passes go to MKL there, and a
+    step takes 4 to 8 % less. No gradient is recorded.
     """
     if (
         x.device.type == "cpu"
