@@ -60,11 +60,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not tokenizer.is_fast:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    backend = tokenizer.backend_tokenizer  # the same ids in a sixth of the time
+    backend = tokenizer.backend_tokenizer  # the same ids in a third of the time
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True
-    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without the offsets, in half the time
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # makes no offsets
 
 
 @lru_cache(maxsize=8)

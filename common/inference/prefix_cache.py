@@ -192,8 +192,10 @@ class PrefixCache:
         What is not kept of them is read, and then kept. None where nothing can be kept.
         """
         cache = self._read(trunk, scope, ids)
-        for number, layer in enumerate(cache.layers if cache else ()):
-            if cache and getattr(layer, "keys", None) is not None:
+        if cache is None:
+            return None
+        for number, layer in enumerate(cache.layers):
+            if getattr(layer, "keys", None) is not None:
                 cache.layers[number] = _ForMany(layer.keys, layer.values, count)
         return cache
 
