@@ -1,4 +1,8 @@
-"""The device and the dtype one process computes with."""
+"""The device, the dtype and the memory one process computes with."""
+
+import contextlib
+import ctypes
+import sys
 
 import torch
 
@@ -19,3 +23,10 @@ def resolve_dtype(name: str) -> torch.dtype:
         return getattr(torch, name)
     has_bf16 = device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def hand_back() -> None:
+    """Give the memory of what is no longer used back to the system, which the C library would not do by itself."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

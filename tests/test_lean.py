@@ -142,3 +142,68 @@ def test_which_products_onednn_makes(cpu):
         made.clear()
         frozen_layers.times_transposed(x, weight.T.contiguous().T)
     assert forward and any(made) == (cpu == "AVX-512")
+
+
+def with_lora(base, dtype=None, **knobs):
+    """`base` with LoRA in training, its numbers those of `dtype`."""
+    net = AutoModelForCausalLM.from_pretrained(base)
+    net = net.to(dtype).float() if dtype else net
+    net = tuning.make_trainable(net, Config(lora_dropout=0.0, **{"target_modules": ("q_proj",), **knobs})).train()
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def step_of(net):
+    """The loss and the gradients of one step."""
+    net.zero_grad()
+    loss = net(**batch()).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+
+
+KINDS = {
+    "q_proj": {},
+    "all-linear": {"target_modules": ("all-linear",)},
+    "head and embeddings": {"target_modules": ("q_proj", "lm_head", "embed_tokens")},
+    "head as a whole": {"target_modules": ("q_proj",), "modules_to_save": ("lm_head",)},
+    "DoRA": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_16_bits_hold_lie_in_them_and_no_bit_changes(small_gemma, kind, dtype, monkeypatch):
+    net = with_lora(small_gemma, dtype, **KINDS[kind])
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with supervised(net), monkeypatch.context() as patched:
+        patched.setattr(frozen_layers, "HALVES", ())
+        with frozen_layers.lean(net):
+            assert {p.dtype for p in net.parameters()} == {torch.float32}
+            expected = step_of(net)
+    with supervised(net), frozen_layers.lean(net):
+        stored = {name for name, p in net.named_parameters() if p.dtype == dtype}
+        assert any("up_proj" in name for name in stored) and any("embed_tokens" in name for name in stored)
+        assert any("q_proj.base_layer" in name for name in stored) == (kind != "DoRA")
+        torch.testing.assert_close(step_of(net), expected, rtol=0, atol=0)
+        with frozen_layers.widened(net):
+            assert {p.dtype for p in net.parameters()} == {torch.float32}
+        assert stored == {name for name, p in net.named_parameters() if p.dtype == dtype}
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_other_weights_stay_as_they_are(small_gemma):
+    net = with_lora(small_gemma)  # random in fp32
+    with frozen_layers.lean(net):
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+    whole = AutoModelForCausalLM.from_pretrained(small_gemma).to(torch.bfloat16).float().requires_grad_(False)
+    with frozen_layers.lean(whole):
+        assert {p.dtype for p in whole.parameters()} == {torch.float32}, "no adapter: checkpoints have all weights"
+
+
+def test_an_error_in_the_midst_leaves_fp32(small_gemma):
+    net = with_lora(small_gemma, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="midst"), frozen_layers.lean(net), frozen_layers.widened(net):
+        raise RuntimeError("midst")
+    assert {p.dtype for p in net.parameters()} == {torch.float32}

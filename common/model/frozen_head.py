@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.model.frozen_layers import autocast_in_force, is_frozen, times_transposed, with_pads
+from common.model.frozen_layers import autocast_in_force, fitting, is_frozen, times_transposed, with_pads
 from common.model.token_rows import Rows
 from common.peft_names import LoraLinear
 
@@ -23,11 +23,12 @@ class Head(NamedTuple):
     """A head that is not trained, and what plain LoRA adds: rows [weight | up], for positions [hidden | low]."""
 
     weight: torch.Tensor  # [V, H]
-    up: torch.Tensor | None = None  # [V, r], trained
+    up: torch.Tensor | None  # [V, r], trained
+    hidden: torch.Tensor  # some positions, or none: `weight` may lie in 16 bits under them, see `fitting`
 
     def rows(self, which: slice | torch.Tensor) -> torch.Tensor:
-        """Some of its rows, [k, H + r] in the weight's dtype."""
-        found = self.weight[which]
+        """Some of its rows, [k, H + r]."""
+        found = fitting(self.weight[which], self.hidden)
         return found if self.up is None else torch.cat([found, self.up[which].to(found.dtype)], dim=1)
 
 
@@ -70,9 +71,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         ids: torch.Tensor | None,
         values: torch.Tensor | None,
     ) -> torch.Tensor:
-        count, learns, head = len(hidden), any(ctx.needs_input_grad), Head(weight, up)
+        count, learns, head = len(hidden), any(ctx.needs_input_grad), Head(weight, up, hidden[:0])
         own = Rows(targets[:0], head.rows(targets[:0])) if ids is None or values is None else Rows(ids, values)
-        own = Rows(own.ids, own.values.to(weight.dtype))
+        own = Rows(own.ids, own.values.to(head.rows(targets[:0]).dtype))
         parts = zip(with_pads(hidden).split(POSITIONS), with_pads(targets).split(POSITIONS), strict=True)
         found = [_walk(part, head, wanted[:, None], softcap, smoothing, learns, own) for part, wanted in parts]
         losses, gradient, errors, normaliser = (torch.cat(each)[:count] for each in zip(*found, strict=True))
@@ -93,7 +94,13 @@ class FrozenHeadLoss(torch.autograd.Function):
             if up is not None:
                 with ctx.autocast():
                     of_up = _walk_back(
-                        hidden, Head(weight, up), targets[:, None], ctx.softcap, ctx.smoothing, normaliser, upstream
+                        hidden,
+                        Head(weight, up, hidden[:0]),
+                        targets[:, None],
+                        ctx.softcap,
+                        ctx.smoothing,
+                        normaliser,
+                        upstream,
                     )
         return found, None, of_up, None, None, None, None, of_rows
 

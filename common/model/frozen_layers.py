@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache, partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from common import distributed
+from common.device import hand_back
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,6 +24,8 @@ ROWS = 512  # of a gated layer at once on a CPU: what lies between its products 
 
 # what a module holds of its own while its forward is replaced: accelerate keeps the forward it has wrapped for autocast
 HELD = ("forward", "_original_forward", "accepts_loss_kwargs")
+HALVES = (torch.bfloat16, torch.float16)  # in which frozen fp32 weights may lie, where no number changes by it
+_memory: dict[str, torch.Tensor] = {}  # of `fitting`: to take new memory each time would be slower than to convert
 
 
 @contextlib.contextmanager
@@ -48,7 +51,8 @@ def lean(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Within, `model`, which is trained, keeps less of its gated layers, and computes its frozen products faster.
 
     Gated layers: only gate and up are kept, act(gate) * up is computed again in the backward pass: a third less memory
-    for one cheap product. Frozen layers, where this process holds the whole of them: see `times_transposed`.
+    for one cheap product. Frozen layers, where this process holds the whole of them: see `times_transposed`; under an
+    adapter on a CPU their fp32 weights lie in 16 bits where these hold the same numbers, as of a checkpoint in bf16.
     """
     head = model.get_output_embeddings()
     forwards: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
@@ -58,8 +62,63 @@ def lean(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             forwards[module] = _frozen_gated if frozen else _gated
         if module is not head and is_frozen(module) and module.weight.device.type == "cpu":
             forwards[module] = _frozen
-    with replaced(forwards):
+    lookups = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    able = {*forwards, *lookups, *([head] if is_frozen(head) else [])}
+    halves = _halves(model, able) if hasattr(model, "peft_config") else {}
+    forwards |= {module: _lookup for module in lookups if module.weight in halves}
+    model.halves = halves  # for `widened`
+    try:
+        with replaced(forwards), _stored(halves):
+            yield
+    finally:
+        del model.halves
+        _memory.clear()
+
+
+@contextlib.contextmanager
+def widened(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within, what `lean` keeps in 16 bits is fp32: to answer, all of it is read for each id."""
+    with _stored(dict.fromkeys(vars(model).get("halves", ()), torch.float32)):
         yield
+
+
+@contextlib.contextmanager
+def _stored(dtypes: Mapping[torch.nn.Parameter, torch.dtype]) -> Iterator[None]:
+    """Within, each weight lies in memory in the dtype given for it; afterwards in its own again."""
+    before = {weight: weight.dtype for weight in dtypes}
+    try:
+        hand_back()  # what steps have freed lies in parts too small for these
+        for weight, dtype in dtypes.items():
+            weight.data = weight.data.to(dtype)
+        yield
+    finally:
+        hand_back()
+        for weight, dtype in before.items():
+            weight.data = weight.data.to(dtype)
+
+
+def _halves(model: PeftModel, able: Collection[torch.nn.Module]) -> dict[torch.nn.Parameter, torch.dtype]:
+    """{frozen fp32 weight: dtype of 16 bits that holds its numbers}, of those on a CPU that `able` modules alone read.
+
+    Those whose norms DoRA reads at each call stay as they are.
+    """
+    if distributed.shards_weights():
+        return {}
+    users: dict[torch.nn.Parameter, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            users.setdefault(weight, []).append(module)
+    reread = {module.base_layer for module in model.modules() if getattr(module, "lora_magnitude_vector", None)}
+    found: dict[torch.nn.Parameter, torch.dtype | None] = {}
+    for weight, modules in users.items():
+        plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
+        if plain and all(module in able and module not in reread for module in modules):
+            found[weight] = next((dtype for dtype in HALVES if _holds(dtype, weight)), None)
+    return {weight: dtype for weight, dtype in found.items() if dtype}
+
+
+def _holds(dtype: torch.dtype, weight: torch.Tensor) -> bool:
+    return all(torch.equal(part.to(dtype).float(), part) for part in weight.detach().split(ROWS))
 
 
 def is_frozen(module: torch.nn.Module) -> bool:
@@ -87,6 +146,15 @@ def times_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         found = torch.ops.mkldnn._linear_pointwise(with_pads(flat), weight, None, "none", [], "")
         return found[: len(flat)].view(*x.shape[:-1], len(weight))
     return x @ weight.T
+
+
+def fitting(weight: torch.Tensor, x: torch.Tensor, place: str = "") -> torch.Tensor:
+    """`weight`, in fp32 where it lies in 16 bits under `x` in fp32: in memory that the next one at this place gets."""
+    if x.dtype != torch.float32 or weight.dtype not in HALVES or torch.is_autocast_enabled(x.device.type):
+        return weight
+    if place not in _memory or _memory[place].numel() < weight.numel():
+        _memory[place] = torch.empty(weight.numel())
+    return _memory[place][: weight.numel()].view(weight.shape).copy_(weight)
 
 
 @cache
@@ -128,8 +196,19 @@ def _frozen_gated(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _frozen(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The forward of a linear layer that is not trained and has no bias."""
     if not torch.is_grad_enabled():
-        return times_transposed(x, self.weight)
+        return times_transposed(x, fitting(self.weight, x))
     return _FrozenLinear.apply(x, self.weight)
+
+
+def _lookup(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    """The forward of an embedding in 16 bits: its own, over an fp32 table of the rows that are wanted."""
+    wanted, places = torch.unique(ids, return_inverse=True)
+    whole, padding = self.weight, self.padding_idx
+    self.weight, self.padding_idx = torch.nn.Parameter(whole[wanted].float(), False), None
+    try:
+        return type(self).forward(self, places)
+    finally:
+        self.weight, self.padding_idx = whole, padding
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -139,12 +218,12 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
         ctx.autocast = autocast_in_force(x)
-        return times_transposed(x, weight)
+        return times_transposed(x, fitting(weight, x))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         with ctx.autocast():
-            return times_transposed(gradient, ctx.saved_tensors[0].T), None
+            return times_transposed(gradient, fitting(ctx.saved_tensors[0], gradient).T), None
 
 
 class _FrozenGated(torch.autograd.Function):
@@ -162,9 +241,11 @@ class _FrozenGated(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         outputs = []
         flat = with_pads(x.reshape(-1, x.shape[-1]))
+        weights = zip((gate_weight, up_weight, down_weight), GATED, strict=False)
+        wide_gate, wide_up, wide_down = (fitting(weight, x, place) for weight, place in weights)
         for part in _parts(flat):
-            gate, up = times_transposed(part, gate_weight), times_transposed(part, up_weight)
-            outputs.append(times_transposed(act(gate).mul_(up), down_weight))
+            gate, up = times_transposed(part, wide_gate), times_transposed(part, wide_up)
+            outputs.append(times_transposed(act(gate).mul_(up), wide_down))
             kept += [gate, up]
         ctx.save_for_backward(gate_weight, up_weight, down_weight, *kept)
         ctx.act = act
@@ -173,7 +254,9 @@ class _FrozenGated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        gate_weight, up_weight, down_weight, *kept = ctx.saved_tensors
+        kept = ctx.saved_tensors[3:]
+        weights = zip(ctx.saved_tensors[:3], GATED, strict=False)
+        gate_weight, up_weight, down_weight = (fitting(weight, gradient, place) for weight, place in weights)
         inputs, flat = [], with_pads(gradient.reshape(-1, gradient.shape[-1]))
         for part, gate, up in zip(_parts(flat), kept[::2], kept[1::2], strict=True):
             with ctx.autocast(), torch.enable_grad():

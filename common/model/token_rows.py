@@ -74,7 +74,7 @@ def _forward(self: TrainableTokensLayer, x: torch.Tensor, active_adapters: Seque
     if found is None:
         return result
     if isinstance(self.base_layer, torch.nn.Embedding):
-        values = found.values.to(self.base_layer.weight.dtype)
+        values = found.values.to(result.dtype)
         here = x[..., None] == found.ids
         looked_up, scale = functional.embedding(here.int().argmax(-1), values), self._get_embed_scale()
         if scale is not None:

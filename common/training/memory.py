@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import os
 import sys
@@ -19,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import distributed
 from common.data.dataset import lengths_of
-from common.device import device
+from common.device import device, hand_back
 from common.knobs import OPTIMIZERS
 from common.model.loading import pad_id_of
 from common.model.loss import logits_alive
@@ -70,6 +68,7 @@ def estimate(
     """
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     tried = [(batch["input_ids"].shape, *kept_by(net, batch)) for batch in (small, larger)]
+    gc.collect()
     hand_back()
     activations = fitted([(shape, kept) for shape, kept, _ in tried], rows, length)
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in net.modules())
@@ -141,14 +140,6 @@ def _cgroup(name: str) -> int | None:
         return None
 
 
-def hand_back() -> None:
-    """Give the memory of what is no longer used back to the system, which the C library would not do by itself."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
-
-
 class Peak:
     """with Peak() as memory: …; then `memory.before` and `memory.peak` are bytes in use before and at most within."""
 
@@ -162,6 +153,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return self
+        gc.collect()
         hand_back()  # what earlier steps freed would be taken again unseen
         if sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.evaluation import metrics, records
 from common.evaluation.evaluate import HeldOut, some_of_validation
 from common.inference.answerer import Answerer, Sampling
+from common.model.frozen_layers import widened
 from common.model.layers import causal_of
 from common.model.loading import context_of
 
@@ -72,7 +73,8 @@ class Samples(TrainerCallback):
 
         The net must be in evaluation mode.
         """
-        lines = [line for start in range(0, len(self.rows), MANY) for line in self._answer(step, start)]
+        with widened(self.net):
+            lines = [line for start in range(0, len(self.rows), MANY) for line in self._answer(step, start)]
         if not launch.rank():
             with self.path.open("a", encoding="utf-8", newline="\n") as file:
                 file.writelines(map(files.line_of, lines))
