@@ -140,6 +140,8 @@ class Checkpoint:
         others = text if self.kind.others is None else self.kind.others | {"text_config": text}
         torch.manual_seed(0)
         self.whole = model(model.config_class(**others)).eval()
+        for parameter in self.whole.parameters():  # numbers that bfloat16 holds, as a published checkpoint's
+            parameter.data = parameter.data.bfloat16().float()
         self.whole.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

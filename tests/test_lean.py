@@ -144,6 +144,11 @@ def test_which_products_onednn_makes(cpu):
     assert forward and any(made) == (cpu == "AVX-512")
 
 
+@pytest.fixture
+def small_weights_too(monkeypatch):
+    monkeypatch.setattr(frozen_layers, "LEAST", 1)
+
+
 def with_lora(base, dtype=None, **knobs):
     """`base` with LoRA in training, its numbers those of `dtype`."""
     net = AutoModelForCausalLM.from_pretrained(base)
@@ -174,7 +179,9 @@ KINDS = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_that_16_bits_hold_lie_in_them_and_no_bit_changes(small_gemma, kind, dtype, monkeypatch):
+def test_weights_that_16_bits_hold_lie_in_them_and_no_bit_changes(
+    small_gemma, kind, dtype, small_weights_too, monkeypatch
+):
     net = with_lora(small_gemma, dtype, **KINDS[kind])
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     with supervised(net), monkeypatch.context() as patched:
@@ -193,7 +200,7 @@ def test_weights_that_16_bits_hold_lie_in_them_and_no_bit_changes(small_gemma, k
     assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
-def test_other_weights_stay_as_they_are(small_gemma):
+def test_other_weights_stay_as_they_are(small_gemma, small_weights_too):
     net = with_lora(small_gemma)  # random in fp32
     with frozen_layers.lean(net):
         assert {p.dtype for p in net.parameters()} == {torch.float32}
@@ -202,7 +209,7 @@ def test_other_weights_stay_as_they_are(small_gemma):
         assert {p.dtype for p in whole.parameters()} == {torch.float32}, "no adapter: checkpoints have all weights"
 
 
-def test_an_error_in_the_midst_leaves_fp32(small_gemma):
+def test_an_error_in_the_midst_leaves_fp32(small_gemma, small_weights_too):
     net = with_lora(small_gemma, torch.bfloat16)
     with pytest.raises(RuntimeError, match="midst"), frozen_layers.lean(net), frozen_layers.widened(net):
         raise RuntimeError("midst")

@@ -25,6 +25,7 @@ ROWS = 512  # of a gated layer at once on a CPU: what lies between its products 
 # what a module holds of its own while its forward is replaced: accelerate keeps the forward it has wrapped for autocast
 HELD = ("forward", "_original_forward", "accepts_loss_kwargs")
 HALVES = (torch.bfloat16, torch.float16)  # in which frozen fp32 weights may lie, where no number changes by it
+LEAST = 1 << 16  # numbers of a weight that is worth it; a model's code may read small ones, of a few, by itself
 _memory: dict[str, torch.Tensor] = {}  # of `fitting`: to take new memory each time would be slower than to convert
 
 
@@ -98,7 +99,7 @@ def _stored(dtypes: Mapping[torch.nn.Parameter, torch.dtype]) -> Iterator[None]:
 
 
 def _halves(model: PeftModel, able: Collection[torch.nn.Module]) -> dict[torch.nn.Parameter, torch.dtype]:
-    """{frozen fp32 weight: dtype of 16 bits that holds its numbers}, of those on a CPU that `able` modules alone read.
+    """{large frozen fp32 weight: dtype of 16 bits that holds its numbers}, of those on a CPU that `able` alone read.
 
     Those whose norms DoRA reads at each call stay as they are.
     """
@@ -112,7 +113,7 @@ def _halves(model: PeftModel, able: Collection[torch.nn.Module]) -> dict[torch.n
     found: dict[torch.nn.Parameter, torch.dtype | None] = {}
     for weight, modules in users.items():
         plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
-        if plain and all(module in able and module not in reread for module in modules):
+        if plain and weight.numel() >= LEAST and all(module in able and module not in reread for module in modules):
             found[weight] = next((dtype for dtype in HALVES if _holds(dtype, weight)), None)
     return {weight: dtype for weight, dtype in found.items() if dtype}
 
