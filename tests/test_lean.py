@@ -214,3 +214,12 @@ def test_an_error_in_the_midst_leaves_fp32(small_gemma, small_weights_too):
     with pytest.raises(RuntimeError, match="midst"), frozen_layers.lean(net), frozen_layers.widened(net):
         raise RuntimeError("midst")
     assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_weights_in_16_bits_under_checkpointing(small_gemma, small_weights_too):
+    net = with_lora(small_gemma, torch.bfloat16)
+    with supervised(net), frozen_layers.lean(net):
+        expected = step_of(net)
+        net.enable_input_require_grads()
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.testing.assert_close(step_of(net), expected, rtol=0, atol=0)

@@ -255,8 +255,8 @@ class _FrozenGated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        kept = ctx.saved_tensors[3:]
-        weights = zip(ctx.saved_tensors[:3], GATED, strict=False)
+        saved = ctx.saved_tensors  # asked for once: checkpointing makes them anew, and refuses a second time
+        weights, kept = zip(saved[:3], GATED, strict=False), saved[3:]
         gate_weight, up_weight, down_weight = (fitting(weight, gradient, place) for weight, place in weights)
         inputs, flat = [], with_pads(gradient.reshape(-1, gradient.shape[-1]))
         for part, gate, up in zip(_parts(flat), kept[::2], kept[1::2], strict=True):
