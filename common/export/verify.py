@@ -127,9 +127,9 @@ def _of_folder(folder: Path, expected: Expected) -> Expected:
     record, tuned = read_object(folder / "export.json"), expected.tuned
     net = load_whole(folder, dtype=torch.float32).eval()
     net.generation_config = GenerationConfig()
-    dtype = getattr(torch, record.get("dtype", "").removeprefix("torch."), torch.float32)
+    known = {str(dtype): dtype for dtype in proof.TOLERANCE}
     try:
-        proof.compare(net, expected, dtype)
+        proof.compare(net, expected, known.get(str(record.get("dtype")), torch.float32))
     except UserError:
         raise UserError(f"--verify: {folder} 回答得与训练结果不同 does not answer as the run: export again") from None
     return proof.measure(tuned._replace(net=net))
