@@ -150,8 +150,9 @@ def times_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def fitting(weight: torch.Tensor, x: torch.Tensor, place: str = "") -> torch.Tensor:
-    """`weight`, in fp32 where it lies in 16 bits under `x` in fp32: in memory that the next one at this place gets."""
-    if x.dtype != torch.float32 or weight.dtype not in HALVES or torch.is_autocast_enabled(x.device.type):
+    """`weight`; fp32 where it lies in 16 bits under `x` in fp32 on a CPU: in memory the next one at this place gets."""
+    wide = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not wide or weight.dtype not in HALVES:
         return weight
     if place not in _memory or _memory[place].numel() < weight.numel():
         _memory[place] = torch.empty(weight.numel())
@@ -257,7 +258,8 @@ class _FrozenGated(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         saved = ctx.saved_tensors  # asked for once: checkpointing makes them anew, and refuses a second time
         weights, kept = zip(saved[:3], GATED, strict=False), saved[3:]
-        gate_weight, up_weight, down_weight = (fitting(weight, gradient, place) for weight, place in weights)
+        with ctx.autocast():
+            gate_weight, up_weight, down_weight = (fitting(weight, gradient, place) for weight, place in weights)
         inputs, flat = [], with_pads(gradient.reshape(-1, gradient.shape[-1]))
         for part, gate, up in zip(_parts(flat), kept[::2], kept[1::2], strict=True):
             with ctx.autocast(), torch.enable_grad():
