@@ -79,6 +79,8 @@ def one_token(package):
 
 def start(package, recipe, flags):
     """A recipe until its first token or step."""
+    from common.errors import run_main
+
     main_of = importlib.import_module(f"{package}.{recipe}").main
     if recipe == "train":
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -86,9 +88,10 @@ def start(package, recipe, flags):
         register_optimizer_step_post_hook(lambda *_: end())
         folder = tempfile.mkdtemp(dir=".")
         flags = [*flags[:-1], folder if flags[-1] == "new" else flags[-1]]
-        main_of([*flags, "--model_save_dir", str(Path(folder) / "run")])
+        saved = str(Path(folder) / "run")
     else:
-        main_of([*flags, "--model_save_dir", "adapter"])
+        saved = "adapter"
+    run_main(lambda: main_of([*flags, "--model_save_dir", saved]))
     end()
 
 

@@ -3,7 +3,7 @@
 Each room's docstring says what comes in, what goes out, and in what order to read its files. A room imports only lower
 ones (tests/test_rooms.py holds this):
 
-launch, device, cores, versions, peft_names  <  errors  <  opened  <  inputs, elsewhere
+launch, garbage, device, cores, versions, peft_names  <  errors  <  opened  <  inputs, elsewhere
     <  config, files, workers  <  knobs
     <  distributed, conversation  <  data  <  model  <  runs  <  inference
     <  evaluation, engine  <  training, serving, export  <  checking

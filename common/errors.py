@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from common import launch
+from common import garbage, launch
 
 NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # CUDA and Apple's GPUs; the CPU
 
@@ -29,6 +29,7 @@ def run_main(main: Callable[[], object]) -> None:
     """
     if launch.rank():
         launch.hush()
+    garbage.look_rarely()
     try:
         main()
     except UserError as error:

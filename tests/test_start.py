@@ -1,5 +1,6 @@
 """What a start imports: no library that the run does not use; none is taken for not installed afterwards."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -8,6 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from common import garbage
+from common.errors import run_main
+from common.model.loading import load_tokenizer
+from gemma_sft import prompt
+from gemma_sft.ft_gemma.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_USED = ("bitsandbytes", "nltk", "sacrebleu", "flask", "gguf")
@@ -43,3 +50,26 @@ def test_a_run_in_full_precision_imports_no_bitsandbytes_and_no_scorers(tmp_path
     imported, there = found.stdout.splitlines()[-2:]
     assert imported == "imported: []"
     assert there == "there: True True True"
+
+
+def test_a_script_looks_for_garbage_from_the_tokenizer_on():
+    """Before that it imports its libraries."""
+    seen = []
+
+    def look(kept):
+        seen.append((gc.get_threshold()[0], gc.get_freeze_count() > kept))
+        return gc.get_freeze_count()
+
+    def main():
+        kept = look(gc.get_freeze_count())
+        load_tokenizer(Config.EMBEDDED_DIR, prompt)
+        kept = look(kept)
+        load_tokenizer(Config.EMBEDDED_DIR, prompt)
+        look(kept)
+
+    try:
+        run_main(main)
+    finally:
+        gc.set_threshold(*garbage.USUAL)
+    # a program that loads a second model keeps no garbage of the first
+    assert seen == [(garbage.RARE, False), (garbage.USUAL[0], True), (garbage.USUAL[0], False)]

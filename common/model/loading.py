@@ -26,7 +26,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from common import distributed
+from common import distributed, garbage
 from common.conversation import thinking
 from common.device import device, resolve_dtype
 from common.errors import UserError, is_out_of_memory
@@ -73,6 +73,7 @@ def load_tokenizer(path: str | Path, prompt: Family, mode: str = "auto") -> PreT
     folders.check_family(tokenizer, path, config, prompt, own)
     _check_vocabulary(tokenizer, path)
     thinking.set_mode(tokenizer, mode, path)
+    garbage.look_as_usual()  # all libraries are imported
     return tokenizer
 
 
