@@ -1,4 +1,4 @@
-"""Seconds of a training step on a machine that others keep busy: beside no, one and two processes that compute.
+"""A training step and an answer on a machine that others keep busy: beside no, one and two processes that compute.
 
 python benchmarks/busy.py                              # the family's default run
 python benchmarks/busy.py --family qwen --blocks 2
@@ -18,6 +18,8 @@ from measure import ROOT, machine, table
 FAMILIES = {"gemma": "gemma_sft.ft_gemma", "qwen": "qwen2_sft.ft_qwen2", "chatglm": "chatglm_sft.ft_chatglm"}
 BUSY = (0, 1, 2)  # processes beside
 STEPS, UNTIMED = 12, 4  # of a block; within the first ones the change is noticed
+NOTICED = 1.2  # seconds until an answer is timed
+ASKED = {"ms an answer": 1, "ms 32 answers": 32}  # prompts in a batch; 48 tokens each
 
 
 def main():
@@ -37,9 +39,32 @@ def main():
         common = ["--model_save_dir", folder, "--eval_rows", "0", "--val_set_size", "0", "--save_steps", str(steps)]
         try:
             train([*common, "--max_steps", str(steps)])
+            answers = answer(FAMILIES[args.family], folder, watch, args.blocks)
         finally:
             watch.beside(0)
-    report(args.family, found)
+    print(machine())
+    report(f"{args.family}, training", {"ms a step": found})
+    report(f"{args.family}, answering", answers)
+
+
+def answer(package, folder, watch, blocks):
+    """{what is timed: {processes beside: seconds of each time}} of answers by the run in the folder."""
+    from common.conversation.turns import Turn
+    from common.inference.answerer import Sampling
+
+    config = importlib.import_module(f"{package}.config").Config(model_save_dir=folder)
+    answer = importlib.import_module(f"{package}.predict").load_answer(config)
+    questions = [[Turn("user", f"类型#裙*颜色#白色*风格#性感*长度#{number}")] for number in range(max(ASKED.values()))]
+    found = {name: {count: [] for count in BUSY} for name in ASKED}
+    for count in [count for _ in range(blocks) for count in BUSY]:
+        watch.beside(count)
+        time.sleep(NOTICED)
+        for name, rows in ASKED.items():
+            for _ in range(3):
+                begin = time.perf_counter()
+                answer(questions[:rows], Sampling(max_new_tokens=48))
+                found[name][count].append(time.perf_counter() - begin)
+    return found
 
 
 class Watch:
@@ -68,14 +93,17 @@ class Watch:
             self.others.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
 
 
-def report(family, found):
-    means = {count: statistics.mean(seconds) for count, seconds in found.items()}
-    rows = [
-        [count, f"{mean * 1000:.0f}", f"{statistics.median(found[count]) * 1000:.0f}", f"{mean / means[0]:.2f}"]
-        for count, mean in means.items()
-    ]
-    print(f"{machine()}\n\n{family}, steps timed: {len(found[0])} each\n")
-    print(table(["busy processes beside", "ms a step", "median", "ratio"], rows))
+def report(title, found):
+    """Print mean and median of each thing timed, {name: {processes beside: seconds}}, and its ratio to the quiet."""
+    rows = []
+    for name, times in found.items():
+        quiet = statistics.mean(times[0])
+        for count, seconds in times.items():
+            mean = statistics.mean(seconds)
+            middle = statistics.median(seconds)
+            rows.append([name, count, f"{mean * 1000:.0f}", f"{middle * 1000:.0f}", f"{mean / quiet:.2f}"])
+    print(f"\n{title}\n")
+    print(table(["", "busy processes beside", "mean", "median", "ratio"], rows))
 
 
 if __name__ == "__main__":

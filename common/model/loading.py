@@ -26,7 +26,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from common import distributed, garbage
+from common import cores, distributed, garbage
 from common.conversation import thinking
 from common.device import device, resolve_dtype
 from common.errors import UserError, is_out_of_memory
@@ -119,6 +119,7 @@ def load_base(path: str | Path, dtype: str, bits: int = 0, attention: str = "aut
     bits: 4 (nf4, its constants quantised too; QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 (LLM.int8, Dettmers
     et al. 2022, arXiv 2208.07339) load the linear layers quantised, the head left as it is; 0 does not.
     """
+    cores.share()
     folders.check_folder(path)
     kind, stored = resolve_dtype(dtype), _stored_bits(path)
     if stored not in (0, bits):

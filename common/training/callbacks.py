@@ -12,7 +12,6 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from common import distributed, files
-from common.cores import Waiting
 from common.errors import UserError
 from common.runs import checkpoints
 from common.training import curve, memory
@@ -115,25 +114,6 @@ class WholeCheckpoints(TrainerCallback):
         distributed.wait()
         if state.is_world_process_zero:
             checkpoints.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class Sharing(TrainerCallback):
-    """Looks after each step whether other processes want the cores too, and lets the threads wait accordingly."""
-
-    def __init__(self) -> None:
-        self.waiting = Waiting()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.waiting.look()
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.waiting.look()
-
-    def close(self) -> None:
-        """Let them wait as before, also after an error."""
-        self.waiting.close()
 
 
 class Recorder(TrainerCallback):

@@ -29,7 +29,6 @@ from common.training.callbacks import (
     EarlyStop,
     NothingLeftError,
     Recorder,
-    Sharing,
     StopOnSignal,
     StoppedError,
     WholeCheckpoints,
@@ -96,13 +95,13 @@ def _fit(
     show_routers(net)
     checkpointing = needs_checkpointing(cfg, net, rows, tokenizer, sampler)
     folder = Path(cfg.model_save_dir)
-    recorder, stopper, sharing = Recorder(folder), StopOnSignal(), Sharing()
-    callbacks = [stopper, recorder, sharing, StallWatch(), EarlyStop(cfg.early_stopping_patience), WholeCheckpoints()]
+    recorder, stopper = Recorder(folder), StopOnSignal()
+    callbacks = [stopper, recorder, StallWatch(), EarlyStop(cfg.early_stopping_patience), WholeCheckpoints()]
     callbacks += [samples] if samples else []
     args = arguments(cfg, plan, bool(len(rows.validation)), checkpointing)
     trainer = make_trainer(net, args, data, rows.validation, sampler, callbacks, tokenizer)
     trainer.samples = samples
-    with run.told_when_full(folder), contextlib.closing(recorder), contextlib.closing(sharing):
+    with run.told_when_full(folder), contextlib.closing(recorder):
         _train(trainer, stopper, checkpoint)
     if stopper.received:
         raise StoppedError(stopper.received, folder)
