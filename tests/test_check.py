@@ -75,6 +75,14 @@ def report(flags, capsys):
     return run
 
 
+def test_rows_that_share_a_line_are_found_by_their_number(report, tmp_path):
+    rows = [{"question": f"{n}+1=", "answer": f"{n + 1}"} for n in (1, 2, 3, 2)]
+    (tmp_path / "array.json").write_text(json.dumps([*rows, {"question": "问", "answer": " "}]), encoding="utf-8")
+    found, _ = report([], "--data_path", tmp_path / "array.json")
+    where = {finding["kind"]: finding["where"] for finding in found["findings"]}
+    assert where == {"duplicate": f"{tmp_path / 'array.json'}:4", "empty": f"{tmp_path / 'array.json'}:5"}
+
+
 def test_each_of_twelve_defects_is_found_at_its_line(report, tmp_path):
     found, code = report([row for row, _, _ in DEFECTS.values()])
     assert code == 1 and found["verdict"] == "bad"

@@ -90,6 +90,18 @@ def test_all_rows_in_order(tmp_path, prepare):
     assert lines(rows.train) == list(range(1, 11)) and len(rows.validation) == 0
 
 
+@pytest.mark.parametrize("text", ["{}", "[{}]", "[\n{}\n]\n"], ids=["objects", "array", "array with margins"])
+def test_rows_that_share_a_line_are_told_apart(tmp_path, prepare, text):
+    """As json.dump writes a list: they are numbered, held out one by one, and left out one by one."""
+    rows = [{"question": f"{n}+1=", "answer": "" if n == 7 else str(n + 1)} for n in range(1, 21)]
+    file = tmp_path / "rows.json"
+    file.write_text(text.replace("{}", ", ".join(map(json.dumps, rows))))
+    made = prepare(str(file), val_set_size=0.2)
+    assert (len(made.train), len(made.validation)) == (15, 4)
+    assert sorted(lines(made.train) + lines(made.validation)) == [n for n in range(1, 21) if n != 7]
+    assert [row.where for row in made.rejected] == [f"{file}:7"]
+
+
 @pytest.mark.parametrize("count, times", [(1, {0, 1}), (4, {0, 1}), (10, {1}), (13, {1, 2}), (20, {2}), (37, {3, 4})])
 def test_sampling(tmp_path, prepare, count, times):
     rows = prepare(f"{numbered(tmp_path, 10)}#{count}")

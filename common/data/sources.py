@@ -1,4 +1,4 @@
-"""Records out of files, each with its line number: JSON array, JSON lines, CSV, TSV or Parquet, told by content."""
+"""Records out of files, each with its line: JSON array, JSON lines, CSV, TSV or Parquet, told by content."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import csv
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any, BinaryIO, NamedTuple
 
 from common.data import formats
@@ -27,8 +28,8 @@ OTHER_DELIMITERS = re.compile("[|，；:、]")
 class Record(NamedTuple):
     """One row as the file has it.
 
-    `problem` says why it could not be read, and `kind` (a key of DEFECTS) of which kind it is; then `value` is the raw
-    text or the raw cells.
+    `line` is where it begins, or its number in a file whose rows share lines. `problem` says why it could not be read,
+    and `kind` (a key of DEFECTS) of which kind it is; then `value` is the raw text or the raw cells.
     """
 
     line: int
@@ -44,7 +45,15 @@ def read_records(path: str) -> Iterator[Record]:
     broken JSON array, no such file) raises UserError with `file:line`.
     """
     with opened(path, unpack=True) as file:
-        yield from _records(file, path)
+        yield from _told_apart(_records(file, path))
+
+
+def _told_apart(records: Iterator[Record]) -> Iterator[Record]:
+    """The Records, numbered where the first two share a line: an array may be one line, as json.dump writes it."""
+    first = list(islice(records, 2))
+    share = len(first) == 2 and first[0].line == first[1].line
+    for number, record in enumerate(chain(first, records), 1):
+        yield record._replace(line=number) if share else record
 
 
 def _records(file: BinaryIO, path: str) -> Iterator[Record]:
