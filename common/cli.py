@@ -14,7 +14,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
-from common.config import LORA, ROOT, Names, SFTConfig
+from common.config import ANSWERING, LORA, ROOT, Names, SFTConfig
 from common.knob_files import KEPT, Fail, is_alias, nearest, read_file, recipe_file, show_unused, split
 from common.knobs import ALIASES, BELONGS, DORA_8, OPTIMIZERS, PATH_LISTS, PATHS, RANGES, STEPS
 from common.launch import let_first_speak, world_size
@@ -56,6 +56,8 @@ def parse(config_class: Any, flags_class: Any = None, argv: Sequence[str] | None
     own = {f.name: kinds[f.name] for f in fields(config_class) if f.name in kinds and f.name != "recipe"}
     recipe = _read_recipe(values["recipe"], own, parser.error) if "recipe" in values else {}
     config = _build(config_class, values, recipe, parser.error)
+    _check_tuning(config, flags_class in ANSWERING, parser.error)
+    config = _fit_batches(config, parser.error)
     show_unused(recipe, config, values.get("json", False))
     if flags_class is None:
         return config
@@ -89,15 +91,14 @@ def _build(cls: type[Config], values: dict[str, Any], recipe: dict[str, Any], er
     if steps:
         batch = config.micro_batch_size * steps * world_size()
         config = replace(config, batch_size=batch, given=given | {"micro_batch_size", "batch_size"})
-    _check_tuning(config, error)
     if config.tuning not in LORA and "learning_rate" not in given:
         config = replace(config, learning_rate=config.learning_rate * WHOLE_RATE)
-    return _fit_batches(config, error)
+    return config
 
 
-def _check_tuning(config: SFTConfig, error: Fail) -> None:
-    """Knobs that would do nothing, or cannot go together, are errors."""
-    for name in sorted(config.given & BELONGS.keys()):
+def _check_tuning(config: SFTConfig, answering: bool, error: Fail) -> None:
+    """Knobs that would do nothing, or cannot go together, are errors. answering: any run may answer quantised."""
+    for name in sorted((config.given & BELONGS.keys()) - ({"quantization_bit"} if answering else set())):
         if config.tuning not in BELONGS[name]:
             error(
                 f"--{name} 对 --tuning {config.tuning} 不起作用 has no effect with it: "

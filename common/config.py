@@ -77,7 +77,7 @@ class SFTConfig:
     deepspeed: str = ""  # DeepSpeed's JSON file (configs/deepspeed/zero2.json); train.py is then started by torchrun
     # what is trained
     tuning: Literal["lora", "qlora", "full", "freeze"] = "lora"  # qlora: quantised base; freeze: only the last layers
-    quantization_bit: Literal[4, 8] = 4  # of qlora's base: 4 is nf4 with double quantisation, 8 is LLM.int8
+    quantization_bit: Literal[4, 8] = 4  # of qlora's base, or any to answer with: 4 is double nf4, 8 is LLM.int8
     freeze_trainable_layers: int = 2  # how many of the last layers freeze trains
     lora_r: int = 16  # rank
     lora_alpha: int = 32  # scale is lora_alpha / lora_r
@@ -118,7 +118,7 @@ class SFTConfig:
     @property
     def bits(self) -> int:
         """Bits of a quantised base's weights; 0 where it is not quantised."""
-        return self.quantization_bit if self.tuning == "qlora" else 0
+        return self.quantization_bit if self.tuning == "qlora" or "quantization_bit" in self.given else 0
 
     @property
     def accumulation(self) -> int:
@@ -199,3 +199,4 @@ class ExportFlags:
 
 TASKS = ("ceval", "cmmlu", "mmlu", "arc", "gsm8k", "probe")
 LORA = ("lora", "qlora")
+ANSWERING = (PredictFlags, EvaluationFlags, ServeFlags)

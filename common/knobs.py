@@ -94,7 +94,7 @@ BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belo
 
 
 DORA_8 = (  # with peft 0.21 and bitsandbytes 0.50 an 8-bit weight has lost its scales by the second forward pass
-    "--use_dora 与 --quantization_bit 8 不能同用 cannot go together, training would break off at once: "
+    "--use_dora 与 --quantization_bit 8 不能同用 cannot go together, the weights would be lost in the second pass: "
     "--quantization_bit 4, or without DoRA"
 )
 

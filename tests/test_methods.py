@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.cli import parse
-from common.config import TrainFlags
+from common.config import ExportFlags, PredictFlags, TrainFlags
 from common.conversation import render
 from common.conversation.turns import Turn
 from common.errors import UserError
@@ -148,6 +148,31 @@ def test_it_is_exported_with_its_self_test(runs, tmp_path, capsys, monkeypatch, 
     untied = not base["tie_word_embeddings"] or method == "embeddings, head and norms"
     assert config["tie_word_embeddings"] is not untied and "quantization_config" not in config
     assert ("lm_head.weight" in load_file(tmp_path / "whole/model.safetensors")) == untied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", ["lora", "qlora 4 bit", "full", None], ids=str)
+def test_any_run_answers_quantised(runs, method, bits):
+    """None: the base alone."""
+    folder, _, trained, ids = runs[FIRST, method or "lora"]
+    given = ["--model_save_dir", str(folder), "--quantization_bit", str(bits)]
+    cfg, _ = parse(recipe(FIRST, "config").Config, PredictFlags, given)
+    net = recipe(FIRST, "predict").load_answer(cfg, base=method is None).net
+    quantised = {type(module).__name__ for module in net.modules() if "bit" in type(module).__name__}
+    assert quantised == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
+    if method:
+        with torch.no_grad():
+            off = (net(input_ids=torch.tensor([ids])).logits - trained).abs().max() / trained.abs().max()
+        assert (method == "qlora 4 bit" and bits == 4) == (off <= 1e-5) and off < 0.8
+
+
+@pytest.mark.slow
+def test_dora_does_not_answer_in_8_bits(runs):
+    given = ["--model_save_dir", str(runs[FIRST, "dora"][0]), "--quantization_bit", "8"]
+    cfg, _ = parse(recipe(FIRST, "config").Config, PredictFlags, given)
+    with pytest.raises(UserError, match="--use_dora 与 --quantization_bit 8 不能同用"):
+        recipe(FIRST, "predict").load_answer(cfg)
 
 
 SERVED = "只有线性层的 LoRA, an engine that takes LoRA for this model can serve it beside its base"
@@ -607,6 +632,12 @@ def test_options_that_do_not_go_together(cfg, capsys, flags, problem):
         cfg(*flags)
     assert stopped.value.code == 2
     assert re.search(problem, capsys.readouterr().err)
+
+
+def test_an_export_is_never_quantised(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, ExportFlags, ["--quantization_bit", "8"])
+    assert "--quantization_bit 对 --tuning lora 不起作用" in capsys.readouterr().err
 
 
 def test_all_weights_take_smaller_steps(cfg):

@@ -77,11 +77,16 @@ def context_of(cfg: SFTConfig, trained: TrainedWith) -> int:
     return 0 if "max_length_q" in cfg.given else loading.context_of(trained.path_model_pretrain)
 
 
+def _bits_of(config: dict[str, Any]) -> int:
+    """Bits of the quantised base that a manifest's config tells of, 0 where it is not quantised."""
+    return config["quantization_bit"] if config["tuning"] == "qlora" else 0
+
+
 def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) -> TrainedWith:
     """The TrainedWith of the run in `manifest`, or what the user asks for where there is none.
 
     UserError where the user asks for another base model, style or thinking; the same weights in another folder are
-    the same base. base: the base model alone may be any.
+    the same base, and they may be quantised to other bits. base: the base model alone may be any.
     """
     asked = TrainedWith.asked_for(cfg)
     if manifest is None and "path_model_pretrain" not in cfg.given:
@@ -97,7 +102,7 @@ def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) ->
         max_length_q=config["max_length_q"],
         path_model_pretrain=cfg.base if same_weights else stored["path"],
         tuning=config["tuning"],
-        bits=config["quantization_bit"] if config["tuning"] == "qlora" else 0,
+        bits=cfg.bits if "quantization_bit" in cfg.given else _bits_of(config),
         thinking=config["thinking"],
     )
     for name in ("path_model_pretrain", "prompt_style", "thinking"):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from common.config import LORA
 from common.errors import UserError
+from common.knobs import DORA_8
 from common.model.folders import read_object
 from common.model.layers import causal_of
 from common.model.loading import load_base
@@ -52,9 +53,10 @@ def load_tuned(
 ) -> PreTrainedModel | PeftModel:
     """The tuned model in `folder`, as `trained` says: base and adapter, or a whole model."""
     if trained.tuning not in LORA:
-        return load_base(folder, dtype, attention=attention)
+        return load_base(folder, dtype, trained.bits, attention)
     check_adapter(folder)  # before a large base is loaded for nothing
-    config_of(folder)
+    if config_of(folder).use_dora and trained.bits == 8:
+        raise UserError(f"{folder}: {DORA_8}")
     return attach(load_base(trained.path_model_pretrain, dtype, trained.bits, attention), folder)
 
 
