@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from common.cli import parse
@@ -104,6 +104,26 @@ def test_a_run_leaves_every_file(flags, tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("input_ids: [2, 5,", "labels: [-100,", "可训练参数 trainable params: 5,120 /", "计划 plan:"):
         assert text in printed
+
+
+def test_validations_and_checkpoints_do_not_count_as_slow_training(tmp_path, monkeypatch):
+    clock = iter([0, 10, 60, 70, 80])  # begin, line, validation done, checkpoint written, line
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(callbacks.curve, "draw", lambda folder: None)
+    recorder, args = callbacks.Recorder(tmp_path), None
+    state, control = TrainerState(max_steps=2, epoch=0.0), TrainerControl()
+    recorder.on_train_begin(args, state, control)
+    logged = {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}
+    recorder.on_log(args, state, control, logged | {"tokens": 100})
+    recorder.on_evaluate(args, state, control, {"eval_token_loss": 1.0})
+    recorder.on_save(args, state, control)
+    state.global_step = 2
+    recorder.on_log(args, state, control, logged | {"tokens": 200})
+    recorder.close()
+    assert [record["tokens_per_second"] for record in recorder.records] == [10, 10]
+    assert [record["seconds"] for record in recorder.records] == [10, 80]
+    found = recorder.summary()
+    assert found["tokens_per_second"] == 10 and found["train_runtime"] == 80
 
 
 def test_the_manifest_says_what_was_trained(flags, tmp_path, small_gemma, rows_file):

@@ -127,6 +127,8 @@ class Recorder(TrainerCallback):
         self.tokens = 0  # of the parts before a resume
         self.seconds = 0.0  # of the parts before a resume
         self.started = 0.0
+        self.logged = 0.0  # when the last line was made, or what came after it was done
+        self.aside = 0.0  # seconds of validations and checkpoints after the last line
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -156,10 +158,12 @@ class Recorder(TrainerCallback):
     ) -> None:
         if "loss" not in logs:
             return
-        seconds = self.seconds + time.monotonic() - self.started
+        self.logged = time.monotonic()
+        seconds = self.seconds + self.logged - self.started
         tokens = self.tokens + logs["tokens"]
         last = self.records[-1] if self.records else {"tokens": 0, "seconds": 0.0}
-        speed = (tokens - last["tokens"]) / max(seconds - last["seconds"], 1e-9)
+        speed = (tokens - last["tokens"]) / max(seconds - last["seconds"] - self.aside, 1e-9)
+        self.aside = 0.0
         self._flush(state)
         self.pending = {
             "step": state.global_step,
@@ -190,6 +194,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         shares = {name: metrics[name] for name in SHARES if name in metrics}
         self.records[-1] |= {"eval_loss": metrics["eval_token_loss"], **shares}
+        self._set_aside()
         self._flush(state)
         if state.is_world_process_zero:
             curve.draw(self.path.parent)
@@ -199,6 +204,7 @@ class Recorder(TrainerCallback):
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._set_aside()
         self._flush(state)
 
     def on_train_end(
@@ -210,6 +216,11 @@ class Recorder(TrainerCallback):
         """End the bar's line, also after an error."""
         self.bar.close()
 
+    def _set_aside(self) -> None:
+        """What took time since the last line is no training."""
+        now = time.monotonic()
+        self.aside, self.logged = self.aside + now - self.logged, now
+
     def _flush(self, state: TrainerState) -> None:
         if self.pending and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
@@ -217,16 +228,20 @@ class Recorder(TrainerCallback):
         self.pending = None
 
     def summary(self) -> dict[str, Any]:
-        """{train_loss, train_runtime, tokens, tokens_per_second, steps} of the whole run, resumed parts included."""
-        steps = [0] + [record["step"] for record in self.records]
-        losses = [
-            record["loss"] * (now - before) for record, before, now in zip(self.records, steps, steps[1:], strict=False)
+        """{train_loss, train_runtime, tokens, tokens_per_second, steps} of the whole run, resumed parts included.
+
+        The speed is that of training, the runtime with validations and checkpoints.
+        """
+        pairs = list(zip([{"step": 0, "tokens": 0}, *self.records], self.records, strict=False))
+        losses = [record["loss"] * (record["step"] - before["step"]) for before, record in pairs]
+        seconds = [
+            (record["tokens"] - before["tokens"]) / max(record["tokens_per_second"], 0.1) for before, record in pairs
         ]
         last = self.records[-1]
         return {
             "train_loss": sum(losses) / last["step"],
             "train_runtime": last["seconds"],
             "tokens": last["tokens"],
-            "tokens_per_second": round(last["tokens"] / last["seconds"], 1),
+            "tokens_per_second": round(last["tokens"] / sum(seconds), 1),
             "steps": last["step"],
         } | {name: last[name] for name in ("eval_loss", *SHARES) if name in last}
