@@ -302,3 +302,15 @@ def test_words_come_whole(family, request):
             shown += words.more()
             assert shown == words.shown
         assert shown + words.more(ended=True) == decode(tokenizer, ids)
+
+
+def test_a_step_is_recorded_before_anybody_asks(batcher_of):
+    expecting, plain = batcher_of(), batcher_of()
+    expecting.expect("base")
+    for _ in range(200):
+        if expecting.replays:
+            break
+        time.sleep(0.05)
+    assert list(expecting.replays) == [None] and expecting.replays[None] and not plain.replays
+    asked = [ids_and_stop(one.submit("base", [ask(one, QUESTIONS[3])])) for one in (expecting, plain)]
+    assert asked[0] == asked[1]

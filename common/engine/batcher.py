@@ -70,6 +70,7 @@ class Batcher:
         context = getattr(self.net.config, "max_position_embeddings", None) or 2**31
         self.context = min(context, request_tokens or context)  # most tokens of a prompt and its answer
         self.replays: dict[str | None, Replay | None] = {}  # by adapter
+        self.expected = ""  # the model that will be asked for, until its step is recorded
         self.probe = self.encoder.whole_ids([Turn("user", "你好")])
         self.changed = threading.Condition()  # guards `waiting`
         self.waiting: deque[Row] = deque()
@@ -104,6 +105,11 @@ class Batcher:
             self.changed.notify()
         return ticket
 
+    def expect(self, model: str) -> None:
+        """Record the step of a model while nobody asks, so that its first answer does not wait for that."""
+        self.expected = model
+        self.wake()
+
     def wake(self) -> None:
         """Have a look: something was cancelled."""
         with self.changed:
@@ -124,7 +130,8 @@ class Batcher:
             with torch.inference_mode():
                 while not self.closed and not self.broken:
                     with self.changed:
-                        self.changed.wait_for(lambda: self.closed or self.waiting or self.active_count)
+                        self.changed.wait_for(lambda: self.closed or self.waiting or self.active_count or self.expected)
+                    self._make_ready()
                     self._let_go()
                     self._admit()
                     for name, group in self.groups.items():
@@ -137,6 +144,12 @@ class Batcher:
                     row.fail(ModelFailedError("the model's thread has ended"))
                 self.waiting = deque()
                 self.active_count = 0
+
+    def _make_ready(self) -> None:
+        model, self.expected = self.expected, ""
+        if model and not self.closed and not self.waiting and not self.active_count:
+            self._use(self.models[model])
+            self._replay()
 
     def _active(self) -> list[Row]:
         """All rows that have a slot."""

@@ -129,6 +129,7 @@ def run(load_answer: Callable[[Config, bool], Answerer | Remote], cfg: Config, f
         answer = cast(Answerer, load_answer(cfg, flags.base))
         models = adapters.load(answer, flags.adapters, service.model)
         service.batcher = Batcher(answer, models, flags.slots, flags.queue, flags.request_tokens, flags.total_tokens)
+        service.batcher.expect(service.model)
         if cfg.host not in HERE and not flags.api_key:
             print(
                 "警告 warning: 任何人都能使用 anyone who reaches this host can use it; give --api_key", file=sys.stderr
