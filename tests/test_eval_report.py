@@ -1,5 +1,6 @@
 """What an evaluation leaves: the report, the overlap with the training rows, and the same after a kill or in parts."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -81,6 +82,13 @@ def test_the_table_has_one_order(compared):
         assert row[0] in printed and row[3] in printed
     assert not [row for row in rows if row[0].endswith(("-r", "-p"))]
     assert results["signature"] in report and "greedy, at most 256 tokens" in report
+
+
+def test_the_report_says_that_the_model_was_quantised(cfg):
+    asked = dataclasses.replace(cfg, quantization_bit=8, given=frozenset({"quantization_bit"}))
+    evaluate.report(fake, rows_of(*PAIRS), asked, EvaluationFlags())
+    report = (Path(cfg.model_save_dir) / "eval_report.md").read_text(encoding="utf-8")
+    assert "greedy, at most 256 tokens, quantised to 8 bits" in report
 
 
 def test_the_worst_ten_rows(compared):

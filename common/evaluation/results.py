@@ -46,7 +46,7 @@ def add_scores(
         results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
     manifest = find_manifest(cfg.model_save_dir)
     trained_on = overlap.count(manifest, rows, apart) if manifest else None
-    held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(sampling_of(cfg)), "overlap": trained_on}
+    held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(cfg), "overlap": trained_on}
     results |= {**scores, "held_out": held_out, "signature": metrics.signature()}
     by_model = {
         name: [record["scores"] for record in predictions(cfg, name == "base").values()]
@@ -65,14 +65,16 @@ def sampling_of(cfg: SFTConfig) -> Sampling:
     return Sampling.of(cfg, do_sample="do_sample" in cfg.given and cfg.do_sample)
 
 
-def _decoding(sampling: Sampling) -> str:
+def _decoding(cfg: SFTConfig) -> str:
     """How the answers were drawn, in words."""
+    sampling = sampling_of(cfg)
     drawn = f"sampled, temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}"
     drawn += f", min_p {sampling.min_p}" if sampling.min_p else ""
     how = drawn if sampling.do_sample else "greedy"
     beams = f", {sampling.num_beams} beams" if sampling.num_beams > 1 else ""
     penalty = f", repetition penalty {sampling.repetition_penalty}" if sampling.repetition_penalty != 1 else ""
-    return f"{how}{beams}{penalty}, at most {sampling.max_new_tokens} tokens"
+    asked = f", quantised to {cfg.quantization_bit} bits" if "quantization_bit" in cfg.given else ""
+    return f"{how}{beams}{penalty}, at most {sampling.max_new_tokens} tokens{asked}"
 
 
 def _path(cfg: SFTConfig) -> Path:
