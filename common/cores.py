@@ -11,6 +11,7 @@ Beside one busy process on two cores a training step takes half the time by it, 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import threading
@@ -42,14 +43,23 @@ def share() -> None:
     """From now on let this process's threads wait asleep while others use its cores, whatever it computes."""
     waiting = Waiting()
     if waiting.cores:
-        threading.Thread(target=_keep_looking, args=(waiting,), daemon=True).start()
+        ended = threading.Event()
+        looking = threading.Thread(target=_keep_looking, args=(waiting, ended), daemon=True)
+        looking.start()
+        atexit.register(_stop, looking, ended)
 
 
-def _keep_looking(waiting: Waiting) -> None:
-    time.sleep(SOON)
-    while True:
+def _keep_looking(waiting: Waiting, ended: threading.Event) -> None:
+    pause = SOON
+    while not ended.wait(pause):
         waiting.look()
-        time.sleep(PAUSE)
+        pause = PAUSE
+
+
+def _stop(looking: threading.Thread, ended: threading.Event) -> None:
+    """End the thread that looks: where Python ends while a thread is inside torch, the process aborts (SIGABRT)."""
+    ended.set()
+    looking.join()
 
 
 class Waiting:

@@ -1,5 +1,6 @@
 """How threads wait for each other while other processes want the cores, and that nothing else changes by it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,22 @@ assert all(map(torch.equal, awake, asleep))
 print(system_threads() - before, len(waiting.held))
 waiting.close()
 print(threading.active_count(), len(waiting.held), all(map(torch.equal, awake, computed())))
+"""
+
+ENDS_MEANWHILE = """
+import threading
+import torch
+from common import cores
+
+inside = threading.Event()
+
+def look(waiting):
+    inside.set()
+    torch.ones(1200, 1200) @ torch.ones(1200, 1200) @ torch.ones(1200, 60_000)
+
+cores.SOON, cores.Waiting.look = 0, look
+cores.share()
+inside.wait()
 """
 
 
@@ -93,6 +110,13 @@ def test_idle_threads_are_held_and_end_and_results_stay():
     held, after = found.stdout.splitlines()
     assert held == "2 1", "one idle thread, and the other one of its team"
     assert after == "1 0 True"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="nobody looks where cores are not known")
+def test_a_process_may_end_while_it_looks():
+    """Not with "terminate called without an active exception" and exit code 134."""
+    found = subprocess.run([sys.executable, "-c", ENDS_MEANWHILE], capture_output=True, text=True, cwd=ROOT)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def test_the_kernel_is_asked_in_the_order_it_answers():
