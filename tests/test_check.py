@@ -238,6 +238,14 @@ def test_files_that_cannot_be_read_are_findings(report, tmp_path):
     assert "step" not in found, "training could not start either"
 
 
+@pytest.mark.parametrize("row", [{"question": "甲", "answer": "乙丙"}, {"question": "甲", "answer": "丁", "id": "5"}])
+def test_no_row_left_to_train_on_is_bad_whatever_else_is_found(report, row):
+    found, code = report([row], "--val_set_size", 9)
+    (problem,) = [finding for finding in found["findings"] if finding["bad"]]
+    assert code == 1 and found["problems"] == {"no training rows": 1}
+    assert problem["where"] == "--val_set_size 9" and "no row of 3" in problem["found"]
+
+
 def test_nothing_usable_is_bad_without_a_step(report):
     found, code = report([], "--max_length_a", 1)
     assert code == 1 and [f["kind"] for f in found["findings"]] == ["over-long", "over-long"] and "step" not in found

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from common.data.dataset import TrainingData
 
 Report = dict[str, Any]  # what --json prints
+UNREADABLE = "unreadable file"  # a kind of Finding
 SAMPLES = 3  # rows shown with their mask
 NO_END = "有的行不以停止符结尾 rows whose last supervised id is no stop id: the model would not stop"
 OUT_OF_MEMORY = "--micro_batch_size 1, --gradient_checkpointing true, a smaller --max_length_q or --max_length_a"
@@ -110,7 +111,10 @@ def examine(cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, prompt: Family) 
     try:
         rows = dataset.prepare(cfg, tokenizer, prompt)
     except UserError as problem:
-        if not findings:
+        kept = sum(file.source["kept"] for file in files)
+        if kept and not any(finding.kind == UNREADABLE for finding in findings):
+            findings.append(_all_held_out(cfg, problem))
+        elif not findings:
             findings.append(_unreadable(problem))
     validation = set(rows.validation["where"]) if rows else set()
     straddling = [pair for pair in same if len(validation & set(pair)) == 1]
@@ -186,7 +190,12 @@ def _unused(path: str, key: str, count: int) -> Finding:
 
 def _unreadable(problem: UserError) -> Finding:
     where, _, found = str(problem).partition(": ")
-    return Finding(where, "unreadable file", found, "a whole file in UTF-8", "repair it or check the path")
+    return Finding(where, UNREADABLE, found, "a whole file in UTF-8", "repair it or check the path")
+
+
+def _all_held_out(cfg: SFTConfig, problem: UserError) -> Finding:
+    where, expected = f"--val_set_size {cfg.val_set_size:g}", "more rows than are held out"
+    return Finding(where, "no training rows", str(problem), expected, "more rows, or --val_set_size 0")
 
 
 def _cut(cfg: SFTConfig, where: str) -> Finding:

@@ -122,7 +122,10 @@ def _held_lines(lines: numpy.ndarray, size: float, rng: random.Random) -> numpy.
     """Which of the lines [N] are kept out of training: `size` of them, or that share."""
     count = int(size) if size >= 1 else max(round(size * len(lines)), 1 if size else 0)
     if count >= len(lines) > 0:
-        raise UserError(f"--val_set_size {size:g} 不小于数据行数 leaves no row of {len(lines)} to train on")
+        raise UserError(
+            f"--val_set_size {size:g} 不小于数据行数 leaves no row of {len(lines)} to train on; give more rows, "
+            "or --val_set_size 0"
+        )
     return lines[rng.sample(range(len(lines)), count)]
 
 
