@@ -55,7 +55,7 @@ def read_file(flag: str, path: str, kinds: dict[str, Any], error: Fail) -> dict[
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """`value` from a file as a knob of type `kind`; an int is a good float, and 1e-4 in YAML is a string.
+    """`value` from a file as a knob of type `kind`; an int is a good float, and as text a step; 1e-4 in YAML is a string.
 
     Raises TypeError, whose text ends a line.
     """
@@ -75,8 +75,8 @@ def _typed(value: Any, kind: Any) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
-    elif type(value) is kind:
-        return value
+    elif type(value) is kind or kind is str and type(value) is int:
+        return kind(value)
     raise TypeError(f"{value!r} 类型不符 is not {getattr(kind, '__name__', kind)}")
 
 

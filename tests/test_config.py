@@ -251,6 +251,7 @@ def test_booleans(words, value):
         ("model_name: [小黄, Xiao Huang]", "model_name", ("小黄", "Xiao Huang")),
         ("\ufeffseed: 5", "seed", 5),  # as Windows editors write it
         ("modules_to_save: []", "modules_to_save", ()),
+        ("model_save_dir: 7", "model_save_dir", str(Path("7").absolute())),  # no text to YAML
     ],
 )
 def test_values_in_yaml(tmp_path, text, name, value):
