@@ -55,7 +55,7 @@ def read_file(flag: str, path: str, kinds: dict[str, Any], error: Fail) -> dict[
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """`value` from a file as a knob of type `kind`; an int is a good float, and as text a step; 1e-4 in YAML is a string.
+    """`value` from a file as a knob of type `kind`: an int may be a float or a text, and 1e-4 in YAML is a string.
 
     Raises TypeError, whose text ends a line.
     """
