@@ -11,6 +11,7 @@ from common import distributed, files
 from common.config import LORA
 from common.evaluation import evaluate, tables
 from common.inference.answerer import Answerer
+from common.inference.products import quicken
 from common.knobs import BELONGS
 from common.launch import rank
 from common.model.adapter import TrainedWith, load_tuned, merge_reasons
@@ -60,17 +61,20 @@ def compare(
     prompt: Family,
     cfg: SFTConfig,
 ) -> None:
-    """Score base and tuned on held-out rows and put both into all_results.json and the card; no rows, no table."""
+    """Score base and tuned on held-out rows and put both into all_results.json and the card; no rows, no table.
+
+    The net only answers from then on.
+    """
     if not rows or rank():
         return
     if distributed.is_sharded(net):
         net = load_tuned(TrainedWith.asked_for(cfg), work.folder, cfg.dtype, cfg.attn_implementation)
 
     def untuned() -> PreTrainedModel:
-        return load_base(cfg.base, cfg.dtype, attention=cfg.attn_implementation)
+        return quicken(load_base(cfg.base, cfg.dtype, attention=cfg.attn_implementation))
 
     context = context_of(cfg.base)
-    answer = Answerer(net.eval(), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned, context)
+    answer = Answerer(quicken(net.eval()), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned, context)
     write_card(work, evaluate.compare(answer, rows, cfg, apart=not cfg.eval_data_path))
 
 
