@@ -122,10 +122,8 @@ def _held_lines(lines: numpy.ndarray, size: float, rng: random.Random) -> numpy.
     """Which of the lines [N] are kept out of training: `size` of them, or that share."""
     count = int(size) if size >= 1 else max(round(size * len(lines)), 1 if size else 0)
     if count >= len(lines) > 0:
-        raise UserError(
-            f"--val_set_size {size:g} 不小于数据行数 leaves no row of {len(lines)} to train on; give more rows, "
-            "or --val_set_size 0"
-        )
+        found = f"--val_set_size {size:g} 不小于数据行数 leaves no row of {len(lines)} to train on"
+        raise UserError(f"{found}; more rows, or --val_set_size 0")
     return lines[rng.sample(range(len(lines)), count)]
 
 
@@ -183,8 +181,7 @@ def _tokenise(path: str, cfg: SFTConfig, tokenizer: PreTrainedTokenizerBase, pro
     from tqdm import tqdm
 
     features = _features()
-    counts = Counter(rows=0, kept=0, cut=0, tokens=0, supervised=0)
-    counts.update(dict.fromkeys(LISTS, 0))
+    counts = Counter(dict.fromkeys(("rows", "kept", "cut", "tokens", "supervised", *LISTS), 0))
     unused: Counter[str] = Counter()
     tables = {name: [empty] for name, empty in TABLES.items()}
     records = read_records(path)
