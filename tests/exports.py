@@ -16,6 +16,7 @@ TWO_THETAS = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "rope_theta": 5e5}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FIRST = ["sliding_attention"] * 2 + ["full_attention"]
 
 
@@ -66,6 +67,23 @@ KINDS = {
         {"rope_theta": 5e5, "rope_scaling": {name: value for name, value in YARN.items() if name != "rope_theta"}},
         rope_parameters=YARN,
     ),
+    "qwen2_moe": Kind(
+        "small_qwen",
+        "qwen2_sft.prompt",
+        "Qwen2Moe",
+        {"rope_theta": 1e4},
+        **EXPERTS,
+        shared_expert_intermediate_size=96,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe": Kind(
+        "small_qwen",
+        "qwen2_sft.prompt",
+        "Qwen3Moe",
+        {"rope_theta": 1e4},
+        **EXPERTS,
+        norm_topk_prob=True,
+    ),
     "glm": Kind(
         "small_glm4",
         "chatglm_sft.prompt_glm4",
@@ -95,7 +113,9 @@ def model_of(kind, tokenizer):
             weight.data += 0.3 * torch.randn_like(weight)
         else:
             large = part.endswith(("o_proj.weight", "down_proj.weight"))
-            weight.data.normal_(0, (8 if large else 0.3 if "embed" in part else 2) * weight.shape[-1] ** -0.5)
+            # a rounding may choose another expert: that is to change no more than roundings do
+            size = 8 if large else 0.3 if "embed" in part else 1 if "experts" in part else 2
+            weight.data.normal_(0, size * weight.shape[-1] ** -0.5)
     return net
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import classes
 import gguf
 import numpy as np
 import pytest
@@ -50,12 +51,16 @@ def test_a_file_holds_the_model(made, tmp_path, name, rough):
     kind, prompt, expected = made
     net, file = expected.tuned.net, tmp_path / "x.gguf"
     count = sum(parameter.numel() for parameter in net.parameters())
+    if prompt.GGUF[net.config.model_type].own_head and net.config.tie_word_embeddings:
+        count += net.get_output_embeddings().weight.numel()
     verdict = gguf_file.write(net, expected, file, name, prompt)
     assert "greedy answers equal 8/8" in verdict or name != "f32"
     tensors, found = gguf.GGUFReader(file).tensors, values(file)
     assert sum(int(tensor.n_elements) for tensor in tensors) == count, "each weight once"
     wanted = gguf_file.TYPES[name]
-    assert {t.tensor_type for t in tensors if len(t.shape) > 1} == {wanted}
+    routers = {t.name for t in tensors if "gate_inp" in t.name}
+    assert {t.tensor_type for t in tensors if len(t.shape) > 1 and t.name not in routers} == {wanted}
+    assert {t.tensor_type for t in tensors if t.name in routers} <= {Type.F32}
     assert {t.tensor_type for t in tensors if len(t.shape) == 1} == {Type.F32}
     arch = found["general.architecture"]
     assert found[f"{arch}.rope.freq_base"] == kind.expected["rope_theta"]
@@ -75,16 +80,19 @@ def test_llama_cpp_gives_the_models_text(made, tmp_path, name, rough):
     assert len(set(map(tuple, expected.answers))) > 5, "the answers must tell something"
 
 
-@pytest.mark.parametrize("key", ["rope_freq_base", "layer_norm_rms_eps", "sliding_window"])
+WRONG = {"rope_freq_base": 100.0, "layer_norm_rms_eps": 0.1, "sliding_window": 3, "expert_used_count": 1}
+NEEDS = {"sliding_window": "sliding_window", "expert_used_count": "num_experts"}  # what a Kind must have
+
+
+@pytest.mark.parametrize("key", WRONG)
 def test_llama_cpp_finds_a_hyperparameter_that_is_wrong(made, tmp_path, key, monkeypatch):
     """All tensors are right there: only an answer tells."""
     pytest.importorskip("xllamacpp")
     kind, prompt, expected = made
-    if key == "sliding_window" and "sliding_window" not in kind.options:
+    if key in NEEDS and NEEDS[key] not in kind.options:
         return
     add = getattr(gguf.GGUFWriter, f"add_{key}")
-    wrong = {"rope_freq_base": 100.0, "layer_norm_rms_eps": 0.1, "sliding_window": 3}[key]
-    monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}", lambda self, value: add(self, wrong))
+    monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}", lambda self, value: add(self, WRONG[key]))
     gguf_file.write(expected.tuned.net, expected, tmp_path / "x.gguf", "f32", prompt)
     with pytest.raises(UserError, match="the exported model's greedy answer differs"):
         llama_cpp.prove(tmp_path / "x.gguf", expected, 1e-4)
@@ -121,6 +129,8 @@ OTHERWISE = {
     "gemma2": {"query_pre_attn_scalar": 256, "tie_word_embeddings": False},
     "qwen2": {"layer_types": ["full_attention", "sliding_attention"]},
     "qwen3": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    "qwen2_moe": {"norm_topk_prob": True, "decoder_sparse_step": 2},
+    "qwen3_moe": {"norm_topk_prob": False, "mlp_only_layers": [0]},
 }
 
 
@@ -213,6 +223,21 @@ def test_a_run_is_exported_as_one_file(gemma, run, tmp_path, capsys):
         gemma.recipe("export").main(
             ["--model_save_dir", str(run), "--format", "gguf", "--output_dir", str(tmp_path / "m")]
         )
+
+
+@pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
+def test_a_run_on_a_class_is_exported_and_asked(name, tmp_path, capsys):
+    """As in plain use: train.py, export.py, and export.py --verify."""
+    checkpoint = classes.Checkpoint(name, tmp_path / "base")
+    run = checkpoint.train(tmp_path, "--max_steps", 3)
+    flags = ["--model_save_dir", str(run), "--path_model_pretrain", str(tmp_path / "base")]
+    checkpoint.recipe("export").main([*flags, "--format", "gguf", "--gguf_type", "f32"])
+    printed = capsys.readouterr().out
+    assert f"llama-cli -m {run}_gguf/out_gguf.gguf" in printed
+    if llama_cpp.installed():
+        assert "llama.cpp: 200 段文字的编号一致 texts give the same ids" in printed
+        checkpoint.recipe("export").main([*flags, "--verify", "llama.cpp"])
+        assert "texts give the same ids, 贪心回答一致 greedy answers equal" in capsys.readouterr().out
 
 
 def test_an_adapter_is_exported_alone(gemma, run, tmp_path, capsys):

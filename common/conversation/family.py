@@ -22,6 +22,8 @@ class Gguf(NamedTuple):
     local: float = 0.0  # rope_theta of layers with a window; 0: the others'
     wide: int = 0  # layers of the size whose queries are scaled by (hidden_size / heads) ** -0.5; 0: of none
     tied: bool = False  # the head is always the embeddings
+    own_head: bool = False  # the head is a tensor of its own, also where the model's is the embeddings
+    normed: bool = False  # the weights of a token's experts are made to add up to 1
 
 
 class Family(Protocol):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from common.errors import UserError
 
 CHILD = Path(__file__).with_name("engine_child.py")
+LLAMA_SERVER = Path(__file__).with_name("llama_server.py")
 REMEDY = "给出装有该引擎的 Python give the Python that has the engine"
 
 

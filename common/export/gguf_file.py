@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as Type
 
 from common.errors import UserError
 from common.export import gguf_tokenizer, older, proof
+from common.export.gguf_tensors import Part, parts
 from common.export.proof import say
 
 if TYPE_CHECKING:
@@ -29,7 +30,23 @@ TYPES = {"f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "f32": Type.F32}
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "f32": "ALL_F32"}
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.int8, "f32": torch.float32}
 BLOCK = 32  # values that share a scale in q8_0
-ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+WHOLE = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # tensors that are always in fp32
+SIZES = {  # what a config may say: gguf.GGUFWriter writes it by add_ and this
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "head_count",
+    "num_key_value_heads": "head_count_kv",
+    "rms_norm_eps": "layer_norm_rms_eps",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "num_experts": "expert_count",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
 
 
 def check(config: PreTrainedConfig, prompt: Family) -> Gguf:
@@ -71,6 +88,13 @@ def _otherwise(config: dict[str, Any], kind: Gguf) -> Iterator[str]:
         yield "tie_word_embeddings false"
     if config.get("use_bidirectional_attention"):
         yield "use_bidirectional_attention true"
+    yield from _otherwise_of_experts(config, kind)
+
+
+def _otherwise_of_experts(config: dict[str, Any], kind: Gguf) -> Iterator[str]:
+    for name, known in {"norm_topk_prob": kind.normed, "decoder_sparse_step": 1, "mlp_only_layers": []}.items():
+        if config.get(name, known) != known:
+            yield f"{name} {config[name]}"
 
 
 def write(whole: PreTrainedModel, expected: Expected, file: Path, name: str, prompt: Family) -> str:
@@ -86,37 +110,38 @@ def write(whole: PreTrainedModel, expected: Expected, file: Path, name: str, pro
     writer.add_name(file.stem)
     _add_shape(writer, whole.config.to_dict(), kind)
     _add_tokenizer(writer, whole, tuned, prompt)
-    tensors = dict(_tensors(whole, kind))
-    types = {label: _type(label, tensor, TYPES[name]) for label, (tensor, _) in tensors.items()}
-    for label, (tensor, _) in tensors.items():
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[label])
-        plain = {Type.F32: np.float32, Type.F16: np.float16}.get(types[label])
-        size = int(np.prod(shape))
-        dtype, shape = (np.dtype(plain), tuple(tensor.shape)) if plain else (np.dtype(np.uint8), shape)
-        writer.add_tensor_info(label, shape, dtype, size, raw_dtype=types[label])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for label, (tensor, shift) in tensors.items():
-        writer.write_tensor_data(gguf.quants.quantize(tensor.float().cpu().numpy() + np.float32(shift), types[label]))
-    writer.close()
+    tensors = dict(parts(whole, kind))
+    _write_tensors(writer, tensors, TYPES[name])
     say("读回 reading back: 与训练后的模型比较 and comparing with the tuned model")
     _read_back(file, tensors)
     return proof.compare(whole, expected, DTYPES[name])
 
 
+def _write_tensors(writer: gguf.GGUFWriter, tensors: dict[str, Part], wanted: Type) -> None:
+    """Write one tensor after the other, each as the type `wanted` where it can be."""
+    types = {label: _type(label, part.of, wanted) for label, part in tensors.items()}
+    for label, part in tensors.items():
+        shape = gguf.quant_shape_to_byte_shape(part.of.shape, types[label])
+        plain = {Type.F32: np.float32, Type.F16: np.float16}.get(types[label])
+        size = int(np.prod(shape))
+        dtype, shape = (np.dtype(plain), tuple(part.of.shape)) if plain else (np.dtype(np.uint8), shape)
+        writer.add_tensor_info(label, shape, dtype, size, raw_dtype=types[label])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for label, part in tensors.items():
+        writer.write_tensor_data(gguf.quants.quantize(part.make(), types[label]))
+    writer.close()
+
+
 def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], kind: Gguf) -> None:
     """Write sizes, positions and windows of a model."""
     head = _head_size(config)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    for name, label in SIZES.items():
+        if config.get(name):
+            getattr(writer, f"add_{label}")(config[name])
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
     _add_rope(writer, rope.get("full_attention", rope), head)
     if kind.period and config.get("sliding_window"):
@@ -126,9 +151,6 @@ def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], kind: Gguf) -> N
         local = rope.get("sliding_attention", rope)["rope_theta"]
         if local != (kind.local or rope.get("full_attention", rope)["rope_theta"]):
             writer.add_rope_freq_base_swa(local)
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if config.get(cap):
-            getattr(writer, f"add_{cap}")(config[cap])
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head: int) -> None:
@@ -154,37 +176,24 @@ def _add_tokenizer(writer: gguf.GGUFWriter, whole: PreTrainedModel, tuned: Tuned
     gguf_tokenizer.add(writer, words, tuned.tokenizer, tuned.stop_ids, begins)
 
 
-def _tensors(whole: PreTrainedModel, kind: Gguf) -> Iterator[tuple[str, tuple[torch.Tensor, float]]]:
-    """(llama.cpp's name, (the model's tensor, what is added to it)) of each tensor; a tied head is not written."""
-    names = gguf.get_tensor_name_map(ARCHS[kind.arch], whole.config.num_hidden_layers)
-    head = whole.get_output_embeddings()
-    for name, tensor in whole.state_dict().items():
-        if whole.config.tie_word_embeddings and whole.get_submodule(name.rpartition(".")[0]) is head:
-            continue
-        label = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if label is None:
-            raise UserError(f"--format gguf: llama.cpp 没有 llama.cpp has no tensor {name} in {kind.arch}")
-        yield label, (tensor, kind.norm if label.endswith("norm.weight") else 0.0)
-
-
 def _type(label: str, tensor: torch.Tensor, wanted: Type) -> Type:
-    """The type a tensor is written in: norms and biases whole, rows that fit no block in f16."""
-    if tensor.dim() == 1 or label.endswith("_norm.weight"):
+    """The type a tensor is written in: norms, biases and routers whole, rows that fit no block in f16."""
+    if tensor.dim() == 1 or label.endswith(WHOLE):
         return Type.F32
     return Type.F16 if wanted == Type.Q8_0 and tensor.shape[-1] % BLOCK else wanted
 
 
-def _read_back(file: Path, tensors: dict[str, tuple[torch.Tensor, float]]) -> None:
+def _read_back(file: Path, tensors: dict[str, Part]) -> None:
     """Put the file's tensors in place of those they were made of; UserError where one is lost or further off."""
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     if found.keys() != tensors.keys():
         raise UserError(f"{file.name}: 张量不全 tensors are lost: {sorted(found.keys() ^ tensors.keys())[:3]}")
-    for label, (tensor, shift) in tensors.items():
-        read = gguf.quants.dequantize(found[label].data, found[label].tensor_type).reshape(tuple(tensor.shape))
-        source = tensor.float().cpu().numpy() + np.float32(shift)
+    for label, part in tensors.items():
+        source = part.make()
+        read = gguf.quants.dequantize(found[label].data, found[label].tensor_type).reshape(source.shape)
         if not (np.abs(read - source) <= rounding(source, found[label].tensor_type)).all():
             raise UserError(f"{file.name}: {label} 与写入的不同 differs from what was written; try --gguf_type f32")
-        tensor.copy_(torch.from_numpy(read - np.float32(shift)))
+        part.put_back(read)
 
 
 def rounding(source: np.ndarray, kind: Type) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.elsewhere import asking
 from common.errors import UserError
 from common.export import proof
 
@@ -131,7 +132,7 @@ def _check_template(ask: Ask, tuned: Tuned) -> None:
 @contextmanager
 def _served(file: Path, context: int) -> Iterator[Ask]:
     """A function that asks a llama.cpp server with the file, by path and body; UserError where it does not open."""
-    words = [sys.executable, Path(__file__).with_name("llama_server.py"), file, context, torch.get_num_threads()]
+    words = [sys.executable, asking.LLAMA_SERVER, file, context, torch.get_num_threads()]
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         server = subprocess.Popen([str(word) for word in words], stdin=pipe, stdout=pipe, stderr=log, text=True)
