@@ -17,6 +17,8 @@ TWO_THETAS = {
 }
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "rope_theta": 5e5}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16, linear_value_head_dim=16)
+LINEAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5}}
 FIRST = ["sliding_attention"] * 2 + ["full_attention"]
 
 
@@ -84,6 +86,23 @@ KINDS = {
         **EXPERTS,
         norm_topk_prob=True,
     ),
+    "qwen3_5": Kind(
+        "small_qwen35",
+        "qwen2_sft.prompt",
+        "Qwen3_5",
+        {"rope_theta": 3e4, "partial_rotary_factor": 0.5},
+        **LINEAR,
+        num_hidden_layers=4,
+    ),
+    "qwen3_5_moe": Kind(
+        "small_qwen35",
+        "qwen2_sft.prompt",
+        "Qwen3_5Moe",
+        {"rope_theta": 3e4, "partial_rotary_factor": 0.5},
+        **LINEAR | EXPERTS,
+        layer_types=["linear_attention", "full_attention"],
+        shared_expert_intermediate_size=96,
+    ),
     "glm": Kind(
         "small_glm4",
         "chatglm_sft.prompt_glm4",
@@ -103,16 +122,17 @@ KINDS = {
 
 def model_of(kind, tokenizer):
     """A model whose answers vary: its layers outweigh the last token, which a tied head would repeat."""
-    name = "Gemma3TextConfig" if kind.name == "Gemma3" else f"{kind.name}Config"
+    of_text = f"{kind.name}TextConfig"  # of what has towers too
+    name = of_text if hasattr(transformers, of_text) else f"{kind.name}Config"
     options = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 1024} | SIZES
     torch.manual_seed(0)
     config = getattr(transformers, name)(**options | kind.options)
     net = getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
     for part, weight in net.named_parameters():
         if weight.dim() == 1:
-            weight.data += 0.3 * torch.randn_like(weight)
+            weight.data += 0.3 * torch.randn_like(weight) - (4 if "A_log" in part else 0)  # a state that lasts
         else:
-            large = part.endswith(("o_proj.weight", "down_proj.weight"))
+            large = part.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
             # a rounding may choose another expert: that is to change no more than roundings do
             size = 8 if large else 0.3 if "embed" in part else 1 if "experts" in part else 2
             weight.data.normal_(0, size * weight.shape[-1] ** -0.5)

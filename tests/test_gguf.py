@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from common.errors import UserError
-from common.export import gguf_file, gguf_tokenizer, llama_cpp, proof
+from common.export import gguf_file, gguf_tensors, gguf_tokenizer, llama_cpp, proof
 from gemma_sft import prompt as gemma_prompt
 from qwen2_sft import prompt as qwen_prompt
 
@@ -58,9 +58,9 @@ def test_a_file_holds_the_model(made, tmp_path, name, rough):
     tensors, found = gguf.GGUFReader(file).tensors, values(file)
     assert sum(int(tensor.n_elements) for tensor in tensors) == count, "each weight once"
     wanted = gguf_file.TYPES[name]
-    routers = {t.name for t in tensors if "gate_inp" in t.name}
-    assert {t.tensor_type for t in tensors if len(t.shape) > 1 and t.name not in routers} == {wanted}
-    assert {t.tensor_type for t in tensors if t.name in routers} <= {Type.F32}
+    exact = {t.name for t in tensors if "gate_inp" in t.name or "conv1d" in t.name}
+    assert {t.tensor_type for t in tensors if len(t.shape) > 1 and t.name not in exact} == {wanted}
+    assert {t.tensor_type for t in tensors if t.name in exact} <= {Type.F32}
     assert {t.tensor_type for t in tensors if len(t.shape) == 1} == {Type.F32}
     arch = found["general.architecture"]
     assert found[f"{arch}.rope.freq_base"] == kind.expected["rope_theta"]
@@ -131,6 +131,7 @@ OTHERWISE = {
     "qwen3": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
     "qwen2_moe": {"norm_topk_prob": True, "decoder_sparse_step": 2},
     "qwen3_moe": {"norm_topk_prob": False, "mlp_only_layers": [0]},
+    "qwen3_5": {"linear_value_head_dim": 8, "layer_types": ["full_attention", "linear_attention"]},
 }
 
 
@@ -225,7 +226,7 @@ def test_a_run_is_exported_as_one_file(gemma, run, tmp_path, capsys):
         )
 
 
-@pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Qwen3_5ForConditionalGeneration"])
 def test_a_run_on_a_class_is_exported_and_asked(name, tmp_path, capsys):
     """As in plain use: train.py, export.py, and export.py --verify."""
     checkpoint = classes.Checkpoint(name, tmp_path / "base")
@@ -250,6 +251,27 @@ def test_an_adapter_is_exported_alone(gemma, run, tmp_path, capsys):
     assert np.array_equal(tensors["blk.1.attn_v.weight.lora_b"], own[one].numpy()) and torch.any(own[one])
     assert values(tmp_path / "a/a.gguf")["adapter.lora.alpha"] == 32
     assert "--lora" in capsys.readouterr().out
+
+
+def test_an_adapter_has_the_order_of_the_file_it_belongs_to(tmp_path):
+    """Linear attention: llama.cpp has other rows and columns than the model where its value heads are."""
+    checkpoint = classes.Checkpoint("Qwen3_5ForCausalLM", tmp_path / "base")
+    run = checkpoint.train(tmp_path, "--max_steps", 2)
+    flags = ["--model_save_dir", str(run), "--path_model_pretrain", str(tmp_path / "base")]
+    for more in (["--format", "gguf", "--gguf_type", "f32"], ["--format", "gguf-lora"]):
+        checkpoint.recipe("export").main([*flags, *more])
+    base = dict(gguf_tensors.parts(checkpoint.whole, qwen_prompt.GGUF["qwen3_5_text"]))
+    (merged, adapter) = (
+        {tensor.name: tensor.data for tensor in gguf.GGUFReader(f"{run}_{end}/out_{end}.gguf").tensors}
+        for end in ("gguf", "lora_gguf")
+    )
+    halves = {name.removesuffix(".lora_a") for name in adapter if name.endswith(".lora_a")}
+    assert {"blk.0.attn_qkv.weight", "blk.0.ssm_out.weight", "blk.0.ssm_beta.weight", "blk.1.attn_q.weight"} <= halves
+    config = json.loads((run / "adapter_config.json").read_text())
+    for name in halves:
+        change = adapter[f"{name}.lora_b"] @ adapter[f"{name}.lora_a"] * (config["lora_alpha"] / config["r"])
+        assert np.abs(change).max() > 1e-3, name
+        assert np.allclose(base[name].make() + change, merged[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,20 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.export import gguf_file
-from common.export.gguf_tensors import ARCHS, label_of
+from common.export.gguf_tensors import ARCHS, axis_of_heads, label_of, order_of_heads
 from common.model.adapter import config_of
 from common.model.layers import causal_of
 from common.model.weights import adapter_file
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from common.conversation.family import Family, Gguf
     from common.export.proof import Tuned
 
 PREFIX = "base_model.model."
 HALVES = {".lora_A.weight": ".weight.lora_a", ".lora_B.weight": ".weight.lora_b"}  # peft's names: llama.cpp's
+SHARED = {".lora_A.weight": 1, ".lora_B.weight": 0}  # the axis that a half has in common with its weight
 
 
 def check(tuned: Tuned, run: Path) -> None:
@@ -41,7 +44,7 @@ def write(tuned: Tuned, run: Path, file: Path, name: str, prompt: Family) -> str
     """Write the adapter in the folder `run` as weights of the type `name`, read it back; the verdict in words."""
     model, config, kind = causal_of(tuned.net).config, config_of(run), gguf_file.TYPES[name]
     model_kind = gguf_file.check(model, prompt)
-    tensors = _tensors(run, model_kind, model.num_hidden_layers)
+    tensors = _tensors(run, model_kind, model)
     writer = gguf.GGUFWriter(file, model_kind.arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -63,11 +66,13 @@ def write(tuned: Tuned, run: Path, file: Path, name: str, prompt: Family) -> str
     return "张量一致 tensors are equal; 没有问 llama.cpp was not asked: it needs a GGUF of the base"
 
 
-def _tensors(run: Path, kind: Gguf, layers: int) -> dict[str, np.ndarray]:
+def _tensors(run: Path, kind: Gguf, config: PreTrainedConfig) -> dict[str, np.ndarray]:
     """{llama.cpp's name: fp32 values [rank, in] or [out, rank]} of the adapter in the folder `run`."""
-    names, found = gguf.get_tensor_name_map(ARCHS[kind.arch], layers), {}
+    names, found = gguf.get_tensor_name_map(ARCHS[kind.arch], config.num_hidden_layers), {}
     for name, tensor in load_file(adapter_file(run)).items():
         half = next(half for half in HALVES if name.endswith(half))
         label = label_of(name.removeprefix(PREFIX).removesuffix(half), names, kind)
+        if (axis := axis_of_heads(config, label)) == SHARED[half]:
+            tensor = tensor.index_select(axis, order_of_heads(config, label, tensor.shape[axis]))
         found[label.removesuffix(".weight") + HALVES[half]] = tensor.float().numpy()
     return found

@@ -30,7 +30,7 @@ TYPES = {"f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "f32": Type.F32}
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "f32": "ALL_F32"}
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.int8, "f32": torch.float32}
 BLOCK = 32  # values that share a scale in q8_0
-WHOLE = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # tensors that are always in fp32
+WHOLE = tuple(f"{one}.weight" for one in ("_norm", "ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d"))  # always fp32
 SIZES = {  # what a config may say: gguf.GGUFWriter writes it by add_ and this
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -46,7 +46,14 @@ SIZES = {  # what a config may say: gguf.GGUFWriter writes it by add_ and this
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "linear_conv_kernel_dim": "ssm_conv_kernel",
+    "linear_key_head_dim": "ssm_state_size",
+    "linear_num_key_heads": "ssm_group_count",
+    "linear_num_value_heads": "ssm_time_step_rank",
 }
+ROPE = set("rope_type rope_theta factor partial_rotary_factor original_max_position_embeddings".split())
+ROPE |= {"mrope_section", "mrope_interleaved"}
+LINEAR = "linear_attention"
 
 
 def check(config: PreTrainedConfig, prompt: Family) -> Gguf:
@@ -79,8 +86,8 @@ def _otherwise(config: dict[str, Any], kind: Gguf) -> Iterator[str]:
         yield f"layer_types {config['layer_types']}"
     rope = config.get("rope_parameters") or {}
     scaling = rope.get("full_attention", rope).get("rope_type", "default")
-    more = rope.get("full_attention", rope).keys() - {"rope_type", "rope_theta", "factor", "partial_rotary_factor"}
-    if scaling not in ("default", "linear", "yarn") or more - {"original_max_position_embeddings"}:
+    more = rope.get("full_attention", rope).keys() - ROPE
+    if scaling not in ("default", "linear", "yarn") or more:
         yield f"rope_parameters {rope}"
     if rope.get("sliding_attention", {}).get("rope_type", "default") != "default":
         yield f"rope_parameters {rope}"
@@ -88,12 +95,12 @@ def _otherwise(config: dict[str, Any], kind: Gguf) -> Iterator[str]:
         yield "tie_word_embeddings false"
     if config.get("use_bidirectional_attention"):
         yield "use_bidirectional_attention true"
-    yield from _otherwise_of_experts(config, kind)
-
-
-def _otherwise_of_experts(config: dict[str, Any], kind: Gguf) -> Iterator[str]:
-    for name, known in {"norm_topk_prob": kind.normed, "decoder_sparse_step": 1, "mlp_only_layers": []}.items():
-        if config.get(name, known) != known:
+    if LINEAR in (config.get("layer_types") or []) and not older.sliding_period(config, LINEAR):
+        yield f"layer_types {config['layer_types']}"
+    known = {"norm_topk_prob": kind.normed, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    known["linear_value_head_dim"] = config.get("linear_key_head_dim")
+    for name, value in known.items():
+        if config.get(name, value) != value:
             yield f"{name} {config[name]}"
 
 
@@ -144,6 +151,13 @@ def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], kind: Gguf) -> N
     writer.add_value_length(head)
     rope = config["rope_parameters"]
     _add_rope(writer, rope.get("full_attention", rope), head)
+    if LINEAR in (config.get("layer_types") or []):
+        writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+        writer.add_full_attention_interval(older.sliding_period(config, LINEAR))
+        # pairs that turn by each axis of a picture, which in a text are all one
+        pairs = int(head * rope.get("partial_rotary_factor", 1)) // 2
+        thirds = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]
+        writer.add_rope_dimension_sections([*rope.get("mrope_section", thirds), 0])
     if kind.period and config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
         if (period := older.sliding_period(config)) != kind.period:
