@@ -55,6 +55,37 @@ KINDS = {
         query_pre_attn_scalar=16,
         sliding_window=24,
     ),
+    "gemma4": Kind(
+        "small_gemma",
+        "gemma_sft.prompt",
+        "Gemma4",
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "partial_rotary_factor": 0.25, "sliding_window_pattern": 3},
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=6,
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
+        global_head_dim=32,
+        hidden_size_per_layer_input=32,
+        sliding_window=20,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma4_large": Kind(
+        "small_gemma",
+        "gemma_sft.prompt",
+        "Gemma4",
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "partial_rotary_factor": 0.25, "sliding_window_pattern": 2},
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_key_value_heads=2,
+        num_global_key_value_heads=1,
+        global_head_dim=32,
+        sliding_window=24,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=64,
+    ),
     "qwen2": Kind(
         "small_qwen",
         "qwen2_sft.prompt",
@@ -126,10 +157,15 @@ def model_of(kind, tokenizer):
     name = of_text if hasattr(transformers, of_text) else f"{kind.name}Config"
     options = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 1024} | SIZES
     torch.manual_seed(0)
+    if kind.options.get("hidden_size_per_layer_input"):
+        options["vocab_size_per_layer_input"] = len(tokenizer)
     config = getattr(transformers, name)(**options | kind.options)
     net = getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
-    for part, weight in net.named_parameters():
-        if weight.dim() == 1:
+    scalars = [pair for pair in net.named_buffers() if pair[0].endswith("layer_scalar")]
+    for part, weight in [*net.named_parameters(), *scalars]:
+        if weight.dim() == 1 and part.endswith("q_norm.weight") and kind.name == "Gemma4":
+            weight.data.fill_(0.25)  # its queries are not scaled: a large product would hear one id alone
+        elif weight.dim() == 1:
             weight.data += 0.3 * torch.randn_like(weight) - (4 if "A_log" in part else 0)  # a state that lasts
         else:
             large = part.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))

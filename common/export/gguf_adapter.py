@@ -27,8 +27,11 @@ HALVES = {".lora_A.weight": ".weight.lora_a", ".lora_B.weight": ".weight.lora_b"
 SHARED = {".lora_A.weight": 1, ".lora_B.weight": 0}  # the axis that a half has in common with its weight
 
 
-def check(tuned: Tuned, run: Path) -> None:
-    """UserError where the run in the folder `run` has no adapter, or one that is more than LoRA on linear layers."""
+def check(tuned: Tuned, run: Path, kind: Gguf) -> None:
+    """UserError where the run in the folder `run` has no adapter, or one that llama.cpp would not add as it is.
+
+    kind: of the base.
+    """
     if not tuned.rank:
         raise UserError("--format gguf-lora: 这个训练没有适配器 the run has no adapter: use --format gguf")
     config = config_of(run)
@@ -37,6 +40,12 @@ def check(tuned: Tuned, run: Path) -> None:
         raise UserError(
             "--format gguf-lora: 适配器不只是线性层上的 LoRA the adapter is more than LoRA on linear layers: "
             f"{', '.join(reasons)}; use --format gguf"
+        )
+    labels = {label.partition(".weight.")[0] for label in _tensors(run, kind, causal_of(tuned.net).config)}
+    if without := sorted(labels.intersection(kind.no_lora)):
+        raise UserError(
+            f"--format gguf-lora: llama.cpp 不加这里的适配器 llama.cpp adds no adapter to {', '.join(without)}; "
+            "use --format gguf"
         )
 
 

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 
 from common.errors import UserError
 from common.export import gguf_tokenizer, older, proof
-from common.export.gguf_tensors import Part, parts
+from common.export.gguf_tensors import Part, head_sizes, of_layers, parts
 from common.export.proof import say
 
 if TYPE_CHECKING:
@@ -50,10 +50,11 @@ SIZES = {  # what a config may say: gguf.GGUFWriter writes it by add_ and this
     "linear_key_head_dim": "ssm_state_size",
     "linear_num_key_heads": "ssm_group_count",
     "linear_num_value_heads": "ssm_time_step_rank",
+    "top_k_experts": "expert_used_count",
 }
 ROPE = set("rope_type rope_theta factor partial_rotary_factor original_max_position_embeddings".split())
 ROPE |= {"mrope_section", "mrope_interleaved"}
-LINEAR = "linear_attention"
+LINEAR, SLIDING = "linear_attention", "sliding_attention"
 
 
 def check(config: PreTrainedConfig, prompt: Family) -> Gguf:
@@ -80,28 +81,35 @@ def _otherwise(config: dict[str, Any], kind: Gguf) -> Iterator[str]:
     """What of a config llama.cpp does not read from a file of this kind."""
     scalar, heads = config.get("query_pre_attn_scalar"), config["num_attention_heads"]
     wide = config["num_hidden_layers"] == kind.wide
-    if scalar is not None and scalar != (config["hidden_size"] // heads if wide else _head_size(config)):
+    if scalar is not None and scalar != (config["hidden_size"] // heads if wide else head_sizes(config)[1]):
         yield f"query_pre_attn_scalar {scalar}"
-    if "sliding_attention" in (config.get("layer_types") or []) and not (kind.period and older.sliding_period(config)):
-        yield f"layer_types {config['layer_types']}"
-    rope = config.get("rope_parameters") or {}
-    scaling = rope.get("full_attention", rope).get("rope_type", "default")
-    more = rope.get("full_attention", rope).keys() - ROPE
-    if scaling not in ("default", "linear", "yarn") or more:
-        yield f"rope_parameters {rope}"
-    if rope.get("sliding_attention", {}).get("rope_type", "default") != "default":
-        yield f"rope_parameters {rope}"
+    types = config.get("layer_types") or []
+    windows = kind.mixed or (kind.period and older.sliding_period(config))
+    if (SLIDING in types and not windows) or (LINEAR in types and not older.sliding_period(config, LINEAR)):
+        yield f"layer_types {types}"
+    if _turns_otherwise(config.get("rope_parameters") or {}, kind):
+        yield f"rope_parameters {config['rope_parameters']}"
     if kind.tied and not config["tie_word_embeddings"]:
         yield "tie_word_embeddings false"
-    if config.get("use_bidirectional_attention"):
-        yield "use_bidirectional_attention true"
-    if LINEAR in (config.get("layer_types") or []) and not older.sliding_period(config, LINEAR):
-        yield f"layer_types {config['layer_types']}"
+    if config.get("use_bidirectional_attention") not in (None, False, "vision"):  # vision: text is read as ever
+        yield f"use_bidirectional_attention {config['use_bidirectional_attention']}"
     known = {"norm_topk_prob": kind.normed, "decoder_sparse_step": 1, "mlp_only_layers": []}
     known["linear_value_head_dim"] = config.get("linear_key_head_dim")
+    if config.get("hidden_size_per_layer_input"):
+        known["vocab_size_per_layer_input"] = config["vocab_size"]
     for name, value in known.items():
         if config.get(name, value) != value:
             yield f"{name} {config[name]}"
+
+
+def _turns_otherwise(rope: dict[str, Any], kind: Gguf) -> bool:
+    """Whether positions are told otherwise than llama.cpp does."""
+    whole, local = rope.get("full_attention", rope), rope.get(SLIDING, {})
+    if local.get("rope_type", "default") != "default" or "partial_rotary_factor" in local:
+        return True
+    known = ROPE - {"factor"} if kind.mixed else ROPE
+    types = ("default", "proportional") if kind.mixed else ("default", "linear", "yarn")
+    return whole.get("rope_type", "default") not in types or bool(whole.keys() - known)
 
 
 def write(whole: PreTrainedModel, expected: Expected, file: Path, name: str, prompt: Family) -> str:
@@ -143,14 +151,18 @@ def _write_tensors(writer: gguf.GGUFWriter, tensors: dict[str, Part], wanted: Ty
 
 def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], kind: Gguf) -> None:
     """Write sizes, positions and windows of a model."""
-    head = _head_size(config)
+    head, head_of_window = head_sizes(config)
+    sizes = config | _sizes_of_layers(config) if kind.mixed else config
     for name, label in SIZES.items():
-        if config.get(name):
-            getattr(writer, f"add_{label}")(config[name])
+        if sizes.get(name):
+            getattr(writer, f"add_{label}")(sizes[name])
     writer.add_key_length(head)
     writer.add_value_length(head)
     rope = config["rope_parameters"]
-    _add_rope(writer, rope.get("full_attention", rope), head)
+    if kind.mixed:
+        _add_layers(writer, config, head_of_window)
+    else:
+        _add_rope(writer, rope.get("full_attention", rope), head)
     if LINEAR in (config.get("layer_types") or []):
         writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
         writer.add_full_attention_interval(older.sliding_period(config, LINEAR))
@@ -162,9 +174,33 @@ def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], kind: Gguf) -> N
         writer.add_sliding_window(config["sliding_window"])
         if (period := older.sliding_period(config)) != kind.period:
             writer.add_sliding_window_pattern(period)
-        local = rope.get("sliding_attention", rope)["rope_theta"]
+        local = rope.get(SLIDING, rope)["rope_theta"]
         if local != (kind.local or rope.get("full_attention", rope)["rope_theta"]):
             writer.add_rope_freq_base_swa(local)
+
+
+def _add_layers(writer: gguf.GGUFWriter, config: dict[str, Any], head_of_window: int) -> None:
+    """Write what differs by layer: windows, heads, positions, and who reads the keys of an earlier layer."""
+    writer.add_shared_kv_layers(config.get("num_kv_shared_layers") or 0)
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern([kind == SLIDING for kind in config["layer_types"]])
+    writer.add_embedding_length_per_layer_input(config.get("hidden_size_per_layer_input") or 0)
+    writer.add_key_length_swa(head_of_window)
+    writer.add_value_length_swa(head_of_window)
+    writer.add_rope_dimension_count_swa(head_of_window)
+    writer.add_rope_freq_base_swa(config["rope_parameters"][SLIDING]["rope_theta"])
+    writer.add_rope_dimension_count(head_sizes(config)[0])
+    writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
+
+
+def _sizes_of_layers(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Those of SIZES that are one number a layer."""
+    wide = config["num_kv_shared_layers"] if config.get("use_double_wide_mlp") else 0
+    size, heads = config["intermediate_size"], config["num_key_value_heads"]
+    return {
+        "num_key_value_heads": of_layers(config, "num_key_value_heads", heads),
+        "intermediate_size": [size] * (config["num_hidden_layers"] - wide) + [2 * size] * wide,
+    }
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head: int) -> None:
@@ -221,7 +257,3 @@ def rounding(source: np.ndarray, kind: Type) -> np.ndarray:
             size.shape
         )
     return size * 2.0 ** (-11 if kind == Type.F16 else -8) + 2.0**-25
-
-
-def _head_size(config: dict[str, Any]) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
