@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import time
 
 import classes
 import gguf
@@ -13,6 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from common.elsewhere import asking
 from common.errors import UserError
 from common.export import gguf_file, gguf_tensors, gguf_tokenizer, llama_cpp, proof
 from gemma_sft import prompt as gemma_prompt
@@ -118,7 +120,47 @@ def test_a_type_rounds_no_further_than_it_is_allowed_to(kind):
 def test_a_file_that_llama_cpp_does_not_open_is_named(made, tmp_path):
     pytest.importorskip("xllamacpp")
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(200))
-    with pytest.raises(UserError, match="llama.cpp does not open x.gguf: .*error"):
+    with pytest.raises(UserError, match="llama.cpp does not open x.gguf: .*[Ee]rror"):
+        llama_cpp.prove(tmp_path / "x.gguf", made[-1], 1e-4)
+
+
+HANGS = """
+import subprocess, time, sys
+subprocess.Popen(["sleep", "60"])  # holds the pipes too
+sys.stderr.write({said!r})
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [("", ".*still no answer after 2 s"), ("x\nGGML_ASSERT(a) failed\n", "GGML_ASSERT.a. failed")],
+)
+def test_a_llama_cpp_that_hangs_is_stopped(made, tmp_path, monkeypatch, said, match):
+    (tmp_path / "hangs.py").write_text(HANGS.format(said=said))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(asking, "LIMIT", 2.0)
+    monkeypatch.setattr(asking, "LLAMA_SERVER", tmp_path / "hangs.py")
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=f"llama.cpp does not open x.gguf: {match}"):
+        llama_cpp.prove(tmp_path / "x.gguf", made[-1], 1e-4)
+    assert time.monotonic() - begun < 30
+
+
+ANSWERS_NOT = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", 0))
+print(f"http://127.0.0.1:{server.getsockname()[1]}", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_llama_cpp_that_answers_no_request_is_told(made, tmp_path, monkeypatch):
+    (tmp_path / "silent.py").write_text(ANSWERS_NOT)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(asking, "LIMIT", 2.0)
+    monkeypatch.setattr(asking, "LLAMA_SERVER", tmp_path / "silent.py")
+    with pytest.raises(UserError, match=r"llama.cpp gave no answer to /tokenize \(within 2 s\): .*timed out"):
         llama_cpp.prove(tmp_path / "x.gguf", made[-1], 1e-4)
 
 
