@@ -27,14 +27,24 @@ TWO_THETAS = {"full_attention": ROPE, "sliding_attention": {"rope_type": "defaul
 SCALED = TWO_THETAS | {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
 GEMMA = WIDE | dict(query_pre_attn_scalar=32, sliding_window=24)
 GEMMA3 = GEMMA | dict(num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
+GEMMA4 = WIDE | dict(sliding_window=24, global_head_dim=64, hidden_size_per_layer_input=32)
+GEMMA4 |= dict(num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
+EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32)
+LINEAR |= {"num_hidden_layers": 4, "rope_parameters": ROPE | {"partial_rotary_factor": 0.25}}
 RANDOM = {
     "Gemma 1": ("gemma", "Gemma", WIDE),
     "Gemma 2": ("gemma", "Gemma2", GEMMA | {"sliding_window": 4096}),
     "Gemma 2, past its window": ("gemma", "Gemma2", GEMMA),
     "Gemma 3": ("gemma", "Gemma3", GEMMA3 | {"rope_parameters": TWO_THETAS}),
     "Gemma 3, scaled": ("gemma", "Gemma3", GEMMA3 | {"rope_parameters": SCALED}),
+    "Gemma 4": ("gemma", "Gemma4", GEMMA4),
     "Qwen2": ("qwen", "Qwen2", WIDE),  # theta 10,000
+    "Qwen2-MoE": ("qwen", "Qwen2Moe", WIDE | EXPERTS | {"shared_expert_intermediate_size": 96}),
     "Qwen3": ("qwen", "Qwen3", WIDE | {"rope_parameters": ROPE}),
+    "Qwen3-MoE": ("qwen", "Qwen3Moe", WIDE | EXPERTS | {"rope_parameters": ROPE, "norm_topk_prob": True}),
+    "Qwen3.5": ("qwen", "Qwen3_5", WIDE | LINEAR),
+    "Qwen3.5-MoE": ("qwen", "Qwen3_5Moe", WIDE | LINEAR | EXPERTS | {"shared_expert_intermediate_size": 96}),
 }
 PROMPTS = {"gemma": "gemma_sft.prompt", "qwen": "qwen2_sft.prompt"}
 

@@ -54,6 +54,8 @@ ENGINES = {  # besides transformers, what gave its text from an exported folder,
     "gemma": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "onnx": "", "keras": "tokenizer.model"},
     "gemma2": GGUF_ENGINES,
     "gemma3_text": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": ""},
+    "gemma4_text": GGUF_ENGINES,
+    "gemma4_unified_text": GGUF_ENGINES,
 }
 UNTRIED_ENGINES = ("vllm",)
 UNTIED_ENGINES = ()  # of these, what runs a head of its own: vLLM refuses it, llama.cpp would drop it without a word
@@ -61,6 +63,8 @@ GGUF = {
     "gemma": Gguf("gemma", norm=1, tied=True),
     "gemma2": Gguf("gemma2", norm=1, period=2, wide=46, tied=True),
     "gemma3_text": Gguf("gemma3", norm=1, period=6, local=1e4, wide=62),
+    "gemma4_text": Gguf("gemma4", mixed=True, no_lora=("per_layer_model_proj",)),
+    "gemma4_unified_text": Gguf("gemma4", mixed=True),
 }
 GGUF_WORDS: dict[tuple[str, bool], str] = {}  # its words are not split
 CHAT_TEMPLATE = (

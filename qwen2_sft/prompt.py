@@ -48,16 +48,28 @@ MODEL_TYPES = tuple(
 GGUF_ENGINES = {"llama.cpp": "", "ollama": ""}
 ENGINES = {  # besides transformers, what gave its text from an exported folder, and the file it needs for that
     "qwen2": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "", "onnx": "", "openvino": ""},
+    "qwen2_moe": GGUF_ENGINES,
     "qwen3": GGUF_ENGINES | {"mlx": "", "ctranslate2": "", "keras": "", "onnx": "", "openvino": ""},
+    "qwen3_moe": GGUF_ENGINES,
+    "qwen3_5_text": GGUF_ENGINES,
+    "qwen3_5_moe_text": GGUF_ENGINES,
 }
 UNTRIED_ENGINES = ("vllm",)
 UNTIED_ENGINES = tuple(ENGINES["qwen2"])  # of these, what runs a head of its own: the larger Qwen have one
-GGUF = {"qwen2": Gguf("qwen2"), "qwen3": Gguf("qwen3")}
+GGUF = {
+    "qwen2": Gguf("qwen2"),
+    "qwen2_moe": Gguf("qwen2moe", own_head=True),
+    "qwen3": Gguf("qwen3"),
+    "qwen3_moe": Gguf("qwen3moe", normed=True),
+    "qwen3_5_text": Gguf("qwen35", norm=1),
+    "qwen3_5_moe_text": Gguf("qwen35moe", norm=1, normed=True),
+}
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-GGUF_WORDS = {(WORDS, False): "qwen2"}
+WORDS_35 = WORDS.replace(r"\p{L}+|", r"[\p{L}\p{M}]+|").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")  # from Qwen3.5 on
+GGUF_WORDS = {(WORDS, False): "qwen2", (WORDS_35, False): "qwen35"}
 ANSWERS = Marks(
     begin=re.compile(r"<\|im_start\|>assistant\n"),
     end=re.compile(r"<\|im_end\|>"),

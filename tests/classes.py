@@ -92,7 +92,7 @@ CLASSES = {  # class in the files: how it is made
     "Qwen2ForCausalLM": Class("qwen", without(TWO, "head_dim") | {"tie_word_embeddings": False}),
     "Qwen2MoeForCausalLM": Class("qwen", without(TWO, "head_dim") | SHARED),
     "Qwen3ForCausalLM": Class("qwen", TWO | {"tie_word_embeddings": True}),
-    "Qwen3MoeForCausalLM": Class("qwen", TWO | EXPERTS),
+    "Qwen3MoeForCausalLM": Class("qwen", TWO | EXPERTS | {"norm_topk_prob": True}),
     "Qwen3NextForCausalLM": Class("qwen", TWO | LINEAR | SHARED, packs=False, reached=False),
     "Qwen3_5ForCausalLM": Class("qwen", TWO | LINEAR_OF_35, packs=False, reached=False),
     "Qwen3_5ForConditionalGeneration": Class(

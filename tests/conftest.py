@@ -1,7 +1,9 @@
 """What the tests share: real fixtures where they are, small models made on the spot, recipes run as processes."""
 
 import gc
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +110,21 @@ def small_qwen(tmp_path_factory):
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_qwen35(tmp_path_factory, small_qwen):
+    """A folder with the tokenizer of small_qwen, its words split as from Qwen3.5 on."""
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
+
+    folder = tmp_path_factory.mktemp("small_qwen35")
+    for file in small_qwen.glob("*.json"):
+        shutil.copy(file, folder)
+    shutil.copy(small_qwen / "chat_template.jinja", folder)
+    rules = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    rules["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PRETOKENIZE_REGEX
+    (folder / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
     return folder
 
 

@@ -16,6 +16,9 @@ TWO_THETAS = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "rope_theta": 5e5}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16, linear_value_head_dim=16)
+LINEAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5}}
 FIRST = ["sliding_attention"] * 2 + ["full_attention"]
 
 
@@ -52,6 +55,37 @@ KINDS = {
         query_pre_attn_scalar=16,
         sliding_window=24,
     ),
+    "gemma4": Kind(
+        "small_gemma",
+        "gemma_sft.prompt",
+        "Gemma4",
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "partial_rotary_factor": 0.25, "sliding_window_pattern": 3},
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=6,
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
+        global_head_dim=32,
+        hidden_size_per_layer_input=32,
+        sliding_window=20,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma4_large": Kind(
+        "small_gemma",
+        "gemma_sft.prompt",
+        "Gemma4",
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "partial_rotary_factor": 0.25, "sliding_window_pattern": 2},
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_key_value_heads=2,
+        num_global_key_value_heads=1,
+        global_head_dim=32,
+        sliding_window=24,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=64,
+    ),
     "qwen2": Kind(
         "small_qwen",
         "qwen2_sft.prompt",
@@ -65,6 +99,40 @@ KINDS = {
         "Qwen3",
         {"rope_theta": 5e5, "rope_scaling": {name: value for name, value in YARN.items() if name != "rope_theta"}},
         rope_parameters=YARN,
+    ),
+    "qwen2_moe": Kind(
+        "small_qwen",
+        "qwen2_sft.prompt",
+        "Qwen2Moe",
+        {"rope_theta": 1e4},
+        **EXPERTS,
+        shared_expert_intermediate_size=96,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe": Kind(
+        "small_qwen",
+        "qwen2_sft.prompt",
+        "Qwen3Moe",
+        {"rope_theta": 1e4},
+        **EXPERTS,
+        norm_topk_prob=True,
+    ),
+    "qwen3_5": Kind(
+        "small_qwen35",
+        "qwen2_sft.prompt",
+        "Qwen3_5",
+        {"rope_theta": 3e4, "partial_rotary_factor": 0.5},
+        **LINEAR,
+        num_hidden_layers=4,
+    ),
+    "qwen3_5_moe": Kind(
+        "small_qwen35",
+        "qwen2_sft.prompt",
+        "Qwen3_5Moe",
+        {"rope_theta": 3e4, "partial_rotary_factor": 0.5},
+        **LINEAR | EXPERTS,
+        layer_types=["linear_attention", "full_attention"],
+        shared_expert_intermediate_size=96,
     ),
     "glm": Kind(
         "small_glm4",
@@ -85,17 +153,25 @@ KINDS = {
 
 def model_of(kind, tokenizer):
     """A model whose answers vary: its layers outweigh the last token, which a tied head would repeat."""
-    name = "Gemma3TextConfig" if kind.name == "Gemma3" else f"{kind.name}Config"
+    of_text = f"{kind.name}TextConfig"  # of what has towers too
+    name = of_text if hasattr(transformers, of_text) else f"{kind.name}Config"
     options = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 1024} | SIZES
     torch.manual_seed(0)
+    if kind.options.get("hidden_size_per_layer_input"):
+        options["vocab_size_per_layer_input"] = len(tokenizer)
     config = getattr(transformers, name)(**options | kind.options)
     net = getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
-    for part, weight in net.named_parameters():
-        if weight.dim() == 1:
-            weight.data += 0.3 * torch.randn_like(weight)
+    scalars = [pair for pair in net.named_buffers() if pair[0].endswith("layer_scalar")]
+    for part, weight in [*net.named_parameters(), *scalars]:
+        if weight.dim() == 1 and part.endswith("q_norm.weight") and kind.name == "Gemma4":
+            weight.data.fill_(0.25)  # its queries are not scaled: a large product would hear one id alone
+        elif weight.dim() == 1:
+            weight.data += 0.3 * torch.randn_like(weight) - (4 if "A_log" in part else 0)  # a state that lasts
         else:
-            large = part.endswith(("o_proj.weight", "down_proj.weight"))
-            weight.data.normal_(0, (8 if large else 0.3 if "embed" in part else 2) * weight.shape[-1] ** -0.5)
+            large = part.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
+            # a rounding may choose another expert: that is to change no more than roundings do
+            size = 8 if large else 0.3 if "embed" in part else 1 if "experts" in part else 2
+            weight.data.normal_(0, size * weight.shape[-1] ** -0.5)
     return net
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from common.export import folder, proof, verify
 from gemma_sft import prompt
 
 LOAD = """
-import json, os
+import json, os, subprocess, time
 
 class Net:
     def set_dtype(self, dtype):
@@ -33,6 +34,9 @@ def load(path):
     asked = json.load(open(os.environ["FALSE_ANSWERS"]))
     if "error" in asked:
         raise ValueError(asked["error"])
+    if "hangs" in asked:
+        subprocess.Popen(["sleep", "60"])  # holds the pipes too
+        time.sleep(60)
     return Net(), Tokenizer(asked.get("prompts", [ids for ids, new in asked["answers"]]))
 """
 STEP = """
@@ -144,6 +148,15 @@ def test_another_template_is_caught(gemma, run, own, answer, capsys):
     with pytest.raises(UserError, match="--verify mlx: 8 个提示的编号不同 of 8 prompts get other ids by its template"):
         check(gemma, run, "mlx")
     assert capsys.readouterr().out.count("| 否 no | 是 yes |") == 8
+
+
+def test_an_engine_that_hangs_is_stopped(gemma, run, own, answer, monkeypatch):
+    answer(own, hangs=True)
+    monkeypatch.setattr(asking, "LIMIT", 4.0)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"mlx: . 秒后仍没有回答 still has no answer from .*_merged after 4 s"):
+        check(gemma, run, "mlx")
+    assert time.monotonic() - begun < 40
 
 
 def test_an_engine_that_fails_says_why_in_one_line(gemma, run, own, answer):

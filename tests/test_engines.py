@@ -57,7 +57,9 @@ def test_transformers_reads_equal_logits_from_it(saved):
 
 
 def test_keys_that_would_change_the_positions_are_not_written(saved, monkeypatch):
-    _, _, whole = saved
+    kind, _, whole = saved
+    if kind.name == "Gemma4":
+        pytest.skip("transformers reads no older names of it")
     config = (whole / "config.json").read_text()
     monkeypatch.setattr(older, "older_names", lambda config: {"rope_scaling": {"rope_type": "linear", "factor": 3.0}})
     with pytest.raises(UserError, match="its positions would change with rope_scaling"):

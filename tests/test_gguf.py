@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import time
 
+import classes
 import gguf
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from common.elsewhere import asking
 from common.errors import UserError
-from common.export import gguf_file, gguf_tokenizer, llama_cpp, proof
+from common.export import gguf_file, gguf_tensors, gguf_tokenizer, llama_cpp, proof
 from gemma_sft import prompt as gemma_prompt
 from qwen2_sft import prompt as qwen_prompt
 
@@ -49,17 +52,22 @@ def values(file):
 def test_a_file_holds_the_model(made, tmp_path, name, rough):
     kind, prompt, expected = made
     net, file = expected.tuned.net, tmp_path / "x.gguf"
-    count = sum(parameter.numel() for parameter in net.parameters())
+    count = sum(tensor.numel() for tensor in net.state_dict().values())
+    if net.config.tie_word_embeddings and not prompt.GGUF[net.config.model_type].own_head:
+        count -= net.get_output_embeddings().weight.numel()
     verdict = gguf_file.write(net, expected, file, name, prompt)
     assert "greedy answers equal 8/8" in verdict or name != "f32"
-    tensors, found = gguf.GGUFReader(file).tensors, values(file)
+    tensors, found = [t for t in gguf.GGUFReader(file).tensors if t.name != "rope_freqs.weight"], values(file)
     assert sum(int(tensor.n_elements) for tensor in tensors) == count, "each weight once"
     wanted = gguf_file.TYPES[name]
-    assert {t.tensor_type for t in tensors if len(t.shape) > 1} == {wanted}
+    exact = {t.name for t in tensors if "gate_inp" in t.name or "conv1d" in t.name}
+    assert {t.tensor_type for t in tensors if len(t.shape) > 1 and t.name not in exact} == {wanted}
+    assert {t.tensor_type for t in tensors if t.name in exact} <= {Type.F32}
     assert {t.tensor_type for t in tensors if len(t.shape) == 1} == {Type.F32}
     arch = found["general.architecture"]
     assert found[f"{arch}.rope.freq_base"] == kind.expected["rope_theta"]
-    assert found[f"{arch}.attention.key_length"] == 16 and found[f"{arch}.attention.head_count_kv"] == 1
+    assert found[f"{arch}.attention.key_length"] == kind.options.get("global_head_dim", 16)
+    assert np.ravel(found[f"{arch}.attention.head_count_kv"])[-1] == 1
     assert found["tokenizer.chat_template"] == expected.tuned.tokenizer.chat_template
     stops = {found.get(f"tokenizer.ggml.{one}_token_id") for one in ("eos", "eot", "eom")} - {None}
     assert stops == set(expected.tuned.stop_ids)
@@ -75,16 +83,19 @@ def test_llama_cpp_gives_the_models_text(made, tmp_path, name, rough):
     assert len(set(map(tuple, expected.answers))) > 5, "the answers must tell something"
 
 
-@pytest.mark.parametrize("key", ["rope_freq_base", "layer_norm_rms_eps", "sliding_window"])
+WRONG = {"rope_freq_base": 100.0, "layer_norm_rms_eps": 0.1, "sliding_window": 3, "expert_used_count": 1}
+NEEDS = {"sliding_window": "sliding_window", "expert_used_count": "num_experts"}  # what a Kind must have
+
+
+@pytest.mark.parametrize("key", WRONG)
 def test_llama_cpp_finds_a_hyperparameter_that_is_wrong(made, tmp_path, key, monkeypatch):
     """All tensors are right there: only an answer tells."""
     pytest.importorskip("xllamacpp")
     kind, prompt, expected = made
-    if key == "sliding_window" and "sliding_window" not in kind.options:
+    if key in NEEDS and NEEDS[key] not in kind.options:
         return
     add = getattr(gguf.GGUFWriter, f"add_{key}")
-    wrong = {"rope_freq_base": 100.0, "layer_norm_rms_eps": 0.1, "sliding_window": 3}[key]
-    monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}", lambda self, value: add(self, wrong))
+    monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}", lambda self, value: add(self, WRONG[key]))
     gguf_file.write(expected.tuned.net, expected, tmp_path / "x.gguf", "f32", prompt)
     with pytest.raises(UserError, match="the exported model's greedy answer differs"):
         llama_cpp.prove(tmp_path / "x.gguf", expected, 1e-4)
@@ -109,7 +120,47 @@ def test_a_type_rounds_no_further_than_it_is_allowed_to(kind):
 def test_a_file_that_llama_cpp_does_not_open_is_named(made, tmp_path):
     pytest.importorskip("xllamacpp")
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(200))
-    with pytest.raises(UserError, match="llama.cpp does not open x.gguf: .*error"):
+    with pytest.raises(UserError, match="llama.cpp does not open x.gguf: .*[Ee]rror"):
+        llama_cpp.prove(tmp_path / "x.gguf", made[-1], 1e-4)
+
+
+HANGS = """
+import subprocess, time, sys
+subprocess.Popen(["sleep", "60"])  # holds the pipes too
+sys.stderr.write({said!r})
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [("", ".*still no answer after 2 s"), ("x\nGGML_ASSERT(a) failed\n", "GGML_ASSERT.a. failed")],
+)
+def test_a_llama_cpp_that_hangs_is_stopped(made, tmp_path, monkeypatch, said, match):
+    (tmp_path / "hangs.py").write_text(HANGS.format(said=said))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(asking, "LIMIT", 2.0)
+    monkeypatch.setattr(asking, "LLAMA_SERVER", tmp_path / "hangs.py")
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=f"llama.cpp does not open x.gguf: {match}"):
+        llama_cpp.prove(tmp_path / "x.gguf", made[-1], 1e-4)
+    assert time.monotonic() - begun < 30
+
+
+ANSWERS_NOT = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", 0))
+print(f"http://127.0.0.1:{server.getsockname()[1]}", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_llama_cpp_that_answers_no_request_is_told(made, tmp_path, monkeypatch):
+    (tmp_path / "silent.py").write_text(ANSWERS_NOT)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(asking, "LIMIT", 2.0)
+    monkeypatch.setattr(asking, "LLAMA_SERVER", tmp_path / "silent.py")
+    with pytest.raises(UserError, match=r"llama.cpp gave no answer to /tokenize \(within 2 s\): .*timed out"):
         llama_cpp.prove(tmp_path / "x.gguf", made[-1], 1e-4)
 
 
@@ -118,9 +169,13 @@ def test_a_file_that_llama_cpp_does_not_open_is_named(made, tmp_path):
 
 OTHERWISE = {
     "gemma3": {"query_pre_attn_scalar": 256, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+    "gemma4": {"vocab_size_per_layer_input": 7, "use_bidirectional_attention": "all"},
     "gemma2": {"query_pre_attn_scalar": 256, "tie_word_embeddings": False},
     "qwen2": {"layer_types": ["full_attention", "sliding_attention"]},
     "qwen3": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    "qwen2_moe": {"norm_topk_prob": True, "decoder_sparse_step": 2},
+    "qwen3_moe": {"norm_topk_prob": False, "mlp_only_layers": [0]},
+    "qwen3_5": {"linear_value_head_dim": 8, "layer_types": ["full_attention", "linear_attention"]},
 }
 
 
@@ -215,6 +270,24 @@ def test_a_run_is_exported_as_one_file(gemma, run, tmp_path, capsys):
         )
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Qwen3_5ForConditionalGeneration", "Gemma4ForConditionalGeneration"],
+)
+def test_a_run_on_a_class_is_exported_and_asked(name, tmp_path, capsys):
+    """As in plain use: train.py, export.py, and export.py --verify."""
+    checkpoint = classes.Checkpoint(name, tmp_path / "base")
+    run = checkpoint.train(tmp_path, "--max_steps", 3)
+    flags = ["--model_save_dir", str(run), "--path_model_pretrain", str(tmp_path / "base")]
+    checkpoint.recipe("export").main([*flags, "--format", "gguf", "--gguf_type", "f32"])
+    printed = capsys.readouterr().out
+    assert f"llama-cli -m {run}_gguf/out_gguf.gguf" in printed
+    if llama_cpp.installed():
+        assert "llama.cpp: 200 段文字的编号一致 texts give the same ids" in printed
+        checkpoint.recipe("export").main([*flags, "--verify", "llama.cpp"])
+        assert "texts give the same ids, 贪心回答一致 greedy answers equal" in capsys.readouterr().out
+
+
 def test_an_adapter_is_exported_alone(gemma, run, tmp_path, capsys):
     flags = ["--model_save_dir", str(run), "--format", "gguf-lora", "--output_dir", str(tmp_path / "a")]
     gemma.recipe("export").main(flags)
@@ -225,6 +298,35 @@ def test_an_adapter_is_exported_alone(gemma, run, tmp_path, capsys):
     assert np.array_equal(tensors["blk.1.attn_v.weight.lora_b"], own[one].numpy()) and torch.any(own[one])
     assert values(tmp_path / "a/a.gguf")["adapter.lora.alpha"] == 32
     assert "--lora" in capsys.readouterr().out
+
+
+def test_an_adapter_that_llama_cpp_leaves_out_is_refused(tmp_path):
+    checkpoint = classes.Checkpoint("Gemma4ForCausalLM", tmp_path / "base")
+    run = checkpoint.train(tmp_path, "--max_steps", 1, "--target_modules", "q_proj,per_layer_model_projection")
+    flags = ["--model_save_dir", str(run), "--path_model_pretrain", str(tmp_path / "base"), "--format", "gguf-lora"]
+    with pytest.raises(UserError, match="llama.cpp adds no adapter to per_layer_model_proj; use --format gguf"):
+        checkpoint.recipe("export").main(flags)
+
+
+def test_an_adapter_has_the_order_of_the_file_it_belongs_to(tmp_path):
+    """Linear attention: llama.cpp has other rows and columns than the model where its value heads are."""
+    checkpoint = classes.Checkpoint("Qwen3_5ForCausalLM", tmp_path / "base")
+    run = checkpoint.train(tmp_path, "--max_steps", 2)
+    flags = ["--model_save_dir", str(run), "--path_model_pretrain", str(tmp_path / "base")]
+    for more in (["--format", "gguf", "--gguf_type", "f32"], ["--format", "gguf-lora"]):
+        checkpoint.recipe("export").main([*flags, *more])
+    base = dict(gguf_tensors.parts(checkpoint.whole, qwen_prompt.GGUF["qwen3_5_text"]))
+    (merged, adapter) = (
+        {tensor.name: tensor.data for tensor in gguf.GGUFReader(f"{run}_{end}/out_{end}.gguf").tensors}
+        for end in ("gguf", "lora_gguf")
+    )
+    halves = {name.removesuffix(".lora_a") for name in adapter if name.endswith(".lora_a")}
+    assert {"blk.0.attn_qkv.weight", "blk.0.ssm_out.weight", "blk.0.ssm_beta.weight", "blk.1.attn_q.weight"} <= halves
+    config = json.loads((run / "adapter_config.json").read_text())
+    for name in halves:
+        change = adapter[f"{name}.lora_b"] @ adapter[f"{name}.lora_a"] * (config["lora_alpha"] / config["r"])
+        assert np.abs(change).max() > 1e-3, name
+        assert np.allclose(base[name].make() + change, merged[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,11 @@ class Gguf(NamedTuple):
     period: int = 0  # every n-th layer sees the whole text, the others a window; 0: there are no windows
     local: float = 0.0  # rope_theta of layers with a window; 0: the others'
     wide: int = 0  # layers of the size whose queries are scaled by (hidden_size / heads) ** -0.5; 0: of none
+    mixed: bool = False  # heads, windows and shared keys are said of each layer, and rope_freqs is a tensor
     tied: bool = False  # the head is always the embeddings
+    own_head: bool = False  # the head is a tensor of its own, also where the model's is the embeddings
+    no_lora: tuple[str, ...] = ()  # tensors that are multiplied without their adapters
+    normed: bool = False  # the weights of a token's experts are made to add up to 1
 
 
 class Family(Protocol):

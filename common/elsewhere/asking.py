@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +17,8 @@ from typing import NamedTuple
 from common.errors import UserError
 
 CHILD = Path(__file__).with_name("engine_child.py")
+LLAMA_SERVER = Path(__file__).with_name("llama_server.py")
+LIMIT, BYTES_A_SECOND = 600.0, 2e6  # seconds to answer in, and how many bytes of weights give it another
 REMEDY = "给出装有该引擎的 Python give the Python that has the engine"
 
 
@@ -70,19 +75,49 @@ def ask(engine: str, folder: Path, questions: Questions, python: str = sys.execu
     """What `engine` makes of the model in `folder`, in float32; UserError with its last line where it fails.
 
     python: an interpreter that has the engine. An engine that has a format of its own gets it in a temporary folder.
+    UserError too where it does not answer within `limit_for` the folder.
     """
+    limit = limit_for(sum(file.stat().st_size for file in folder.iterdir()))
     with tempfile.TemporaryDirectory(prefix="engine-") as scratch:
         words = [python, str(CHILD), engine, str(folder), scratch]
         try:
-            done = subprocess.run(
-                words, input=json.dumps(questions._asdict()), capture_output=True, encoding="utf-8", errors="replace"
-            )
+            code, out, said = _run(words, json.dumps(questions._asdict()), limit)
         except OSError as problem:
             raise UserError(f"{engine}: {python} 不能运行 cannot be run: {problem.strerror}; {REMEDY}") from None
-    if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise UserError(f"{engine} 不能回答 cannot answer from {folder}: {said[-1][:300]}")
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"versions"')]  # an engine may print too
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"{engine}: {limit:.0f} 秒后仍没有回答 still has no answer from {folder} after {limit:.0f} s, and was "
+                "stopped; ask another engine, or try again with fewer processes beside it"
+            ) from None
+    if code:
+        lines = [line.strip() for line in said.splitlines() if line.strip()] or [f"exit code {code}"]
+        raise UserError(f"{engine} 不能回答 cannot answer from {folder}: {lines[-1][:300]}")
+    lines = [line for line in out.splitlines() if line.startswith('{"versions"')]  # an engine may print too
     if not lines:
         raise UserError(f"{engine}: {python} 没有回答 gave no answer, is it a Python? {REMEDY}")
     return Found(**json.loads(lines[-1]))
+
+
+def limit_for(size: int) -> float:
+    """Seconds within which an engine has to answer about weights of so many bytes: many more than it needs."""
+    return LIMIT + size / BYTES_A_SECOND
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process that was started in a session of its own, and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _run(words: Sequence[str], given: str, limit: float) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command; TimeoutExpired after `limit` seconds. It is ended in any case."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        words, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace", start_new_session=True
+    ) as process:
+        try:
+            out, said = process.communicate(given, timeout=limit)
+        finally:
+            stop(process)
+    return process.returncode, out, said

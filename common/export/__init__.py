@@ -5,9 +5,9 @@ merging      the adapter added to the base's weights
 folder       the place, what is written there, reloaded and compared before it is put in place
 older        what readers older than transformers 5 need beside that: rope keys, template, tokenizer.model
 gguf_tokenizer  the tokenizer as llama.cpp reads one
+gguf_tensors  the weights as llama.cpp's tensors, and back
 gguf_file    a whole model as one GGUF file
 gguf_adapter  the adapter alone
-llama_server  llama.cpp in a process of its own
 llama_cpp    that file asked in llama.cpp itself, where it is installed
 engines      which engines run it, by which commands
 verify       --verify: an engine or a server asked, and compared with the run

@@ -96,8 +96,7 @@ def check_format(tuned: Tuned, cfg: SFTConfig, flags: ExportFlags, prompt: Famil
     config = causal_of(tuned.net).config
     if flags.format == "gguf":
         return gguf_file.check_all(config, tuned, prompt)
-    gguf_file.check(config, prompt)
-    gguf_adapter.check(tuned, Path(cfg.model_save_dir))
+    gguf_adapter.check(tuned, Path(cfg.model_save_dir), gguf_file.check(config, prompt))
 
 
 def _check_flags(cfg: SFTConfig, flags: ExportFlags) -> None:

@@ -11,20 +11,27 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.export import gguf_file
+from common.export.gguf_tensors import ARCHS, axis_of_heads, label_of, order_of_heads
 from common.model.adapter import config_of
 from common.model.layers import causal_of
 from common.model.weights import adapter_file
 
 if TYPE_CHECKING:
-    from common.conversation.family import Family
+    from transformers import PreTrainedConfig
+
+    from common.conversation.family import Family, Gguf
     from common.export.proof import Tuned
 
 PREFIX = "base_model.model."
 HALVES = {".lora_A.weight": ".weight.lora_a", ".lora_B.weight": ".weight.lora_b"}  # peft's names: llama.cpp's
+SHARED = {".lora_A.weight": 1, ".lora_B.weight": 0}  # the axis that a half has in common with its weight
 
 
-def check(tuned: Tuned, run: Path) -> None:
-    """UserError where the run in the folder `run` has no adapter, or one that is more than LoRA on linear layers."""
+def check(tuned: Tuned, run: Path, kind: Gguf) -> None:
+    """UserError where the run in the folder `run` has no adapter, or one that llama.cpp would not add as it is.
+
+    kind: of the base.
+    """
     if not tuned.rank:
         raise UserError("--format gguf-lora: 这个训练没有适配器 the run has no adapter: use --format gguf")
     config = config_of(run)
@@ -34,14 +41,20 @@ def check(tuned: Tuned, run: Path) -> None:
             "--format gguf-lora: 适配器不只是线性层上的 LoRA the adapter is more than LoRA on linear layers: "
             f"{', '.join(reasons)}; use --format gguf"
         )
+    labels = {label.partition(".weight.")[0] for label in _tensors(run, kind, causal_of(tuned.net).config)}
+    if without := sorted(labels.intersection(kind.no_lora)):
+        raise UserError(
+            f"--format gguf-lora: llama.cpp 不加这里的适配器 llama.cpp adds no adapter to {', '.join(without)}; "
+            "use --format gguf"
+        )
 
 
 def write(tuned: Tuned, run: Path, file: Path, name: str, prompt: Family) -> str:
     """Write the adapter in the folder `run` as weights of the type `name`, read it back; the verdict in words."""
     model, config, kind = causal_of(tuned.net).config, config_of(run), gguf_file.TYPES[name]
-    arch = gguf_file.check(model, prompt).arch
-    tensors = _tensors(run, arch, model.num_hidden_layers)
-    writer = gguf.GGUFWriter(file, arch)
+    model_kind = gguf_file.check(model, prompt)
+    tensors = _tensors(run, model_kind, model)
+    writer = gguf.GGUFWriter(file, model_kind.arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     # llama.cpp's scale is alpha / rank; rsLoRA's is alpha / sqrt(rank)
@@ -62,13 +75,13 @@ def write(tuned: Tuned, run: Path, file: Path, name: str, prompt: Family) -> str
     return "张量一致 tensors are equal; 没有问 llama.cpp was not asked: it needs a GGUF of the base"
 
 
-def _tensors(run: Path, arch: str, layers: int) -> dict[str, np.ndarray]:
+def _tensors(run: Path, kind: Gguf, config: PreTrainedConfig) -> dict[str, np.ndarray]:
     """{llama.cpp's name: fp32 values [rank, in] or [out, rank]} of the adapter in the folder `run`."""
-    names, found = gguf.get_tensor_name_map(gguf_file.ARCHS[arch], layers), {}
+    names, found = gguf.get_tensor_name_map(ARCHS[kind.arch], config.num_hidden_layers), {}
     for name, tensor in load_file(adapter_file(run)).items():
-        half = next((half for half in HALVES if name.endswith(half)), "")
-        label = names.get_name(name.removeprefix(PREFIX).removesuffix(half)) if half else None
-        if label is None:
-            raise UserError(f"--format gguf-lora: llama.cpp 没有 llama.cpp has no tensor {name} in {arch}")
-        found[label + HALVES[half]] = tensor.float().numpy()
+        half = next(half for half in HALVES if name.endswith(half))
+        label = label_of(name.removeprefix(PREFIX).removesuffix(half), names, kind)
+        if (axis := axis_of_heads(config, label)) == SHARED[half]:
+            tensor = tensor.index_select(axis, order_of_heads(config, label, tensor.shape[axis]))
+        found[label.removesuffix(".weight") + HALVES[half]] = tensor.float().numpy()
     return found

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as Type
 
 from common.errors import UserError
 from common.export import gguf_tokenizer, older, proof
+from common.export.gguf_tensors import Part, head_sizes, of_layers, parts
 from common.export.proof import say
 
 if TYPE_CHECKING:
@@ -29,7 +30,31 @@ TYPES = {"f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "f32": Type.F32}
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "f32": "ALL_F32"}
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.int8, "f32": torch.float32}
 BLOCK = 32  # values that share a scale in q8_0
-ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+WHOLE = tuple(f"{one}.weight" for one in ("_norm", "ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d"))  # always fp32
+SIZES = {  # what a config may say: gguf.GGUFWriter writes it by add_ and this
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "head_count",
+    "num_key_value_heads": "head_count_kv",
+    "rms_norm_eps": "layer_norm_rms_eps",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "num_experts": "expert_count",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "linear_conv_kernel_dim": "ssm_conv_kernel",
+    "linear_key_head_dim": "ssm_state_size",
+    "linear_num_key_heads": "ssm_group_count",
+    "linear_num_value_heads": "ssm_time_step_rank",
+    "top_k_experts": "expert_used_count",
+}
+ROPE = set("rope_type rope_theta factor partial_rotary_factor original_max_position_embeddings".split())
+ROPE |= {"mrope_section", "mrope_interleaved"}
+LINEAR, SLIDING = "linear_attention", "sliding_attention"
 
 
 def check(config: PreTrainedConfig, prompt: Family) -> Gguf:
@@ -56,21 +81,35 @@ def _otherwise(config: dict[str, Any], kind: Gguf) -> Iterator[str]:
     """What of a config llama.cpp does not read from a file of this kind."""
     scalar, heads = config.get("query_pre_attn_scalar"), config["num_attention_heads"]
     wide = config["num_hidden_layers"] == kind.wide
-    if scalar is not None and scalar != (config["hidden_size"] // heads if wide else _head_size(config)):
+    if scalar is not None and scalar != (config["hidden_size"] // heads if wide else head_sizes(config)[1]):
         yield f"query_pre_attn_scalar {scalar}"
-    if "sliding_attention" in (config.get("layer_types") or []) and not (kind.period and older.sliding_period(config)):
-        yield f"layer_types {config['layer_types']}"
-    rope = config.get("rope_parameters") or {}
-    scaling = rope.get("full_attention", rope).get("rope_type", "default")
-    more = rope.get("full_attention", rope).keys() - {"rope_type", "rope_theta", "factor", "partial_rotary_factor"}
-    if scaling not in ("default", "linear", "yarn") or more - {"original_max_position_embeddings"}:
-        yield f"rope_parameters {rope}"
-    if rope.get("sliding_attention", {}).get("rope_type", "default") != "default":
-        yield f"rope_parameters {rope}"
+    types = config.get("layer_types") or []
+    windows = kind.mixed or (kind.period and older.sliding_period(config))
+    if (SLIDING in types and not windows) or (LINEAR in types and not older.sliding_period(config, LINEAR)):
+        yield f"layer_types {types}"
+    if _turns_otherwise(config.get("rope_parameters") or {}, kind):
+        yield f"rope_parameters {config['rope_parameters']}"
     if kind.tied and not config["tie_word_embeddings"]:
         yield "tie_word_embeddings false"
-    if config.get("use_bidirectional_attention"):
-        yield "use_bidirectional_attention true"
+    if config.get("use_bidirectional_attention") not in (None, False, "vision"):  # vision: text is read as ever
+        yield f"use_bidirectional_attention {config['use_bidirectional_attention']}"
+    known = {"norm_topk_prob": kind.normed, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    known["linear_value_head_dim"] = config.get("linear_key_head_dim")
+    if config.get("hidden_size_per_layer_input"):
+        known["vocab_size_per_layer_input"] = config["vocab_size"]
+    for name, value in known.items():
+        if config.get(name, value) != value:
+            yield f"{name} {config[name]}"
+
+
+def _turns_otherwise(rope: dict[str, Any], kind: Gguf) -> bool:
+    """Whether positions are told otherwise than llama.cpp does."""
+    whole, local = rope.get("full_attention", rope), rope.get(SLIDING, {})
+    if local.get("rope_type", "default") != "default" or "partial_rotary_factor" in local:
+        return True
+    known = ROPE - {"factor"} if kind.mixed else ROPE
+    types = ("default", "proportional") if kind.mixed else ("default", "linear", "yarn")
+    return whole.get("rope_type", "default") not in types or bool(whole.keys() - known)
 
 
 def write(whole: PreTrainedModel, expected: Expected, file: Path, name: str, prompt: Family) -> str:
@@ -86,49 +125,82 @@ def write(whole: PreTrainedModel, expected: Expected, file: Path, name: str, pro
     writer.add_name(file.stem)
     _add_shape(writer, whole.config.to_dict(), kind)
     _add_tokenizer(writer, whole, tuned, prompt)
-    tensors = dict(_tensors(whole, kind))
-    types = {label: _type(label, tensor, TYPES[name]) for label, (tensor, _) in tensors.items()}
-    for label, (tensor, _) in tensors.items():
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[label])
-        plain = {Type.F32: np.float32, Type.F16: np.float16}.get(types[label])
-        size = int(np.prod(shape))
-        dtype, shape = (np.dtype(plain), tuple(tensor.shape)) if plain else (np.dtype(np.uint8), shape)
-        writer.add_tensor_info(label, shape, dtype, size, raw_dtype=types[label])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for label, (tensor, shift) in tensors.items():
-        writer.write_tensor_data(gguf.quants.quantize(tensor.float().cpu().numpy() + np.float32(shift), types[label]))
-    writer.close()
+    tensors = dict(parts(whole, kind))
+    _write_tensors(writer, tensors, TYPES[name])
     say("读回 reading back: 与训练后的模型比较 and comparing with the tuned model")
     _read_back(file, tensors)
     return proof.compare(whole, expected, DTYPES[name])
 
 
+def _write_tensors(writer: gguf.GGUFWriter, tensors: dict[str, Part], wanted: Type) -> None:
+    """Write one tensor after the other, each as the type `wanted` where it can be."""
+    types = {label: _type(label, part.of, wanted) for label, part in tensors.items()}
+    for label, part in tensors.items():
+        shape = gguf.quant_shape_to_byte_shape(part.of.shape, types[label])
+        plain = {Type.F32: np.float32, Type.F16: np.float16}.get(types[label])
+        size = int(np.prod(shape))
+        dtype, shape = (np.dtype(plain), tuple(part.of.shape)) if plain else (np.dtype(np.uint8), shape)
+        writer.add_tensor_info(label, shape, dtype, size, raw_dtype=types[label])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for label, part in tensors.items():
+        writer.write_tensor_data(gguf.quants.quantize(part.make(), types[label]))
+    writer.close()
+
+
 def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], kind: Gguf) -> None:
     """Write sizes, positions and windows of a model."""
-    head = _head_size(config)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    head, head_of_window = head_sizes(config)
+    sizes = config | _sizes_of_layers(config) if kind.mixed else config
+    for name, label in SIZES.items():
+        if sizes.get(name):
+            getattr(writer, f"add_{label}")(sizes[name])
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
-    _add_rope(writer, rope.get("full_attention", rope), head)
+    if kind.mixed:
+        _add_layers(writer, config, head_of_window)
+    else:
+        _add_rope(writer, rope.get("full_attention", rope), head)
+    if LINEAR in (config.get("layer_types") or []):
+        writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+        writer.add_full_attention_interval(older.sliding_period(config, LINEAR))
+        # pairs that turn by each axis of a picture, which in a text are all one
+        pairs = int(head * rope.get("partial_rotary_factor", 1)) // 2
+        thirds = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]
+        writer.add_rope_dimension_sections([*rope.get("mrope_section", thirds), 0])
     if kind.period and config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
         if (period := older.sliding_period(config)) != kind.period:
             writer.add_sliding_window_pattern(period)
-        local = rope.get("sliding_attention", rope)["rope_theta"]
+        local = rope.get(SLIDING, rope)["rope_theta"]
         if local != (kind.local or rope.get("full_attention", rope)["rope_theta"]):
             writer.add_rope_freq_base_swa(local)
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if config.get(cap):
-            getattr(writer, f"add_{cap}")(config[cap])
+
+
+def _add_layers(writer: gguf.GGUFWriter, config: dict[str, Any], head_of_window: int) -> None:
+    """Write what differs by layer: windows, heads, positions, and who reads the keys of an earlier layer."""
+    writer.add_shared_kv_layers(config.get("num_kv_shared_layers") or 0)
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern([kind == SLIDING for kind in config["layer_types"]])
+    writer.add_embedding_length_per_layer_input(config.get("hidden_size_per_layer_input") or 0)
+    writer.add_key_length_swa(head_of_window)
+    writer.add_value_length_swa(head_of_window)
+    writer.add_rope_dimension_count_swa(head_of_window)
+    writer.add_rope_freq_base_swa(config["rope_parameters"][SLIDING]["rope_theta"])
+    writer.add_rope_dimension_count(head_sizes(config)[0])
+    writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
+
+
+def _sizes_of_layers(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Those of SIZES that are one number a layer."""
+    wide = config["num_kv_shared_layers"] if config.get("use_double_wide_mlp") else 0
+    size, heads = config["intermediate_size"], config["num_key_value_heads"]
+    return {
+        "num_key_value_heads": of_layers(config, "num_key_value_heads", heads),
+        "intermediate_size": [size] * (config["num_hidden_layers"] - wide) + [2 * size] * wide,
+    }
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head: int) -> None:
@@ -154,37 +226,24 @@ def _add_tokenizer(writer: gguf.GGUFWriter, whole: PreTrainedModel, tuned: Tuned
     gguf_tokenizer.add(writer, words, tuned.tokenizer, tuned.stop_ids, begins)
 
 
-def _tensors(whole: PreTrainedModel, kind: Gguf) -> Iterator[tuple[str, tuple[torch.Tensor, float]]]:
-    """(llama.cpp's name, (the model's tensor, what is added to it)) of each tensor; a tied head is not written."""
-    names = gguf.get_tensor_name_map(ARCHS[kind.arch], whole.config.num_hidden_layers)
-    head = whole.get_output_embeddings()
-    for name, tensor in whole.state_dict().items():
-        if whole.config.tie_word_embeddings and whole.get_submodule(name.rpartition(".")[0]) is head:
-            continue
-        label = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if label is None:
-            raise UserError(f"--format gguf: llama.cpp 没有 llama.cpp has no tensor {name} in {kind.arch}")
-        yield label, (tensor, kind.norm if label.endswith("norm.weight") else 0.0)
-
-
 def _type(label: str, tensor: torch.Tensor, wanted: Type) -> Type:
-    """The type a tensor is written in: norms and biases whole, rows that fit no block in f16."""
-    if tensor.dim() == 1 or label.endswith("_norm.weight"):
+    """The type a tensor is written in: norms, biases and routers whole, rows that fit no block in f16."""
+    if tensor.dim() == 1 or label.endswith(WHOLE):
         return Type.F32
     return Type.F16 if wanted == Type.Q8_0 and tensor.shape[-1] % BLOCK else wanted
 
 
-def _read_back(file: Path, tensors: dict[str, tuple[torch.Tensor, float]]) -> None:
+def _read_back(file: Path, tensors: dict[str, Part]) -> None:
     """Put the file's tensors in place of those they were made of; UserError where one is lost or further off."""
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     if found.keys() != tensors.keys():
         raise UserError(f"{file.name}: 张量不全 tensors are lost: {sorted(found.keys() ^ tensors.keys())[:3]}")
-    for label, (tensor, shift) in tensors.items():
-        read = gguf.quants.dequantize(found[label].data, found[label].tensor_type).reshape(tuple(tensor.shape))
-        source = tensor.float().cpu().numpy() + np.float32(shift)
+    for label, part in tensors.items():
+        source = part.make()
+        read = gguf.quants.dequantize(found[label].data, found[label].tensor_type).reshape(source.shape)
         if not (np.abs(read - source) <= rounding(source, found[label].tensor_type)).all():
             raise UserError(f"{file.name}: {label} 与写入的不同 differs from what was written; try --gguf_type f32")
-        tensor.copy_(torch.from_numpy(read - np.float32(shift)))
+        part.put_back(read)
 
 
 def rounding(source: np.ndarray, kind: Type) -> np.ndarray:
@@ -198,7 +257,3 @@ def rounding(source: np.ndarray, kind: Type) -> np.ndarray:
             size.shape
         )
     return size * 2.0 ** (-11 if kind == Type.F16 else -8) + 2.0**-25
-
-
-def _head_size(config: dict[str, Any]) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unicodedata
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.elsewhere import asking
 from common.errors import UserError
 from common.export import proof
 
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 Ask = Callable[[str, dict[str, Any]], dict[str, Any]]
 PACKAGE = "xllamacpp"
 TEXTS = 200
+FAULT = re.compile("error|assert", re.IGNORECASE)  # in a line of its log
 AWKWARD = (
     *(
         "  两个空格  ",
@@ -131,27 +136,41 @@ def _check_template(ask: Ask, tuned: Tuned) -> None:
 @contextmanager
 def _served(file: Path, context: int) -> Iterator[Ask]:
     """A function that asks a llama.cpp server with the file, by path and body; UserError where it does not open."""
-    words = [sys.executable, Path(__file__).with_name("llama_server.py"), file, context, torch.get_num_threads()]
-    pipe = subprocess.PIPE
+    words = [sys.executable, asking.LLAMA_SERVER, file, context, torch.get_num_threads()]
+    pipe, limit = subprocess.PIPE, asking.limit_for(file.stat().st_size)
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        server = subprocess.Popen([str(word) for word in words], stdin=pipe, stdout=pipe, stderr=log, text=True)
+        server = subprocess.Popen(
+            [str(word) for word in words], stdin=pipe, stdout=pipe, stderr=log, text=True, start_new_session=True
+        )
         assert server.stdin and server.stdout
+        begun, late = time.monotonic(), threading.Timer(limit, asking.stop, [server])
+        late.start()  # stopped, it ends the reading of its output
         try:
             address = next((line.strip() for line in server.stdout if line.startswith("http")), "")
             if not address:
                 log.seek(0)
-                said = [line for line in log.read().splitlines() if "error" in line.lower()] or [""]
-                raise UserError(f"llama.cpp 打不开 llama.cpp does not open {file.name}: {said[0][:300]}")
-            yield partial(_ask, address)
+                said = [line for line in log.read().splitlines() if FAULT.search(line)]
+                if time.monotonic() - begun >= limit:
+                    said.append(f"{limit:.0f} 秒后仍没有回答 still no answer after {limit:.0f} s")
+                raise UserError(f"llama.cpp 打不开 llama.cpp does not open {file.name}: {''.join(said[:1])[:300]}")
+            late.cancel()
+            yield partial(_ask, address, limit)
         finally:
+            late.cancel()
             server.stdin.close()
-            server.kill()
-            server.wait()
+            asking.stop(server)
             server.stdout.close()
 
 
-def _ask(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def _ask(address: str, limit: float, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What the server says; UserError where it is gone, or says nothing for `limit` seconds."""
     head = {"Content-Type": "application/json"}
     request = urllib.request.Request(address + path, json.dumps(body).encode(), head)
-    with urllib.request.urlopen(request, timeout=600) as response:
-        return json.load(response)
+    try:
+        with urllib.request.urlopen(request, timeout=limit) as response:
+            return json.load(response)
+    except OSError as problem:
+        raise UserError(
+            f"llama.cpp 没有回答 llama.cpp gave no answer to {path} (within {limit:.0f} s): {problem}; nothing was "
+            "written; export as safetensors, without --format"
+        ) from None

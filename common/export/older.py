@@ -67,10 +67,10 @@ def older_names(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def sliding_period(config: dict[str, Any]) -> int:
-    """n where every n-th layer sees the whole text and the others a window; 0 where `layer_types` are otherwise."""
+def sliding_period(config: dict[str, Any], other: str = "sliding_attention") -> int:
+    """n where every n-th layer sees the whole text and the others are `other`; 0 where `layer_types` are otherwise."""
     kinds = config.get("layer_types") or []
-    windows = [kind == "sliding_attention" for kind in kinds]
+    windows = [kind == other for kind in kinds]
     for period in range(2, len(kinds) + 2):
         if windows == [bool((number + 1) % period) for number in range(len(kinds))]:
             return period

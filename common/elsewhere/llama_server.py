@@ -1,6 +1,6 @@
-"""A llama.cpp server in a process of its own, where a fault of its library ends nothing else; run by `llama_cpp`.
+"""A llama.cpp server in a process of its own, where a fault of its library ends nothing else; which is asked over HTTP.
 
-python common/export/llama_server.py FILE CONTEXT THREADS: prints its address, and ends when its input does.
+python common/elsewhere/llama_server.py FILE CONTEXT THREADS: prints its address, and ends when its input does.
 """
 
 from __future__ import annotations
