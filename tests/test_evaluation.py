@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -423,6 +424,13 @@ def test_unreadable_rows_are_reported(mixed, capsys):
     shown = [line for line in capsys.readouterr().out.splitlines() if "not scored" in line]
     assert [line.split("mixed.jsonl:")[1].split(":")[0] for line in shown] == ["3", "7", "12"]
     assert "question" in shown[1]
+
+
+def test_a_run_without_a_held_out_file_is_named(tmp_path):
+    """As every run on data of one's own, whose validation rows were scored after the training."""
+    (tmp_path / "run_manifest.json").write_text(json.dumps({"config": {"eval_data_path": []}, "base": {"path": "b"}}))
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}: .*give a held-out file by --data_path"):
+        chosen("--model_save_dir", tmp_path)
 
 
 @pytest.mark.parametrize("read", ["evaluation.py", "train.py"])

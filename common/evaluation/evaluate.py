@@ -85,9 +85,8 @@ def rows_to_score(cfg: SFTConfig, limit: int) -> HeldOut:
         show_files(specs)
     rows = _read(cfg, specs, limit)
     if not rows:
-        raise UserError(
-            f"{' '.join(specs)}: 没有可评估的数据 there is no row to score; give a held-out file by --data_path"
-        )
+        where = " ".join(specs) or cfg.model_save_dir  # a run on data of one's own has no held-out file
+        raise UserError(f"{where}: 没有可评估的数据 there is no row to score; give a held-out file by --data_path")
     return rows
 
 
