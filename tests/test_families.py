@@ -112,6 +112,12 @@ def test_plain_peft_gives_our_logits_in_another_process(family, trained, answer,
     assert (ours - untuned).abs().max() > 1e-4, "the adapter must do something"
 
 
+def test_the_lines_of_the_card_load_the_run_in_another_process(trained, warm):
+    lines = re.search("```python\n(.*?)```", (trained[0] / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    status, _, errors = warm.run(["-c", lines], ROOT)
+    assert status == 0, errors
+
+
 QUESTIONS = [
     [Turn("user", "1+1")],
     [Turn("user", "问" * 40)],

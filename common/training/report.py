@@ -47,7 +47,7 @@ def leave(
     with run.told_when_full(work.folder):
         curve.draw(work.folder)
         files.write_json(work.folder / "all_results.json", results)
-        write_card(work, results)
+        write_card(work, results, net)
         run.finish(work, results)
     print(f"部署 serving: {results['serving']}")
     print(f"完成 done: 模型与记录在 model and records in {work.folder}")
@@ -75,7 +75,7 @@ def compare(
 
     context = context_of(cfg.base)
     answer = Answerer(quicken(net.eval()), tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, untuned, context)
-    write_card(work, evaluate.compare(answer, rows, cfg, apart=not cfg.eval_data_path))
+    write_card(work, evaluate.compare(answer, rows, cfg, apart=not cfg.eval_data_path), net)
 
 
 def serving(net: PreTrainedModel | PeftModel) -> str:
@@ -88,7 +88,7 @@ def serving(net: PreTrainedModel | PeftModel) -> str:
     return "只有线性层的 LoRA, an engine that takes LoRA for this model can serve it beside its base"
 
 
-def write_card(work: run.Run, results: dict[str, Any]) -> None:
+def write_card(work: run.Run, results: dict[str, Any], net: PreTrainedModel | PeftModel) -> None:
     """README.md: what was trained, how to load it, on what, and how it scores."""
     manifest, base = work.manifest, work.manifest["base"]["path"]
     knobs = manifest["config"]
@@ -101,7 +101,7 @@ pipeline_tag: text-generation
 # {_title(knobs)} `{base}`
 
 ```python
-{_loading(knobs, base, work.folder)}
+{_loading(knobs, base, work.folder, type(net.config))}
 ```
 
 Serving: {results["serving"]}.
@@ -151,8 +151,8 @@ def _title(knobs: dict[str, Any]) -> str:
     }[knobs["tuning"]]
 
 
-def _loading(knobs: dict[str, Any], base: str, folder: Path) -> str:
-    """The lines of Python that load what was saved."""
+def _loading(knobs: dict[str, Any], base: str, folder: Path, config: type) -> str:
+    """The lines of Python that load what was saved; config: the class of the model's configuration."""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     source = base
     options = ""
@@ -171,6 +171,9 @@ def _loading(knobs: dict[str, Any], base: str, folder: Path) -> str:
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{source}"{options})']
     if knobs["tuning"] in LORA:
         lines += [f'model = PeftModel.from_pretrained(model, "{folder}")']
+    package = config.__module__.rpartition(".")[0]
+    if not package.startswith("transformers."):
+        lines.insert(0, f"import {package}  # of this project, run in its folder: transformers does not know the model")
     return "\n".join(lines)
 
 
