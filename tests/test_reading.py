@@ -493,6 +493,13 @@ def test_rows_in_a_list_inside_an_object_are_not_lost(tmp_path):
     assert line == 1 and "the rows are in data: write that list alone" in reason
 
 
+def test_a_file_of_thousands_of_keys_is_named_in_a_line(tmp_path):
+    """As a dict of questions and answers is written by json.dump."""
+    ((_, reason),) = read(write(tmp_path, "a.json", json.dumps({f"问{n}\n？" * 30: "答" for n in range(3000)})))[1]
+    assert "unknown keys: 问0 ？问0" in reason and "+… (3000)" in reason
+    assert len(reason) < 800 and "\n" not in reason
+
+
 def test_what_is_nested_too_deeply_is_named(tmp_path):
     deep = "[" * 99_999
     with pytest.raises(UserError, match="a.json:1: .*nested too deeply"):
@@ -587,6 +594,7 @@ def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, 
         ("a.csv", "// 第一批\nquestion,answer\n".encode(), ["comment line", "//"]),
         ("a.json", f"# 第一批\n[{QA}]".encode(), ["comment line", "#"]),
         ("a.csv", "问,答\n再问,再答\n".encode(), [":1: ", "only unknown keys", "问, 答", "instruction,output"]),
+        ("a.csv", '问,"一行\n二行"\n再问,再答\n'.encode(), [":1: ", "only unknown keys", "问, 一行 二行;"]),
         ("a.csv", "# 第一批\nquestion,answer\n".encode(), [":1: ", "only unknown keys", "# 第一批"]),
         (
             "a.csv",

@@ -180,7 +180,9 @@ def _asks(row: Row) -> bool:
 
 
 def _names(keys: Iterable[str]) -> str:
-    return "+".join(sorted(map(str, keys)))
+    """The keys in a line that can be read, whatever a file has for keys: a text each, or thousands of them."""
+    names = [" ".join(key.split())[:NAME] for key in sorted(map(str, keys))]
+    return "+".join(names) if len(names) <= NAMES else f"{'+'.join(names[:NAMES])}+… ({len(names)})"
 
 
 def _opening(row: Fields) -> list[Turn]:
@@ -290,4 +292,5 @@ READERS = SHAPES | TEXT_SHAPES
 ASKING = {"instruction", "instruct", "input", "query", "question", "prompt", "content", "history"}
 BESIDE_TEXT = set("label labels summary output answer target completion role from".split())  # keys that it belongs to
 OF_ROWS = set("data rows train test validation dev examples items records".split())  # keys of a whole file
+NAMES, NAME = 12, 40  # keys named in a reason, and characters of each
 ROUND = frozenset({"system", "human", "assistant", "input", "output"})

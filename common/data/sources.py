@@ -265,7 +265,7 @@ def _header(cells: list[str], where: str) -> list[str]:
     if len(set(header)) < len(header):
         raise UserError(f"{where}: 列名重复 a column name occurs twice in the header: {header}")
     if not _knows(header):
-        found = ", ".join(header)[:80]
+        found = " ".join(", ".join(header).split())[:80]  # a row in its place may have cells of several lines
         apart = OTHER_DELIMITERS.split(header[0])
         hint = "put one such as instruction,output or question,answer above the rows"
         if len(apart) > 1 and _knows(apart):
