@@ -69,9 +69,9 @@ def test_adapters_beside_the_base_alone(small_gemma, runs):
     assert adapters.load(answer, [f"a={runs[1]}"], "base") == {"base": None, "a": "adapter_1"}
 
 
-@pytest.mark.parametrize("spec", ["a", "=x", "base=x", "tuned=x", "a b=x", "default=x", "a/b=x"])
+@pytest.mark.parametrize("spec", ["a", "=x", "base=x", "tuned=x", "a b=x", "default=x", "a/b=x", "客服=x"])
 def test_names(small_gemma, runs, spec):
-    with pytest.raises(UserError, match="name=folder"):
+    with pytest.raises(UserError, match="name=folder.* A-Z a-z 0-9 .*not yet taken .*default"):
         adapters.load(answerer(small_gemma, runs[0]), [spec])
 
 

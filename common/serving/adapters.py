@@ -31,9 +31,11 @@ def load(answer: Answerer, specs: Sequence[str], alone: str = "tuned") -> dict[s
     models: dict[str, str | None] = {"tuned": "default", "base": None} if has_adapter else {alone: None}
     for spec in specs:
         name, equals, folder = spec.partition("=")
-        if not equals or not NAME.fullmatch(name) or name in (*models, "tuned", "default"):
+        taken = dict.fromkeys((*models, "tuned", "default"))
+        if not equals or not NAME.fullmatch(name) or name in taken:
             raise UserError(
-                f"--adapters {spec}: 应为 must be name=folder, with a name not yet taken ({', '.join(models)})"
+                f"--adapters {spec}: 应为 must be name=folder, the name of 1 to 64 characters A-Z a-z 0-9 . _ - and not "
+                f"yet taken ({', '.join(taken)})"
             )
         _check(answer, folder)
         own = f"adapter_{len(models)}"  # peft takes no dot, and finds "1" in layers.1 too
