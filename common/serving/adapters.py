@@ -34,8 +34,8 @@ def load(answer: Answerer, specs: Sequence[str], alone: str = "tuned") -> dict[s
         taken = dict.fromkeys((*models, "tuned", "default"))
         if not equals or not NAME.fullmatch(name) or name in taken:
             raise UserError(
-                f"--adapters {spec}: 应为 must be name=folder, the name of 1 to 64 characters A-Z a-z 0-9 . _ - and not "
-                f"yet taken ({', '.join(taken)})"
+                f"--adapters {spec}: 应为 must be name=folder, the name of 1 to 64 characters A-Z a-z 0-9 . _ - and "
+                f"not yet taken ({', '.join(taken)})"
             )
         _check(answer, folder)
         own = f"adapter_{len(models)}"  # peft takes no dot, and finds "1" in layers.1 too
