@@ -666,7 +666,8 @@ def test_resume_anyway_goes_on_with_changed_data_and_options(flags, tmp_path, ro
     other = tmp_path / "other.jsonl"
     other.write_text(rows_file.read_text() + '{"query": "1", "response": "2"}\n')
     changed = ["--max_steps", 3, "--data_path", other, "--learning_rate", 1e-3]
-    with pytest.raises(UserError, match="data 0: .*learning_rate: 1e.30 → 0.001; max_steps: 4 → 3.*--resume_anyway"):
+    told = r"data 0: \w+\.\w+ \w{12} → other\.jsonl \w{12}; .*learning_rate: 1e.30 → 0.001; max_steps: 4 → 3"
+    with pytest.raises(UserError, match=told + ".*--resume_anyway"):
         train.main(flags("out", *changed))
     with pytest.raises(UserError, match="non-finite"):  # the optimizer's state is the earlier run's
         train.main(flags("out", *changed, "--resume_anyway"))

@@ -203,7 +203,8 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a resume, as one flat dict."""
     of_old = {"optim": SFTConfig.optim, "thinking": SFTConfig.thinking}  # of runs from before there was a choice
     knobs = {name: value for name, value in (of_old | manifest["config"]).items() if name not in FREE}
-    data = {f"data {number}": source["sha256"] for number, source in enumerate(manifest["data"])}
+    files_read = [f"{Path(source['path']).name} {source['sha256'][:12]}" for source in manifest["data"]]
+    data = {f"data {number}": file for number, file in enumerate(files_read)}
     base, tokenizer, template = manifest["base"], manifest["tokenizer_sha256"], manifest["template"]["sha256"]
     shared = {"processes": manifest.get("processes", "1")}
     if "lineage" in manifest:
