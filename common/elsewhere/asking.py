@@ -106,7 +106,10 @@ def limit_for(size: int) -> float:
 def stop(process: subprocess.Popen[str]) -> None:
     """End a process that was started in a session of its own, and what it has started."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:  # Windows
+            process.kill()
     process.wait()
 
 
