@@ -24,6 +24,7 @@ import psutil
 import torch
 
 SOON, PAUSE = 0.2, 0.5  # seconds until the first look, and between two: the kernel counts in hundredths
+LATE = 2.0  # seconds between two looks that tell nothing of now: the process was stopped, or the machine asleep
 BEGIN, END = 0.3, 0.15  # cores that others use beyond those left to them: from here on asleep, below that awake
 GRAIN = 1 << 15  # values that torch gives each thread at the least
 
@@ -77,8 +78,10 @@ class Waiting:
         if torch.get_num_threads() == 1 or not self.cores:
             return
         before, self.last = self.last, self._used()
-        now, theirs = (new - old for new, old in zip(self.last, before, strict=True))
-        beyond = theirs / now - self.spare
+        passed, theirs = (new - old for new, old in zip(self.last, before, strict=True))
+        beyond = theirs / passed - self.spare
+        if passed > LATE:
+            return
         if not self.held and beyond > BEGIN:
             self.sleep()
         elif self.held and beyond < END:

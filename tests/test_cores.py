@@ -87,6 +87,11 @@ def test_threads_sleep_while_others_use_cores(waiting):
     assert not waiting(1, others=0.1, own=1.8)
 
 
+def test_what_others_used_while_the_process_was_stopped_does_not_count(waiting):
+    assert not waiting(30, others=60, own=0)
+    assert waiting(1, others=1, own=1)
+
+
 def test_where_others_cannot_be_seen_nothing_changes(waiting, monkeypatch):
     """A sandbox hides /proc/stat: training goes on."""
 
