@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 EMBEDDED = ROOT / "qwen2_sft/embedded"
+SETTLE = 1.2  # seconds until a side has noticed that the other one no longer computes
 OURS, THEIRS = "post_api.py", "transformers serve --continuous-batching"
 
 
@@ -153,6 +154,7 @@ def run(sides, args):
             for side in sides if number % 2 == 0 else sides[::-1]:
                 (other,) = [one for one in sides if one is not side]
                 other.process.send_signal(signal.SIGSTOP)
+                time.sleep(SETTLE)
                 try:
                     side.measure(clients, args.requests * (4 if clients > 1 else 1), args.tokens)
                 finally:
