@@ -6,7 +6,7 @@ wakes. Beside other processes that is the wrong way: who waits keeps the core th
 environment says of it (OMP_WAIT_POLICY, GOMP_SPINCOUNT) holds for a whole process, but while there are more of its
 threads than cores it lets all of them sleep (gomp_throttled_spin_count_var in libgomp's wait.h and env.c). So threads
 that do nothing are held while others compute. How work is divided stays the same, and so does each result.
-Beside one busy process on two cores a training step takes half the time by it, a small model's answer a tenth.
+Beside one busy process on two cores a training step takes half the time by it, a small model's answer a fifth.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Waiting:
             return
         before, self.last = self.last, self._used()
         passed, theirs = (new - old for new, old in zip(self.last, before, strict=True))
-        beyond = theirs / passed - self.spare
         if passed > LATE:
             return
+        beyond = theirs / passed - self.spare
         if not self.held and beyond > BEGIN:
             self.sleep()
         elif self.held and beyond < END:

@@ -1,5 +1,8 @@
 """Small random models of each kind that is exported, and what is known of them."""
 
+import time
+
+import psutil
 import torch
 import transformers
 
@@ -149,6 +152,18 @@ KINDS = {
         pad_token_id=0,
     ),
 }
+
+
+def assert_ended(file):
+    """The process whose id is in `file` is gone. Where there is no file the limit was over before it began."""
+    for _ in range(200 if file.exists() else 0):
+        try:
+            if psutil.Process(int(file.read_text())).status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.NoSuchProcess:
+            return
+        time.sleep(0.05)
+    assert not file.exists(), "what the engine has started goes on"
 
 
 def model_of(kind, tokenizer):
