@@ -246,6 +246,13 @@ def _read_back(file: Path, tensors: dict[str, Part]) -> None:
         part.put_back(read)
 
 
+def limit_of(file: Path) -> float:
+    """Share of the largest logit within which two ids are a tie for a file's weights; float32's for unknown ones."""
+    kind = gguf.GGUFReader(file).fields["general.file_type"].contents()
+    names = [name for name, label in FILE_TYPES.items() if getattr(gguf.LlamaFileType, label) == kind]
+    return proof.TOLERANCE[DTYPES[names[0]] if names else torch.float32]
+
+
 def rounding(source: np.ndarray, kind: Type) -> np.ndarray:
     """How far each value may be from its source in a type: half a step of it, and of q8_0 its scale's in f16 too."""
     size = np.abs(source)

@@ -114,7 +114,7 @@ def _check_tokenizer(ask: Ask, tuned: Tuned) -> None:
         if found != own:
             raise UserError(
                 f"llama.cpp 的分词不同 llama.cpp makes other ids of {text[:40]!r}: {found[:12]}, not {own[:12]}; "
-                "nothing was written; export as safetensors, without --format"
+                "export as safetensors, without --format"
             )
 
 
@@ -129,7 +129,7 @@ def _check_template(ask: Ask, tuned: Tuned) -> None:
         if found != ids and len(found) <= len(ids):  # a longer one was cut by the run
             raise UserError(
                 f"llama.cpp 的提示不同 llama.cpp renders another prompt for {turns[-1].text[:40]!r}: {text[:200]!r}; "
-                "nothing was written; export as safetensors, without --format"
+                "export as safetensors, without --format"
             )
 
 

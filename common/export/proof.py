@@ -123,7 +123,7 @@ def same_answer(found: Sequence[int], new: Sequence[int], logits: torch.Tensor, 
         return False
     raise UserError(
         f"导出的模型回答不同 the exported model's greedy answer differs from token {step + 1} on: "
-        f"{found[step : step + 8]}, not {new[step : step + 8]}; nothing was written"
+        f"{found[step : step + 8]}, not {new[step : step + 8]}"
     )
 
 

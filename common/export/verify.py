@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from common.elsewhere import asking
 from common.errors import UserError
-from common.export import llama_cpp, proof
+from common.export import gguf_file, llama_cpp, proof
 from common.export.folder import place_of
 from common.export.proof import Expected
 from common.inference.answerer import Sampling
@@ -43,7 +43,8 @@ class Parted(NamedTuple):
 def check(cfg: SFTConfig, flags: ExportFlags, prompt: Family) -> None:
     """Print a table of the prompts; UserError where a text parts from the run's at more than a tie.
 
-    At a tie the run's two best logits are within `proof.TOLERANCE` of --dtype (auto: float32), a share of the largest.
+    At a tie the run's two best logits are within `proof.TOLERANCE` of --dtype, a share of the largest; auto: of a GGUF
+    file's own type, else of float32.
     """
     is_url = flags.verify.startswith(("http://", "https://"))
     engine, _, python = flags.verify.partition("=")
@@ -59,11 +60,11 @@ def check(cfg: SFTConfig, flags: ExportFlags, prompt: Family) -> None:
     file = None if is_url else _file(cfg, flags)
     tuned = proof.load(cfg, prompt)
     expected = proof.measure(tuned)
-    limit = _limit(cfg)
     if file:
+        limit = gguf_file.limit_of(file) if cfg.dtype == "auto" else _limit(cfg)
         print(f"{file}: {llama_cpp.prove(file, expected, limit)}")
     else:
-        _check_server(flags.verify, expected, limit, prompt)
+        _check_server(flags.verify, expected, _limit(cfg), prompt)
 
 
 def _limit(cfg: SFTConfig) -> float:
