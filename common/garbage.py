@@ -4,6 +4,8 @@ They are a million objects that refer to each other, and each look at all of the
 """
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 USUAL = gc.get_threshold()
 RARE = 10_000_000  # new objects until Python looks: more than are made by imports
@@ -19,3 +21,15 @@ def look_as_usual() -> None:
     if gc.get_threshold()[0] == RARE:
         gc.freeze()
         gc.set_threshold(*USUAL)
+
+
+@contextmanager
+def not_looked_for() -> Iterator[None]:
+    """Within it Python does not look: around what makes many objects, and no cycle among them."""
+    looks = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looks:
+            gc.enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -14,9 +15,10 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any
 
+from common import garbage
 from common.errors import UserError
 
-ALONE = 8  # chunks this process works through before it starts others: starting them takes seconds
+ALONE = 8  # chunks at most that this process works through by itself: starting others takes seconds
 MOST = 16  # processes
 
 _arguments: Sequence[Any] = ()  # of a worker: what `function` takes after the chunk
@@ -25,21 +27,17 @@ _arguments: Sequence[Any] = ()  # of a worker: what `function` takes after the c
 def map_chunks(function: Callable[..., Any], chunks: Iterable, *arguments: Any) -> Iterator[Any]:
     """Yield function(chunk, *arguments) of each chunk, in order.
 
-    The first ALONE chunks are worked through here, and more until a process has started; the others by one process a
-    core. Processes get function, chunk and arguments pickled, except modules, which they import by name. UserError
-    where one of them dies.
+    More than ALONE chunks are worked through by one process a core, and here until the first of these has started.
+    Processes get function, chunk and arguments pickled, except modules, which they import by name. UserError where one
+    of them dies.
     """
-    chunks = iter(chunks)
-    for chunk in islice(chunks, ALONE):
-        yield function(chunk, *arguments)
-    ninth = next(chunks, None)
-    if ninth is None:
-        return
-    chunks, count = chain([ninth], chunks), min(cores(), MOST)
-    if count == 1:
-        yield from (function(chunk, *arguments) for chunk in chunks)
-    else:
+    chunks, count = iter(chunks), min(cores(), MOST)
+    first = list(islice(chunks, ALONE + 1)) if count > 1 else []
+    chunks = chain(first, chunks)
+    if len(first) > ALONE:
         yield from _by_processes(function, chunks, arguments, count)
+    else:
+        yield from (function(chunk, *arguments) for chunk in chunks)
 
 
 def cores() -> int:
@@ -52,27 +50,24 @@ def _by_processes(
 ) -> Iterator[Any]:
     """Processes are spawned, not forked: this one has threads, a model, perhaps a CUDA context."""
     names = [argument.__name__ if isinstance(argument, type(os)) else None for argument in arguments]
-    values = [None if name else argument for name, argument in zip(names, arguments, strict=True)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, _start_worker, (names, values)) as pool:
-        started = [pool.submit(os.getpid) for _ in range(count)]
-        waiting: deque[Future] = deque()
-        try:
-            for chunk in chunks:
-                if not (waiting or any_ready(started)):
-                    yield function(chunk, *arguments)  # they import what they need; meanwhile this process goes on
-                    continue
-                waiting.append(pool.submit(_work, function, chunk))
-                if len(waiting) > 2 * count:
-                    yield waiting.popleft().result()
-            while waiting:
+    values = pickle.dumps([None if name else argument for name, argument in zip(names, arguments, strict=True)])
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker, (names, values))
+    started = [pool.submit(os.getpid) for _ in range(count)]
+    waiting: deque[Future] = deque()
+    try:
+        for chunk in chunks:
+            if not (waiting or any_ready(started)):
+                yield function(chunk, *arguments)  # they import what they need; meanwhile this process goes on
+                continue
+            waiting.append(pool.submit(_work, function, chunk))
+            if len(waiting) > 2 * count:
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                "编码进程意外结束 a tokenising process died; is there too little memory? Run again"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("编码进程意外结束 a tokenising process died; is there too little memory? Run again") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # one that has not started by now is not waited for
 
 
 def any_ready(started: Iterable[Future]) -> bool:
@@ -80,12 +75,18 @@ def any_ready(started: Iterable[Future]) -> bool:
     return any(map(Future.done, started))
 
 
-def _start_worker(names: list[str | None], values: list[Any]) -> None:
-    """Make a new process ready: its arguments, Ctrl-C left to the parent, and an end when the parent is gone."""
+def _start_worker(names: list[str | None], values: bytes) -> None:
+    """Make a new process ready: its arguments, Ctrl-C left to the parent, and an end when the parent is gone.
+
+    names: of modules; values: pickled, what the other arguments are.
+    """
     global _arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _arguments = [importlib.import_module(n) if n else v for n, v in zip(names, values, strict=True)]
+    garbage.look_rarely()
+    given = zip(names, pickle.loads(values), strict=True)  # which imports libraries
+    _arguments = [importlib.import_module(name) if name else value for name, value in given]
+    garbage.look_as_usual()
 
 
 def _end_with_parent() -> None:

@@ -3,6 +3,7 @@
 import datetime
 import importlib.util
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -575,10 +576,27 @@ def test_a_process_that_tokenises_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=dataset.__file__.partition("/common/")[0]).returncode == 0
 
 
-def test_chunks_are_not_read_ahead_of_their_use():
+@pytest.mark.parametrize("cores, ahead", [(1, 1), (2, 9)])
+def test_few_chunks_are_read_ahead_of_their_use(monkeypatch, cores, ahead):
+    """As many as it takes to see whether processes pay; where there are none, none."""
+    monkeypatch.setattr(workers, "cores", lambda: cores)
+    monkeypatch.setattr(workers, "any_ready", lambda started: False)
     read = []
-    chunks = (read.append(number) or [number] for number in range(100))
-    assert next(workers.map_chunks(list, chunks)) == [0] and read == [0]
+    found = workers.map_chunks(list, (read.append(number) or [number] for number in range(100)))
+    assert next(found) == [0] and len(read) == ahead
+    found.close()
+
+
+@pytest.mark.slow
+def test_processes_that_start_too_late_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(workers, "ALONE", 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    assert list(workers.map_chunks(whose, [[0], [1], [2]])) == [os.getpid()] * 3
+    assert multiprocessing.active_children(), "still starting"
+    end = time.monotonic() + 120
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
 
 
 # ---------------------------------------------------------------- labels, id by id

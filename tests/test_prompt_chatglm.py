@@ -9,8 +9,7 @@ import chatglm_sft.models.chatglm  # noqa: F401 -- tells transformers about the 
 from chatglm_sft import prompt
 from common.conversation import render
 from common.conversation.render import IGNORED
-from common.conversation.turns import Conversation, Turn, Unusable
-from common.data import dataset
+from common.conversation.turns import Conversation, Turn, Unusable, lessons
 
 GMASK, SOP, EOP = 130001, 130004, 130005
 FAMILY = "chatglm_sft/ft_chatglm"
@@ -96,8 +95,8 @@ def test_every_answer_of_a_conversation_is_taught_in_a_row_of_its_own():
         Unusable("f:2", "unknown", {"x": 1}, "unknown-keys"),
         Conversation("f:3", [Turn("text", "t")]),
     ]
-    assert list(dataset.lessons(rows, True)) == [("f:1", talk[:2]), ("f:1", talk), *rows[1:]]
-    assert list(dataset.lessons(rows, False)) == rows
+    assert list(lessons(rows, True)) == [("f:1", talk[:2]), ("f:1", talk), *rows[1:]]
+    assert list(lessons(rows, False)) == rows
 
 
 def test_a_system_text_stands_before_the_first_question():
@@ -111,7 +110,7 @@ def test_a_greeting_stands_before_the_first_question(chatglm_tokenizer):
     greeted = [Turn("system", "s"), Turn("assistant", "g", learn=False), Turn("user", "a")]
     assert ids_of(chatglm_tokenizer, greeted) == ids_of(chatglm_tokenizer, [Turn("user", "g\n\ns\n\na")])
     row = Conversation("f:1", [*greeted, Turn("assistant", "b")])
-    assert list(dataset.lessons([row], True)) == [row]
+    assert list(lessons([row], True)) == [row]
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])

@@ -7,8 +7,7 @@ from conftest import CHARACTERS
 from chatglm_sft import prompt, prompt_chatglm2, prompt_chatglm3
 from common.conversation import render
 from common.conversation.render import IGNORED
-from common.conversation.turns import Conversation, Turn
-from common.data import dataset
+from common.conversation.turns import Conversation, Turn, lessons
 
 Q, A, S = (lambda text, role=role: Turn(role, text) for role in ("user", "assistant", "system"))
 TURNS = [Q("有1"), A("是"), Q("他2"), A("不是")]
@@ -50,7 +49,7 @@ def test_chatglm2_is_taught_prompt_answer_and_end(tokenizer):
     asked = "[Round 1]\n\n问：有1\n\n答：是\n\n[Round 2]\n\n问：他2\n\n答："
     assert sample.input_ids == tokenizer(asked, "不是")["input_ids"]
     assert learnt(tokenizer, sample) == ["▁", "不", "是", "</s>"]
-    rows = dataset.lessons([Conversation("f:1", TURNS)], prompt_chatglm2.ONE_ANSWER)
+    rows = lessons([Conversation("f:1", TURNS)], prompt_chatglm2.ONE_ANSWER)
     assert [row.turns[-1].text for row in rows] == ["是", "不是"], "each answer is the end of a row of its own"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from common.checking import check
 from common.conversation import render, turns
-from common.conversation.turns import Conversation, FormatError, Turn
+from common.conversation.turns import Conversation, FormatError, Turn, lessons
 from common.data import accounts, dataset, formats
 from common.errors import UserError
 from gemma_sft import prompt
@@ -414,7 +414,7 @@ def test_the_loss_counts_no_id_of_an_unlearnt_answer(tokenizer, style, loss_on):
 def test_a_sequence_that_teaches_one_answer_is_made_for_learnt_ones_only():
     half = talk("一", "二", "三", "四")
     half[1] = half[1]._replace(learn=False)
-    assert list(dataset.lessons([Conversation("f:1", half)], True)) == [("f:1", half)]
+    assert list(lessons([Conversation("f:1", half)], True)) == [("f:1", half)]
 
 
 # ---------------------------------------------------------------- one reading of a conversation

@@ -73,3 +73,20 @@ def test_a_script_looks_for_garbage_from_the_tokenizer_on():
         gc.set_threshold(*garbage.USUAL)
     # a program that loads a second model keeps no garbage of the first
     assert seen == [(garbage.RARE, False), (garbage.USUAL[0], True), (garbage.USUAL[0], False)]
+
+
+def test_python_does_not_look_for_garbage_where_rows_are_tokenised():
+    seen = []
+
+    def watch(phase, info):
+        seen.append(phase)
+
+    gc.callbacks.append(watch)
+    try:
+        with garbage.not_looked_for():
+            kept = [[number] for number in range(5 * garbage.USUAL[0])]
+            within = list(seen)
+        kept += [[number] for number in range(5 * garbage.USUAL[0])]
+    finally:
+        gc.callbacks.remove(watch)
+    assert kept and not within and seen

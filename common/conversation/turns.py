@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -52,7 +52,9 @@ def is_more(turn: Turn) -> bool:
 
 def texts_of(turn: Turn) -> list[str]:
     """All texts of a turn: what is said and thought, tools on offer, names and arguments of calls."""
-    return [turn.text, turn.thought, turn.tools, *chain(*turn.calls)]
+    if is_more(turn):
+        return [turn.text, turn.thought, turn.tools, *chain(*turn.calls)]
+    return [turn.text]
 
 
 def says(turn: Turn) -> bool:
@@ -100,6 +102,8 @@ def fill_identity(turns: Sequence[Turn], name: Sequence[str], author: Sequence[s
     Each is (Chinese, other) or (); a conversation with Chinese characters takes the first form, any other the second.
     Thoughts, tools and the arguments of calls are filled too.
     """
+    if not any(PLACEHOLDER.search(text) for turn in turns for text in texts_of(turn)):
+        return list(turns)  # most rows
     values = {"name": name, "author": author}
     form = 0 if any(CHINESE.search(turn.text) for turn in turns) else 1
 
@@ -113,11 +117,9 @@ def fill_identity(turns: Sequence[Turn], name: Sequence[str], author: Sequence[s
         return json.dumps(value(match), ensure_ascii=False)[1:-1]
 
     def filled(turn: Turn) -> Turn:
-        turn = turn._replace(text=PLACEHOLDER.sub(value, turn.text))
-        if not is_more(turn):
-            return turn  # most turns
         calls = (call._replace(arguments=PLACEHOLDER.sub(escaped, call.arguments)) for call in turn.calls)
         return turn._replace(
+            text=PLACEHOLDER.sub(value, turn.text),
             thought=PLACEHOLDER.sub(value, turn.thought),
             calls=tuple(calls),
             tools=PLACEHOLDER.sub(escaped, turn.tools),
@@ -258,3 +260,14 @@ def ends_asking(turns: Sequence[Turn]) -> bool:
 def teaches(turns: Sequence[Turn]) -> bool:
     """Whether something in the turns is learnt."""
     return any(turn.learn and turn.role in ("assistant", "text") for turn in turns)
+
+
+def lessons(rows: Iterable[Conversation | Unusable], one_answer: bool) -> Iterator[Conversation | Unusable]:
+    """The rows; with `one_answer` a conversation gives one for each of its answers to learn, which ends there."""
+    for row in rows:
+        if not one_answer or isinstance(row, Unusable) or row.turns[-1].role == "text":
+            yield row
+            continue
+        for end, turn in enumerate(row.turns, 1):
+            if turn.role == "assistant" and turn.learn:
+                yield Conversation(row.where, row.turns[:end])

@@ -6,7 +6,7 @@ import json
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 from filelock import FileLock
 
-from common import workers
+from common import garbage, workers
 from common.conversation import render
 from common.conversation.render import Sample
-from common.conversation.turns import Conversation, Repair, Unusable, said
+from common.conversation.turns import Conversation, Repair, Unusable, lessons, said
 from common.data.alike import Digests, Typed
 from common.data.cache import Listed, Tokenised, cache_key, encoding_hash
 from common.data.formats import Notes, conversations_in
@@ -240,6 +240,7 @@ class Encoded(NamedTuple):
     unused: Counter[str]
 
 
+@garbage.not_looked_for()
 def _encode(
     records: list[Record],
     path: str,
@@ -262,27 +263,19 @@ def _encode(
         if isinstance(sample, Unusable):
             rejected.append(sample)
             continue
-        length = len(sample.input_ids)
-        counts.update(kept=1, cut=sample.cut, tokens=length, supervised=length - sample.labels.count(render.IGNORED))
-        for name, value in zip(columns, (sample.input_ids, sample.labels, length, sample.cut, row.where), strict=True):
-            columns[name].append(value)
+        values = sample.input_ids, sample.labels, len(sample.input_ids), sample.cut, row.where
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
     told: dict[str, list] = {"rejected": rejected, "repaired": notes.repaired, "typed": texts.typed}
     lists = {name: [line_of(row._asdict()) for row in rows] for name, rows in told.items()}
     counts.update({name: len(lines) for name, lines in lists.items()})
+    table = pyarrow.table(columns, schema)
+    supervised = (table["labels"].combine_chunks().flatten().to_numpy() != render.IGNORED).sum()
+    tokens = sum(columns["length"])
+    counts.update(kept=len(table), cut=sum(columns["cut"]), tokens=tokens, supervised=int(supervised))
     lengths = numpy.array(whole, numpy.int32).reshape(-1, 2)
     tables = {"whole": lengths, "digests": texts.table()}
-    return Encoded(pyarrow.table(columns, schema), lists, tables, counts, notes.unused)
-
-
-def lessons(rows: Iterable[Conversation | Unusable], one_answer: bool) -> Iterator[Conversation | Unusable]:
-    """The rows; with `one_answer` a conversation gives one for each of its answers to learn, which ends there."""
-    for row in rows:
-        if not one_answer or isinstance(row, Unusable) or row.turns[-1].role == "text":
-            yield row
-            continue
-        for end, turn in enumerate(row.turns, 1):
-            if turn.role == "assistant" and turn.learn:
-                yield Conversation(row.where, row.turns[:end])
+    return Encoded(table, lists, tables, counts, notes.unused)
 
 
 def _sample_of(
