@@ -86,6 +86,14 @@ def arrows(tmp_path):
 # ---------------------------------------------------------------- sampling and mixing
 
 
+def test_lengths_are_those_of_the_rows_that_were_drawn(tmp_path, prepare):
+    file = write(tmp_path, "a.jsonl", [{"question": "问" * n, "answer": "答"} for n in range(1, 30)])
+    rows = prepare(f"{file}#50", val_set_size=0.2)
+    for some in (rows.train, rows.validation, rows.train.select(range(0))):
+        assert dataset.lengths_of(some).tolist() == some["length"][:]
+    assert dataset.lengths_of(prepare(file).train).tolist() == [FRAME + n + 2 for n in range(1, 30)]
+
+
 def test_all_rows_in_order(tmp_path, prepare):
     rows = prepare(numbered(tmp_path, 10))
     assert lines(rows.train) == list(range(1, 11)) and len(rows.validation) == 0

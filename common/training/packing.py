@@ -32,7 +32,7 @@ class Packs(torch.utils.data.Dataset):
 
     def __init__(self, rows: Any, capacity: int, seed: int) -> None:
         """rows: a datasets.Dataset of input_ids, labels, length, where."""
-        sizes = rows["length"][:]
+        sizes = lengths_of(rows).tolist()
         self.rows = rows.with_format("numpy")
         self.packs = pack(sizes, capacity, seed)
         self.lengths = [sum(sizes[row] for row in one) for one in self.packs]
