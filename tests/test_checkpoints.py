@@ -326,6 +326,16 @@ def test_what_the_adapter_decides_is_not_changed(gemma, shaped, flags, told, lin
     assert (shaped / "adapter_model.safetensors").is_file()
 
 
+def test_thoughts_are_not_kept_in_the_style_of_a_run_that_shows_none(gemma, shaped, line_of, tmp_path):
+    plain = shutil.copytree(shaped, tmp_path / "plain")
+    manifest = read(plain, "run_manifest.json")
+    manifest["config"]["prompt_style"] = "plain"
+    (plain / "run_manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    given = gemma.flags(tmp_path.name, "--adapter_name_or_path", plain, "--thinking", "keep")
+    told = f"--adapter_name_or_path {plain}: --thinking keep 对 --prompt_style plain 不起作用"
+    assert told in line_of(gemma.recipe("train").main, *given)
+
+
 def test_the_same_shape_may_be_said(gemma, shaped):
     cfg, *_ = started(gemma, "--adapter_name_or_path", shaped, *SHAPE, "--target_modules", "v_proj,q_proj,k_proj")
     assert cfg.lora_r == 4
