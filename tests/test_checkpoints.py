@@ -109,11 +109,18 @@ def test_a_checkpoint_is_scored_apart_from_its_run(family, finished, tmp_path):
     assert torch.equal(family.logits(folder, "--checkpoint", "best"), family.logits(finished, "--checkpoint", 2))
 
 
-def test_a_checkpoint_is_exported_beside_its_run(family, stopped, tmp_path):
+def test_a_checkpoint_is_exported_beside_its_run(family, stopped, tmp_path, capsys):
     folder = shutil.copytree(stopped, tmp_path / "out")
     family.recipe("export").main(["--model_save_dir", str(folder), "--dtype", "float32", "--checkpoint", "1"])
     whole = tmp_path / "out_checkpoint-1_merged"
     assert read(whole, "export.json")["run"] == str(folder / "checkpoint-1")
+    printed = capsys.readouterr().out
+    told = f"cd {tmp_path}/out_checkpoint-1_gguf && ollama create out_checkpoint-1_gguf -f" in printed
+    assert (
+        told
+        == ("ollama:" in printed)
+        == ("ollama" in family.prompt.ENGINES.get(read(whole, "config.json")["model_type"], {}))
+    )
     cfg, flags = family.parse(ExportFlags, "--model_save_dir", folder)
     assert new_folder(chosen.choose(cfg, flags), flags) == tmp_path / "out_checkpoint-2_merged"
 
