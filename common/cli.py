@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 
 from common.config import ANSWERING, LORA, ROOT, Names, SFTConfig
 from common.knob_files import KEPT, Fail, is_alias, nearest, read_file, recipe_file, show_unused, split
-from common.knobs import ALIASES, BELONGS, DORA_8, OPTIMIZERS, PATH_LISTS, PATHS, RANGES, STEPS
+from common.knobs import ALIASES, BELONGS, DORA_8, NO_THOUGHT, OPTIMIZERS, PATH_LISTS, PATHS, RANGES, STEPS
 from common.launch import let_first_speak, world_size
 
 STEPS_ARE = "batch_size = micro_batch_size × steps × processes"
@@ -116,6 +116,8 @@ def _check_tuning(config: SFTConfig, answering: bool, error: Fail) -> None:
         error("--use_pissa 需要未量化的基座 splits the base's weights, which qlora has quantised: use --tuning lora")
     if config.use_dora and config.bits == 8:
         error(DORA_8)
+    if config.thinking == "keep" and config.prompt_style != "chat":
+        error(NO_THOUGHT.format(config.prompt_style))
     if config.use_pissa and config.use_dora:
         error("--use_pissa 与 --use_dora 不能同用 cannot go together: DoRA's magnitudes would be of the split base")
 

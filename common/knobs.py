@@ -93,6 +93,10 @@ BELONGS = {  # knobs that do nothing elsewhere: the values of `tuning` they belo
 }
 
 
+NO_THOUGHT = (  # filled with the prompt style
+    "--thinking keep 对 --prompt_style {} 不起作用 has no effect with it: only --prompt_style chat shows thoughts; "
+    "use --thinking auto"
+)
 DORA_8 = (  # with peft 0.21 and bitsandbytes 0.50 an 8-bit weight has lost its scales by the second forward pass
     "--use_dora 与 --quantization_bit 8 不能同用 cannot go together, the weights would be lost in the second pass: "
     "--quantization_bit 4, or without DoRA"

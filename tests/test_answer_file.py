@@ -181,6 +181,20 @@ def test_thought_and_calls_have_fields_of_their_own(tmp_path, answered, capsys):
     assert "thought alone, no answer; remedy: a larger --max_new_tokens: 1 / 2" in capsys.readouterr().out
 
 
+def test_a_result_of_a_tool_is_no_question(tmp_path, answered):
+    class Any(Fake):
+        def __call__(self, conversations, sampling, base=False):
+            return [Answer("好", "stop", 1) for _ in conversations]
+
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    rows = [{"messages": [*said, {"role": "tool", "content": "42"}], "tools": [tool]}, {"question": "乙"}]
+    lines = answered(Any(), "--data_path", written(tmp_path / "q.jsonl", rows))
+    assert [(line.get("question"), line.get("tool")) for line in lines] == [(None, "42"), ("乙", None)]
+    assert lines[0]["prompt"][-1] == {"role": "tool", "content": "42"}
+
+
 def test_a_sample_of_several_files(tmp_path, many, answered):
     other = written(tmp_path / "other.jsonl", [{"query": "别的"}])
     lines = answered(Fake(), "--data_path", f"{many}#3", other)

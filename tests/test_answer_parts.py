@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 from conftest import CHARACTERS
+from test_chat_templates import needs_trl, official_tokenizer
 from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from chatglm_sft import prompt as chatglm_prompt
@@ -831,3 +832,32 @@ def test_a_server_that_would_leave_the_marks_out(monkeypatch):
         (found,) = there([ASKED], Sampling(max_new_tokens=256))
     assert (found.thought, found.text, found.calls) == ("想", "查", (WEATHER,))
     assert [body["skip_special_tokens"] for body in bodies] == [False]
+
+
+@needs_trl
+@pytest.mark.parametrize("name", ["gemma4_v4", "gemma4_v5"])
+def test_a_text_beside_a_call_may_be_sent_back(name, monkeypatch):
+    """The prompt goes on where that answer ended; of earlier templates, which move the text, the line says the way."""
+    made, _ = official_tokenizer(name)
+    net = GemmaForCausalLM(GemmaConfig(vocab_size=len(made), head_dim=16, **SMALL))
+    with serving(net, made, gemma_prompt) as (batcher, _, api, _):
+        prompts, encode = [], batcher.encoder.whole_ids
+
+        def whole_ids(*given, **more):
+            prompts.append(encode(*given, **more))
+            return prompts[-1]
+
+        monkeypatch.setattr(batcher.encoder, "whole_ids", whole_ids)
+        scripted(monkeypatch, batcher, WRITTEN["gemma"])
+        message = chat(api, tools=TOOLS).choices[0].message
+        assert message.content == "查" and message.tool_calls
+        sent = [*QUESTION, message.model_dump(exclude_none=True), tool_message(message.tool_calls[0].id, "晴")]
+        if name == "gemma4_v5":
+            chat(api, sent, tools=TOOLS)
+            first, second = map(made.decode, prompts)
+            assert second.startswith(f"{first}{WRITTEN['gemma']}<|tool_response>response:get_weather")
+            return
+        with pytest.raises(openai.BadRequestError, match="without a text .content null."):
+            chat(api, sent, tools=TOOLS)
+        sent[1]["content"] = None
+        chat(api, sent, tools=TOOLS)

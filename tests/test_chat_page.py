@@ -1,11 +1,13 @@
 """The chat page, driven in a headless browser as a person uses it."""
 
+import json
 import shutil
 import threading
 
 import pytest
 
 from common.conversation.turns import Turn
+from common.engine import sampling
 from common.engine.batcher import Batcher
 from common.engine.request import Part
 from common.inference.answerer import Sampling
@@ -119,15 +121,15 @@ def test_a_conversation(page, batcher):
 
 def test_streaming_and_the_stop_button(page, batcher, monkeypatch):
     """Text appears before the answer is over; stop frees the slot; the conversation can go on."""
-    gate, forward, count = threading.Event(), batcher.net.forward, []
+    gate, next_ids, count = threading.Event(), sampling.next_ids, []
 
-    def slow(*args, **kwargs):
+    def slow(*args):
         count.append(1)
         if len(count) > 30:
             gate.wait(0.05)
-        return forward(*args, **kwargs)
+        return next_ids(*args)
 
-    monkeypatch.setattr(batcher.net, "forward", slow)
+    monkeypatch.setattr(sampling, "next_ids", slow)
     slide(page, "temperature", 2)
     slide(page, "max_tokens", 896)
     monkeypatch.setattr(batcher, "stop_ids", set())  # it goes on until it is stopped
@@ -205,11 +207,33 @@ def test_a_reload_keeps_nothing(page):
     assert page.locator(".turn").count() == 0
 
 
-def test_the_services_own_length_is_the_pages(page_of, service, monkeypatch):
-    assert page_of().input_value("#max_tokens") == "256"
-    monkeypatch.setattr(service, "defaults", Sampling(max_new_tokens=1500))
-    page = page_of()
-    assert (page.input_value("#max_tokens"), page.locator("#max_tokens").get_attribute("max")) == ("1500", "1500")
+OWN = Sampling(1500, True, temperature=2.5, top_p=0.333, top_k=0, min_p=0.1, repetition_penalty=0.9)
+SLIDERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens")
+
+
+def test_sliders_begin_where_the_service_is(page_of, service, monkeypatch):
+    """One that is not moved leaves its value to the service: what no slider can show is not lost."""
+    assert [page_of().input_value(f"#{name}") for name in SLIDERS] == ["0", "1", "0", "1", "256"], "greedy"
+    monkeypatch.setattr(service, "defaults", OWN)
+    page, bodies = page_of(), []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
+    assert [page.input_value(f"#{name}") for name in SLIDERS] == ["2.5", "0.33", "0", "0.9", "1500"]
+    assert page.locator("#top_p").evaluate("slider => slider.closest('label').innerText").split()[-1] == "0.33"
+    send(page, "有")
+    last_answer(page)
+    slide(page, "top_p", 0.5)
+    slide(page, "max_tokens", 16)
+    send(page, "他")
+    until(page, lambda: len(bodies) == 2)
+    assert [body.keys() & {*SLIDERS} for body in bodies] == [set(), {"top_p", "max_tokens"}]
+    assert (bodies[1]["top_p"], bodies[1]["max_tokens"]) == (0.5, 16)
+    last_answer(page)
+
+
+def test_the_page_is_given_the_services_settings(service, monkeypatch):
+    monkeypatch.setattr(service, "defaults", OWN)
+    text = app.create_app(service).test_client().get("/").text
+    assert f"const DEFAULTS = {json.dumps(vars(OWN))}\n" in text and "{{" not in text
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])

@@ -314,12 +314,30 @@ def test_several_templates_are_not_switched():
         assert ids_of(tokenizer, qwen, [Q]) == asked
 
 
+BESIDE = CALL._replace(text="so")
+SHOWN = 'so<|tool_call>call:w{c:<|"|>x<|"|>,n:1}<tool_call|><|tool_response>'
+
+
 @needs_trl
-def test_a_text_beside_a_call_that_a_template_moves_is_named():
-    """Gemma 4's shows it behind the results, as if it were the answer to them."""
+@pytest.mark.parametrize("row", [[Q, BESIDE], [Q, BESIDE, R, A2], [Q, thought(BESIDE), R, BESIDE, R2, A, Q2, A2]])
+def test_a_text_beside_a_call_is_before_it(row):
+    """Gemma 4's newest template shows it behind the results, as if it were the answer to them, but not as a message."""
     tokenizer, prompt = official_tokenizer("gemma4_v5")
-    with pytest.raises(FormatError, match="no place for the text beside a call; leave that text out"):
-        ids_of(tokenizer, prompt, [OFFER, Q, CALL._replace(text="so"), R, A2])
+    shown = prompt.render(tokenizer, [OFFER, *row], "chat")
+    text = tokenizer.decode([id_ for piece in shown for id_ in piece.ids])
+    assert text.count("so") == text.count(SHOWN) == row.count(BESIDE) + row.count(thought(BESIDE))
+    learnt = [tokenizer.decode(piece.ids) for piece in shown if piece.part == render.ANSWER]
+    assert len(learnt) == sum(turn.role == "assistant" for turn in row)
+    assert learnt[0].endswith(SHOWN)
+
+
+@needs_trl
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_v3", "gemma4_v4"])
+@pytest.mark.parametrize("behind", [[A2], [A2, Q2, A]], ids=len)
+def test_a_text_beside_a_call_that_a_template_moves_is_named(name, behind):
+    tokenizer, prompt = official_tokenizer(name)
+    with pytest.raises(FormatError, match="no place for the text beside a call before its result: .*content null"):
+        ids_of(tokenizer, prompt, [OFFER, Q, BESIDE, R, *behind])
 
 
 def test_a_template_that_always_thinks_cannot_be_switched_off():

@@ -69,3 +69,12 @@ def test_a_stopped_run_resumes_bit_for_bit_and_is_exported_for_plain_transformer
     for place in (folder, family.base):  # told by its chat template, by the name in its config.json
         with pytest.raises(UserError, match=f"python chatglm_sft/ft_chatglm{generation}/train.py"):
             loading.load_tokenizer(place, other.recipe("predict").prompt)
+
+
+def test_a_template_without_thoughts_keeps_none(family):
+    with pytest.raises(UserError, match="--thinking keep: .*its chat template shows no thought; leave it out"):
+        family.train("keep", *STEPS, "--thinking", "keep")
+    without = family.train("none", *STEPS, "--thinking", "none")
+    assert (
+        family.recipe("predict").load_answer(family.parse(None, "--model_save_dir", without)).fitted_ids(QUESTIONS[0])
+    )

@@ -83,6 +83,15 @@ def test_rows_that_share_a_line_are_found_by_their_number(report, tmp_path):
     assert where == {"duplicate": f"{tmp_path / 'array.json'}:4", "empty": f"{tmp_path / 'array.json'}:5"}
 
 
+def test_rows_that_share_a_later_line_are_found_by_line_and_part(report, tmp_path):
+    rows = [json.dumps({"question": f"{n}+1=", "answer": f"{n + 1}"}) for n in (1, 2, 3, 2, 4, 3)]
+    bad = '{"question": "问", "answer": " "}'
+    (tmp_path / "a.jsonl").write_text(f"{rows[0]}\n{rows[1]}\n{' '.join(rows[2:])} {', '.join([bad] * 8)}\n")
+    found, _ = report([], "--data_path", tmp_path / "a.jsonl")
+    where = [(finding["kind"], finding["where"].rpartition(":")[2]) for finding in found["findings"]]
+    assert where == [("duplicate", "3.2"), ("duplicate", "3.4"), *(("empty", f"3.{n}") for n in range(5, 13))]
+
+
 def test_each_of_twelve_defects_is_found_at_its_line(report, tmp_path):
     found, code = report([row for row, _, _ in DEFECTS.values()])
     assert code == 1 and found["verdict"] == "bad"

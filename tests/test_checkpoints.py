@@ -109,11 +109,18 @@ def test_a_checkpoint_is_scored_apart_from_its_run(family, finished, tmp_path):
     assert torch.equal(family.logits(folder, "--checkpoint", "best"), family.logits(finished, "--checkpoint", 2))
 
 
-def test_a_checkpoint_is_exported_beside_its_run(family, stopped, tmp_path):
+def test_a_checkpoint_is_exported_beside_its_run(family, stopped, tmp_path, capsys):
     folder = shutil.copytree(stopped, tmp_path / "out")
     family.recipe("export").main(["--model_save_dir", str(folder), "--dtype", "float32", "--checkpoint", "1"])
     whole = tmp_path / "out_checkpoint-1_merged"
     assert read(whole, "export.json")["run"] == str(folder / "checkpoint-1")
+    printed = capsys.readouterr().out
+    told = f"cd {tmp_path}/out_checkpoint-1_gguf && ollama create out_checkpoint-1_gguf -f" in printed
+    assert (
+        told
+        == ("ollama:" in printed)
+        == ("ollama" in family.prompt.ENGINES.get(read(whole, "config.json")["model_type"], {}))
+    )
     cfg, flags = family.parse(ExportFlags, "--model_save_dir", folder)
     assert new_folder(chosen.choose(cfg, flags), flags) == tmp_path / "out_checkpoint-2_merged"
 
@@ -324,6 +331,16 @@ def test_what_the_adapter_decides_is_not_changed(gemma, shaped, flags, told, lin
     given = gemma.flags(tmp_path.name, "--adapter_name_or_path", shaped, *flags)
     assert told.format(parent=shaped) in line_of(gemma.recipe("train").main, *given)
     assert (shaped / "adapter_model.safetensors").is_file()
+
+
+def test_thoughts_are_not_kept_in_the_style_of_a_run_that_shows_none(gemma, shaped, line_of, tmp_path):
+    plain = shutil.copytree(shaped, tmp_path / "plain")
+    manifest = read(plain, "run_manifest.json")
+    manifest["config"]["prompt_style"] = "plain"
+    (plain / "run_manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    given = gemma.flags(tmp_path.name, "--adapter_name_or_path", plain, "--thinking", "keep")
+    told = f"--adapter_name_or_path {plain}: --thinking keep 对 --prompt_style plain 不起作用"
+    assert told in line_of(gemma.recipe("train").main, *given)
 
 
 def test_the_same_shape_may_be_said(gemma, shaped):

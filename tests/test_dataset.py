@@ -111,6 +111,19 @@ def test_rows_that_share_a_line_are_told_apart(tmp_path, prepare, text):
     assert [row.where for row in made.rejected] == [f"{file}:7"]
 
 
+@pytest.mark.parametrize("ends", [("[", "]", ","), ("", "", "\n")], ids=["array", "objects"])
+def test_rows_that_share_a_later_line_are_told_apart(tmp_path, prepare, ends):
+    begin, end, between = ends
+    rows = [json.dumps({"question": f"{n}+1=", "answer": "" if n == 7 else str(n + 1)}) for n in range(1, 21)]
+    file = tmp_path / "rows.json"
+    file.write_text(f"{begin}{rows[0]}{between.strip()}\n{rows[1]}{between.strip()}\n{', '.join(rows[2:])}{end}\n")
+    made = prepare(str(file), val_set_size=0.2)
+    assert (len(made.train), len(made.validation)) == (15, 4)
+    where = [f"{file}:{place}" for place in ("1", "2", "3", *(f"3.{part}" for part in range(2, 19)))]
+    assert sorted([*made.train["where"], *made.validation["where"], f"{file}:3.5"]) == sorted(where)
+    assert [row.where for row in made.rejected] == [f"{file}:3.5"]
+
+
 @pytest.mark.parametrize("count, times", [(1, {0, 1}), (4, {0, 1}), (10, {1}), (13, {1, 2}), (20, {2}), (37, {3, 4})])
 def test_sampling(tmp_path, prepare, count, times):
     rows = prepare(f"{numbered(tmp_path, 10)}#{count}")

@@ -4,6 +4,7 @@ import importlib
 import json
 import shlex
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from exports import KINDS, model_of, tuned_of
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common.config import ExportFlags
+from common.config import ROOT, ExportFlags
 from common.errors import UserError
 from common.export import engines, folder, older
 from gemma_sft import prompt as gemma_prompt
@@ -121,6 +122,27 @@ def test_a_folder_with_a_space_can_be_pasted(small_qwen, tmp_path, capsys):
     commands = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     assert str(whole) in shlex.split(commands["  mlx"])
     assert str(whole) in shlex.split(commands["  vllm"])
+
+
+def command_of(engine, base, whole, capsys):
+    """The words of an engine's command."""
+    engines.show(tuned_of(base, qwen_prompt), whole, ExportFlags(), qwen_prompt)
+    lines = capsys.readouterr().out.splitlines()
+    return shlex.split(next(line for line in lines if line.startswith(f"  {engine}:")).partition(":")[2])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_script_can_be_called_from_where_one_is(small_qwen, tmp_path, capsys, monkeypatch, inside):
+    monkeypatch.chdir(ROOT / "docs" if inside else tmp_path)
+    script = command_of("llama.cpp", small_qwen, small_qwen, capsys)[1]
+    assert Path(script).resolve() == ROOT / "qwen2_sft/ft_qwen2/export.py"
+    assert not inside or script == "../qwen2_sft/ft_qwen2/export.py"
+
+
+def test_a_project_in_a_folder_with_a_space_can_be_called(small_qwen, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engines, "ROOT", tmp_path / "my 项目")
+    script = command_of("llama.cpp", small_qwen, small_qwen, capsys)[1]
+    assert Path(script).resolve() == tmp_path / "my 项目/qwen2_sft/ft_qwen2/export.py"
 
 
 def test_a_model_that_cannot_be_written_as_gguf_is_named(small_qwen, tmp_path, capsys):

@@ -439,14 +439,24 @@ def test_what_was_not_read_or_was_repaired_is_told(tmp_path, capsys, read):
     rows = [{"query": f"{n}", "response": "答", "id": n} for n in range(3)] + [{"messages": greeting}] * 2
     path = tmp_path / "held.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"x": 1}\n')
-    if read == "evaluation.py":
-        assert len(chosen("--data_path", path)) == 5
-    else:
-        assert len(evaluate.held_out_rows(Config(eval_data_path=(str(path),), eval_rows=4))) == 4
-    title, unused, repaired, left_out = capsys.readouterr().out.splitlines()
+
+    def told(spec, limit):
+        if read == "evaluation.py":
+            scored = chosen("--data_path", spec, "--limit", limit)
+        else:
+            scored = evaluate.held_out_rows(Config(eval_data_path=(str(spec),), eval_rows=limit or 9))
+        assert len(scored) == (limit or 5)
+        return capsys.readouterr().out.splitlines()
+
+    title, unused, repaired, left_out = told(path, 0)
     assert str(path) in title and "id: not used in 3 rows" in unused
     assert "repaired 2" in repaired and f"greeting is context only: {path}:4, {path}:5" in repaired
     assert f"{path}:6" in left_out
+    _, unused, repaired, _ = told(path, 4)
+    assert "id: not used in 3 rows" in unused and repaired.endswith(f"greeting is context only: {path}:4")
+    assert "id: not used in 2 rows" in told(path, 2)[1], "the rows beyond the limit are not counted"
+    drawn = " ".join(told(f"{path}#1", 1))
+    assert ("id: not used in 1 rows" in drawn) != ("repaired 1" in drawn)
 
 
 @pytest.mark.parametrize("limit, count", [(0, 9), (4, 4), (100, 9)])

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,7 +101,8 @@ def test_transformers_alone_gives_the_adapters_answers(family, trained, tmp_path
 
 
 def test_the_folder_is_what_engines_load(trained, tmp_path, capsys):
-    exported("gemma_sft.ft_gemma", trained("gemma_sft.ft_gemma"), "--output_dir", tmp_path / "whole")
+    run = shutil.copytree(trained("gemma_sft.ft_gemma"), tmp_path / "moved/run")
+    exported("gemma_sft.ft_gemma", run, "--output_dir", tmp_path / "whole")
     whole = tmp_path / "whole"
     weights = load_file(whole / "model.safetensors")
     assert "lm_head.weight" not in weights, "mlx-lm and keras-hub refuse a tied head written twice"
@@ -119,13 +121,13 @@ def test_the_folder_is_what_engines_load(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     lines = (
         f"vllm serve {whole}",
-        "export.py --model_save_dir",
-        "ollama create run_gguf -f",
+        f"export.py --model_save_dir {run} ",
+        f"cd {run}_gguf && ollama create run_gguf -f",
         "mlx_lm.generate --model",
     )
     assert all(line in printed for line in lines)
     assert "keras:       不能 cannot: 需要 needs tokenizer.model" in printed
-    assert "--enable-lora --max-lora-rank 16 --lora-modules run=" in printed
+    assert f"--enable-lora --max-lora-rank 16 --lora-modules run={run}" in printed
 
 
 def test_nothing_is_overwritten(trained, tmp_path):

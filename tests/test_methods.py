@@ -624,6 +624,8 @@ def test_neftune_changes_training_alone(fit, target):
         (["--tuning", "qlora", "--use_pissa"], "--use_pissa 需要未量化的基座"),
         (["--use_dora", "--use_pissa"], "--use_pissa 与 --use_dora 不能同用"),
         (["--use_dora", "--tuning", "qlora", "--quantization_bit", 8], "--use_dora 与 --quantization_bit 8 不能同用"),
+        (["--prompt_style", "plain", "--thinking", "keep"], "--thinking keep 对 --prompt_style plain 不起作用"),
+        (["--prompt_style", "log", "--thinking", "keep"], "--thinking keep .*; use --thinking auto"),
         (["--tuning", "qlora", "--quantization_bit", 3], "quantization_bit.*invalid choice: 3"),
     ],
 )

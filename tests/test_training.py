@@ -23,11 +23,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from common.cli import parse
-from common.config import TrainFlags
+from common.config import PredictFlags, TrainFlags
 from common.errors import UserError
+from common.inference.tuned import trained_with
 from common.knobs import OPTIMIZERS
 from common.model import loading, loss, verify
 from common.runs import manifest, run
+from common.runs.adopted import find_manifest
 from common.runs.checkpoints import last_whole_checkpoint
 from common.runs.manifest import differing_parts
 from common.training import batches, callbacks, guards, report, trainer, tuning
@@ -290,6 +292,12 @@ def test_what_does_not_belong_to_the_run_is_refused(flags, tmp_path, small_gemma
         predict.load_answer(parse(Config, None, ["--model_save_dir", str(tmp_path / "out"), "--prompt_style", "plain"]))
     mine = parse(Config, None, ["--model_save_dir", str(tmp_path / "out")])
     assert predict.load_answer(mine).net.peft_config
+    for one, rest in (("qlora", "--quantization_bit 4.8 .*; else leave the flag out"), ("full", "leave the flag")):
+        asked, _ = parse(Config, PredictFlags, ["--model_save_dir", str(tmp_path / "out"), "--tuning", one])
+        with pytest.raises(UserError, match=f"--tuning {one}: .* was trained with lora; {rest}"):
+            predict.load_answer(asked)
+    asked = [*("--model_save_dir", str(tmp_path / "out")), *("--tuning", "qlora", "--quantization_bit", "8")]
+    assert trained_with(parse(Config, PredictFlags, asked)[0], find_manifest(tmp_path / "out"), False).bits == 8
     weights = load_file(copy / "model.safetensors")
     save_file(
         {name: tensor + 1 for name, tensor in weights.items()}, copy / "model.safetensors", metadata={"format": "pt"}

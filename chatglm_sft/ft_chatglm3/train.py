@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     places.check_training(cfg, flags)
     cfg, parent = lineage.inherit(cfg, flags)
     places.show_base(cfg, flags)
-    tokenizer = loading.load_tokenizer(cfg.base, prompt)
+    tokenizer = loading.load_tokenizer(cfg.base, prompt, cfg.thinking)
     base = loading.load_base(cfg.base, cfg.dtype, cfg.bits, cfg.attn_implementation)
     if flags.print_targets:
         return layers.show_targets(base)

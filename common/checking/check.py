@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from common.checking.check_report import show_rows, show_step, show_verdict
 from common.conversation.render import IGNORED
 from common.conversation.turns import Repair, Unusable
 from common.data import accounts, cache, dataset
-from common.data.alike import Known, Typed, digests_of
+from common.data.alike import Known, Typed, digests_of, number_of
 from common.data.defects import DEFECTS
 from common.errors import UserError, is_out_of_memory
 from common.inputs import files_of
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 Report = dict[str, Any]  # what --json prints
 UNREADABLE = "unreadable file"  # a kind of Finding
 SAMPLES = 3  # rows shown with their mask
+PLACE = re.compile(r"\d+(\.\d+)?")  # of a row in its file: line, or line.part
 NO_END = "有的行不以停止符结尾 rows whose last supervised id is no stop id: the model would not stop"
 OUT_OF_MEMORY = "--micro_batch_size 1, --gradient_checkpointing true, a smaller --max_length_q or --max_length_a"
 
@@ -214,7 +216,7 @@ def _said_by(files: Sequence[Tokenised]) -> Known:
     """What the rows of the files say that are not left out."""
     tables = []
     for file in files:
-        lost = [int(row.where.rpartition(":")[2]) for row in file.rejected]
+        lost = [number_of(row.where) for row in file.rejected]
         tables.append((file.source["path"], file.digests[~numpy.isin(file.digests[:, 0], lost)]))
     return Known(tables)
 
@@ -252,9 +254,10 @@ def _held_out_overlap(cfg: SFTConfig, known: Known) -> tuple[dict[str, int], lis
     return {"held_out": same_rows, "held_out_questions": same_questions}, findings
 
 
-def _place(finding: Finding) -> tuple[str, int]:
-    path, _, line = finding.where.rpartition(":")
-    return (path, int(line)) if line.isdigit() else (finding.where, 0)
+def _place(finding: Finding) -> tuple[str | int, ...]:
+    """What findings are sorted by: the file, then line and part as numbers."""
+    path, _, place = finding.where.rpartition(":")
+    return (path, *map(int, place.split("."))) if PLACE.fullmatch(place) else (finding.where, 0)
 
 
 def _samples(rows: TrainingData, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:

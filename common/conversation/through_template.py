@@ -3,7 +3,8 @@
 The template gives one text. It is split at control tokens, which become ids; what is between them is encoded as text.
 Control tokens typed in a conversation are hidden from the template by a character of private use inside each, which is
 taken out again. The ids are those of apply_chat_template(tokenize=True), with two exceptions: typed control tokens stay
-text, and a trained answer is encoded apart from the prompt that asks for it, so that the two together are the row.
+text, and a trained answer is encoded apart from the prompt that asks for it, so that the two together are the row. To a
+template that would show a text beside a call behind the call's result, the two are two messages.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PRIVATE = [chr(code) for code in range(0xE000, 0xE100)]
+BESIDE = ("said", "called", "given")  # a text, the name of a call beside it, its result
 PROBE = [Turn("user", "?"), Turn("assistant", "", calls=(Call("f", "{}"),)), Turn("tool", "1")]
 
 
@@ -66,18 +68,13 @@ def pieces(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], marks: Mar
     An answer is learnt from where its generation prompt ends. Results of tools are CONTEXT. FormatError where the
     template refuses the turns, leaves out a text of theirs, or asks otherwise than it shows the last answer.
     """
-    shown = _Shown(tokenizer, turns)
+    shown = _Shown(tokenizer, turns, _sets_apart(tokenizer, str(tokenizer.chat_template), marks))
     answered = turns[-1].role == "assistant"
     asked = turns[: len(turns) - answered]
     prompt = shown.text(asked, ask=True)
     spans = _spans(prompt, marks)
     earlier = [number for number, turn in enumerate(asked) if turn.role == "assistant"]
-    if len(spans) != len(earlier):
-        both = any(turns[number].calls and turns[number].text.strip() for number in earlier)
-        remedy = ": 调用旁的文字放不下 it has no place for the text beside a call; leave that text out" if both else ""
-        raise FormatError(
-            "template", f"聊天模板里有 the chat template shows {len(spans)} 个回答 answers of {len(earlier)}{remedy}"
-        )
+    shown.check_spans(prompt, spans, [turns[number] for number in earlier])
     cuts: dict[int, str] = {}  # place in the prompt: the part that begins there
     before = 0
     for span, number in zip(spans, earlier, strict=True):
@@ -139,6 +136,23 @@ def _opening(tokenizer: PreTrainedTokenizerBase, template: str, asker: str, mark
     return asked[begins[-1].end() :] if begins else ""
 
 
+@lru_cache(maxsize=64)
+def _sets_apart(tokenizer: PreTrainedTokenizerBase, template: str, marks: Marks) -> bool:
+    """Whether the template shows a text and a call of one answer in their order only as two messages.
+
+    As one message it shows the text behind the result of the call, as two within one answer.
+    """
+    asked, (text, name, result) = PROBE[0], BESIDE
+    turns = [asked, Turn("assistant", text, calls=(Call(name, "{}"),)), Turn("tool", result)]
+    try:
+        one, two = (_Shown(tokenizer, turns, apart).text(turns, ask=False) for apart in (False, True))
+    except FormatError:
+        return False
+    begins = [end.end() for end in marks.begin.finditer(two, 0, max(two.find(text), 0))]
+    within = two[begins[-1] : two.find(name)] if begins else ""
+    return -1 < one.find(result) < one.find(text) and text in within and not marks.end.search(within)
+
+
 @lru_cache(maxsize=8)
 def _control(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
     """Matches the tokenizer's control tokens: its special tokens, and those that its template writes.
@@ -155,8 +169,10 @@ def _control(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[st
 class _Shown:
     """Conversations as one tokenizer's template shows them, typed control tokens hidden, and such texts as ids."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], apart: bool = False) -> None:
+        """apart: a text beside calls is a message of its own, before them."""
         self.tokenizer = tokenizer
+        self.apart = apart
         self.control = _control(tokenizer, str(tokenizer.chat_template))
         texts = [text for turn in turns for text in texts_of(turn)]
         hidden = next((char for char in PRIVATE if all(char not in text for text in texts)), None)
@@ -190,6 +206,23 @@ class _Shown:
         lost = next((turn.role for turn in turns if self._hide(turn.text).strip() not in text), None)
         if lost is not None:
             raise FormatError("template", f"聊天模板略去 the chat template leaves out the text of a turn of {lost}")
+
+    def check_spans(self, text: str, spans: Sequence[Span], answers: Sequence[Turn]) -> None:
+        """FormatError where `spans` of `text` are not those of `answers`, with all they say and call."""
+        fits = len(spans) == len(answers)
+        for span, turn in zip(spans, answers, strict=False):
+            own = text[span.start : span.end]
+            fits &= all(self._hide(said).strip() in own for said in (turn.text, *(call.name for call in turn.calls)))
+        if fits:
+            return
+        if any(turn.calls and turn.text.strip() for turn in answers):
+            raise FormatError(
+                "template",
+                "聊天模板没有地方放调用旁的文字 the chat template has no place for the text beside a call before its "
+                "result: give that answer its calls alone, without a text (content null)",
+            )
+        found = f"聊天模板里有 the chat template shows {len(spans)} 个回答 answers of {len(answers)}"
+        raise FormatError("template", found)
 
     def encoded(self, text: str, parts: dict[int, str]) -> list[Piece]:
         """The ids of a text of `text` as Pieces; parts: {place where a part begins: which}, the first at 0.
@@ -243,6 +276,9 @@ class _Shown:
             if turn.role == "assistant":
                 message["reasoning_content"] = "" if hidden else self._hide(turn.thought)
                 calls = [self._call(call, f"call_{number}_{place}") for place, call in enumerate(turn.calls)]
+                if self.apart and calls and turn.text.strip():
+                    messages.append(message)
+                    message = {"role": turn.role, "content": ""}
                 message |= {"tool_calls": calls} if calls else {}
                 results = [{"tool_call_id": call["id"], "name": call["function"]["name"]} for call in calls]
             if turn.role == "tool" and results:

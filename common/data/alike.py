@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_QUESTION = 0  # the digest of what a plain text asks
+PARTS = 1 << 32  # above any line's number: a place in a file is line + part × PARTS
 
 
 class Typed(NamedTuple):
@@ -28,7 +29,7 @@ class Typed(NamedTuple):
 class Digests:
     """Collects what the conversations of a file say.
 
-    rows: (line of the file, digest of the row, digest of its question) of each. typed: those with control tokens.
+    rows: (`number_of` the row, digest of the row, digest of its question) of each. typed: those with control tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -39,7 +40,7 @@ class Digests:
     def noted(self, row: Conversation | Unusable) -> Conversation | Unusable:
         """The row, which is noted where it can be used."""
         if isinstance(row, Conversation):
-            self.rows.append((int(row.where.rpartition(":")[2]), *digests_of(row.turns)))
+            self.rows.append((number_of(row.where), *digests_of(row.turns)))
             tokens = typed_tokens(self._tokenizer, row.turns)
             if tokens:
                 self.typed.append(Typed(row.where, tokens))
@@ -48,6 +49,18 @@ class Digests:
     def table(self) -> numpy.ndarray:
         """The rows as uint64 [N, 3]."""
         return numpy.array(self.rows, numpy.uint64).reshape(-1, 3)
+
+
+def number_of(where: str) -> int:
+    """The place of a row (file:line, or file:line.part) in its file, as a number; that of a line is its own."""
+    line, _, part = where.rpartition(":")[2].partition(".")
+    return int(line) + int(part or 0) * PARTS
+
+
+def _place_of(number: int) -> str:
+    """What stands behind the file's name, of `number_of`."""
+    part, line = divmod(number, PARTS)
+    return f"{line}.{part}" if part else str(line)
 
 
 def digests_of(turns: Sequence[Turn]) -> tuple[int, int]:
@@ -88,18 +101,18 @@ class Known:
         """files: (path, a table of `Digests` without the rows that are left out)."""
         self._paths = [path for path, _ in files]
         tables = [numpy.empty((0, 3), numpy.uint64), *(table for _, table in files)]
-        self._lines, rows, questions = numpy.concatenate(tables).T
+        self._places, rows, questions = numpy.concatenate(tables).T
         self._file: numpy.ndarray = numpy.repeat(numpy.arange(len(files)), [len(table) for _, table in files])
         self._rows, self._first, self._number = numpy.unique(rows, return_index=True, return_inverse=True)
         self._questions = set(questions[questions != NO_QUESTION].tolist())
 
     def _where(self, number: int) -> str:
-        return f"{self._paths[self._file[number]]}:{self._lines[number]}"
+        return f"{self._paths[self._file[number]]}:{_place_of(int(self._places[number]))}"
 
     def repeated(self) -> list[tuple[str, str]]:
-        """(where a row stands first, where again) of each that does; several in one line are no repetition."""
+        """(where a row stands first, where again) of each that does; several of one row are no repetition."""
         first = self._first[self._number]
-        again = (self._file != self._file[first]) | (self._lines != self._lines[first])
+        again = (self._file != self._file[first]) | (self._places != self._places[first])
         return [(self._where(first[number]), self._where(number)) for number in numpy.flatnonzero(again).tolist()]
 
     def twin(self, digest: int) -> str | None:

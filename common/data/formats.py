@@ -70,7 +70,7 @@ def conversations_in(
 
     What else there is to say of the record goes into `notes`.
     """
-    where = f"{path}:{record.line}"
+    where = f"{path}:{record.place}"
     if record.problem:
         yield Unusable(where, record.problem, record.value, record.kind)
         return

@@ -28,14 +28,21 @@ OTHER_DELIMITERS = re.compile("[|，；:、]")
 class Record(NamedTuple):
     """One row as the file has it.
 
-    `line` is where it begins, or its number in a file whose rows share lines. `problem` says why it could not be read,
-    and `kind` (a key of DEFECTS) of which kind it is; then `value` is the raw text or the raw cells.
+    `line` is where it begins, or its number in a file whose first rows share a line; in other files `part` tells the
+    rows of a line apart, from 1 on. `problem` says why it could not be read, and `kind` (a key of DEFECTS) of which
+    kind it is; then `value` is the raw text or the raw cells.
     """
 
     line: int
     value: Any
     problem: str = ""
     kind: str = ""
+    part: int = 1
+
+    @property
+    def place(self) -> str:
+        """What stands behind the file's name: the line, with the part where it is not the line's first row."""
+        return f"{self.line}.{self.part}" if self.part > 1 else str(self.line)
 
 
 def read_records(path: str) -> Iterator[Record]:
@@ -49,11 +56,20 @@ def read_records(path: str) -> Iterator[Record]:
 
 
 def _told_apart(records: Iterator[Record]) -> Iterator[Record]:
-    """The Records, numbered where the first two share a line: an array may be one line, as json.dump writes it."""
+    """The Records, numbered where the first two share a line: an array may be one line, as json.dump writes it.
+
+    Elsewhere the second row of a line and those behind it have a part of their own.
+    """
     first = list(islice(records, 2))
     share = len(first) == 2 and first[0].line == first[1].line
+    line = part = 0
     for number, record in enumerate(chain(first, records), 1):
-        yield record._replace(line=number) if share else record
+        part = part + 1 if record.line == line else 1
+        line = record.line
+        if share:
+            yield record._replace(line=number)
+        else:
+            yield record._replace(part=part) if part > 1 else record
 
 
 def _records(file: BinaryIO, path: str) -> Iterator[Record]:

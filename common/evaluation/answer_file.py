@@ -129,9 +129,13 @@ def _with_reference(turns: Sequence[Turn]) -> Sequence[Turn]:
 
 
 def _line(record: Record) -> dict[str, Any]:
-    """What a line of the file says of an answer; `prompt` is there where more was asked than the question."""
-    line = {name: record[name] for name in ("row", "where", "question", "answer")}
-    line["answer"] = record.get("content", line["answer"])  # without the calls
+    """What a line of the file says of an answer; `prompt` is there where more was asked than the question.
+
+    The result of a tool, where the row ends with one, stands under its role, `tool`.
+    """
+    asked = "tool" if record["prompt"][-1]["role"] == "tool" else "question"
+    line = {"row": record["row"], "where": record["where"], asked: record["question"]}
+    line["answer"] = record.get("content", record["answer"])  # without the calls
     line |= {name: record[name] for name in ("reasoning_content", "tool_calls") if name in record}
     line |= {"finish_reason": record["stop"], "tokens": record["tokens"]}
     if len(record["prompt"]) > 1:

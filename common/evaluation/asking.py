@@ -72,16 +72,38 @@ def held_out(
 ) -> tuple[list[Conversation], list[Unusable]]:
     """The conversations of held-out files, `limit` at most (0: all), and the rows left out.
 
-    What else there is to say of the rows goes into `notes`. read: `questions`, or `to_ask`.
+    What else there is to say of these conversations goes into `notes`. read: `questions`, or `to_ask`.
     """
     kept: list[Conversation] = []
     left_out: list[Unusable] = []
+    said = _NotesByRow()
     for path, wanted in files_of(specs):
         rows = []
-        for row in read(path, cfg, notes):
+        for row in read(path, cfg, said):
             if isinstance(row, Conversation):
                 rows.append(row)
             else:
                 left_out.append(row)
         kept += [rows[number] for number in draw_rows(len(rows), wanted, random.Random(cfg.seed))]
-    return kept[: limit or None], left_out
+    kept = kept[: limit or None]
+    if notes is not None:
+        said.tell(notes, kept)
+    return kept, left_out
+
+
+class _NotesByRow(Notes):
+    """Notes that keep what was said of each row, until it is known which rows are asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readings: dict[str, list[formats.Reading]] = {}
+
+    def add(self, where: str, reading: formats.Reading) -> None:
+        if reading.unused or reading.repaired:
+            self.readings.setdefault(where, []).append(reading)
+
+    def tell(self, notes: Notes, rows: Sequence[Conversation]) -> None:
+        """Note in `notes` what was said of `rows`, of each once."""
+        for where in dict.fromkeys(row.where for row in rows):
+            for reading in self.readings.get(where, ()):
+                notes.add(where, reading)

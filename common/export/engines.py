@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
 
+from common.config import ROOT
 from common.errors import UserError
 from common.export import older
+from common.export.folder import place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,8 +29,8 @@ COMMANDS = {
     "ctranslate2": "ct2-transformers-converter --model {folder} --output_dir {folder}_ct2",
     "onnx": "python -m onnxruntime_genai.models.builder -i {folder} -o {folder}_onnx -p fp32 -e cpu",
     "openvino": "optimum-cli export openvino --model {folder} {folder}_openvino",
-    "llama.cpp": "python {recipes}/export.py --model_save_dir {run} --format gguf",
-    "ollama": "cd {run}_gguf && ollama create {run_name}_gguf -f Modelfile  (之后 after the line above)",
+    "llama.cpp": "python {script} --model_save_dir {run} --format gguf",
+    "ollama": "cd {gguf} && ollama create {gguf_name} -f Modelfile  (之后 after the line above)",
     "vllm": "vllm serve {folder}",
 }
 TRIED = {  # the versions that gave the text, as benchmarks/engines.txt installs them
@@ -102,9 +105,16 @@ def _why_not_computed(engines: Iterable[str], config: PreTrainedConfig) -> dict[
 
 def _line(engine: str, command: str, tuned: Tuned, folder: Path, prompt: Family) -> None:
     run = Path(tuned.manifest["config"]["model_save_dir"])
-    names = {"folder": folder, "name": folder.name, "run": run, "run_name": run.name, "recipes": prompt.RECIPES}
+    gguf = place_of(str(run), "", "gguf")
+    names = {"folder": folder, "name": folder.name, "run": run, "gguf": gguf, "gguf_name": gguf.name}
+    names |= {"script": _typed(ROOT / prompt.RECIPES / "export.py")}
     quoted = {key: str(name) if engine == "keras" else shlex.quote(str(name)) for key, name in names.items()}
     print(f"  {engine + ':':<13}{command.format(**quoted)}")
+
+
+def _typed(path: Path) -> str:
+    """A path as one types it in the current folder: absolute or from there, whichever is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
 
 
 def _why_no_gguf(tuned: Tuned, prompt: Family, config: PreTrainedConfig) -> str:

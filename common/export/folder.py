@@ -42,16 +42,16 @@ WRITTEN = {
 def new_folder(cfg: SFTConfig, flags: ExportFlags) -> Path:
     """Where the export goes; UserError where something is there already, or flags do not go together."""
     _check_flags(cfg, flags)
-    folder = place_of(cfg, flags.output_dir, flags.format)
+    folder = place_of(cfg.model_save_dir, flags.output_dir, flags.format)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: 已经存在 already exists and is not overwritten; give another --output_dir")
     check_writable(folder.parent, "output_dir")
     return folder
 
 
-def place_of(cfg: SFTConfig, output_dir: str, kind: str) -> Path:
-    """The folder `output_dir`, or where an export of --format `kind` goes unless it is given."""
-    exported = Path(cfg.model_save_dir)
+def place_of(run: str, output_dir: str, kind: str) -> Path:
+    """The folder `output_dir`, or where an export of the `run` in --format `kind` goes unless it is given."""
+    exported = Path(run)
     if step_of(exported) is not None:  # not among the checkpoints, but beside the run
         exported = exported.parent.with_name(f"{exported.parent.name}_{exported.name}")
     return Path(output_dir or f"{exported}_{ENDINGS[kind]}")

@@ -63,6 +63,7 @@ class Expected(NamedTuple):
 def load(cfg: SFTConfig, prompt: Family) -> Tuned:
     """The Tuned of the finished run in `cfg.model_save_dir`, on the unquantised base; errors as in tuned.open_run."""
     manifest, trained, tokenizer = open_run(cfg, prompt)
+    manifest["config"] = manifest["config"] | {"model_save_dir": cfg.model_save_dir}  # it may have been moved
     if trained.bits:
         print("合并到未量化的基座 merging into the unquantised base: not bit for bit what the adapter was trained on")
     say("加载 loading: 训练后的模型 the tuned model, in float32")

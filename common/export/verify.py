@@ -73,7 +73,7 @@ def _limit(cfg: SFTConfig) -> float:
 
 def _file(cfg: SFTConfig, flags: ExportFlags) -> Path:
     """The GGUF file of the run's export; UserError where there is none, or no llama.cpp."""
-    folder = place_of(cfg, flags.output_dir, "gguf")
+    folder = place_of(cfg.model_save_dir, flags.output_dir, "gguf")
     found = sorted(folder.glob("*.gguf"))
     if len(found) != 1:
         raise UserError(
@@ -87,7 +87,7 @@ def _file(cfg: SFTConfig, flags: ExportFlags) -> Path:
 
 def _folder(cfg: SFTConfig, flags: ExportFlags, engine: str, python: str) -> Path:
     """The run's export as safetensors; UserError where there is none, or no engine."""
-    folder = place_of(cfg, flags.output_dir, "safetensors")
+    folder = place_of(cfg.model_save_dir, flags.output_dir, "safetensors")
     if not all((folder / name).is_file() for name in ("export.json", "config.json")):
         raise UserError(
             f"--verify {engine}: {folder} 不是导出的完整模型 is no exported whole model: export the run first, "

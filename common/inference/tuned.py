@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.conversation.family import Family
 
+QUANTISED = "--quantization_bit 4|8 以该位数回答 answers in 4 or 8 bits with any run"
+
 
 def load(cfg: SFTConfig, prompt: Family, base: bool = False, once: bool = False) -> Answerer:
     """The Answerer of the run in `cfg.model_save_dir`, or with `base` of its base model alone. Errors: `open_run`.
@@ -82,11 +84,16 @@ def _bits_of(config: dict[str, Any]) -> int:
     return config["quantization_bit"] if config["tuning"] == "qlora" else 0
 
 
+def _says_bits(name: str, cfg: SFTConfig) -> bool:
+    """Whether the flag `name` is the tuning of a quantised base, whose bits are given: any run answers so."""
+    return name == "tuning" and cfg.tuning == "qlora" and "quantization_bit" in cfg.given
+
+
 def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) -> TrainedWith:
     """The TrainedWith of the run in `manifest`, or what the user asks for where there is none.
 
-    UserError where the user asks for another base model, style or thinking; the same weights in another folder are
-    the same base, and they may be quantised to other bits. base: the base model alone may be any.
+    UserError where the user asks for another base model, style, thinking or tuning; the same weights in another folder
+    are the same base, and they may be quantised to other bits. base: the base model alone may be any.
     """
     asked = TrainedWith.asked_for(cfg)
     if manifest is None and "path_model_pretrain" not in cfg.given:
@@ -105,10 +112,11 @@ def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) ->
         bits=cfg.bits if "quantization_bit" in cfg.given else _bits_of(config),
         thinking=config["thinking"],
     )
-    for name in ("path_model_pretrain", "prompt_style", "thinking"):
-        if name in cfg.given and getattr(asked, name) != getattr(trained, name):
+    for name in ("path_model_pretrain", "prompt_style", "thinking", "tuning"):
+        if name in cfg.given and getattr(asked, name) != getattr(trained, name) and not _says_bits(name, cfg):
+            bits = f"{QUANTISED}; else " if (name, asked.tuning) == ("tuning", "qlora") else ""
             raise UserError(
                 f"--{name} {getattr(asked, name)}: 训练时用的是 the run in {cfg.model_save_dir} was trained "
-                f"with {getattr(trained, name)}; leave the flag out, or give another --model_save_dir"
+                f"with {getattr(trained, name)}; {bits}leave the flag out, or give another --model_save_dir"
             )
     return trained._replace(max_length_q=cfg.max_length_q) if "max_length_q" in cfg.given else trained

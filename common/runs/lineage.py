@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common import distributed, files
 from common.config import LORA, SFTConfig
 from common.errors import UserError
-from common.knobs import DORA_8
+from common.knobs import DORA_8, NO_THOUGHT
 from common.model import loading
 from common.model.adapter import config_of, modules_of
 from common.model.weights import adapter_file, check_adapter
@@ -46,6 +46,9 @@ def inherit(cfg: Config, flags: TrainFlags) -> tuple[Config, Path | None]:
     taken = _taken(cfg, folder, manifest)
     if taken["use_dora"] and replace(cfg, **taken).bits == 8:
         raise UserError(f"{FLAG} {folder}: {DORA_8}")
+    style = taken.get("prompt_style", cfg.prompt_style)
+    if taken.get("thinking", cfg.thinking) == "keep" and style != "chat":
+        raise UserError(f"{FLAG} {folder}: {NO_THOUGHT.format(style)}")
     words = {knob: " ".join(value) if isinstance(value, tuple) else value for knob, value in taken.items()}
     told = ", ".join(f"{knob} {value}" for knob, value in words.items() if value)
     print(f"起点 start: {folder}: {told}", file=sys.stderr if flags.json else sys.stdout)

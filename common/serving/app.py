@@ -198,9 +198,8 @@ def _add_pages(app: Flask, service: Service, counts: Counts) -> None:
 
     @app.get("/")
     def chat_page() -> Response:
-        text, tokens = (PAGES / "chat.html").read_text(encoding="utf-8"), service.defaults.max_new_tokens
-        most = max(1024, tokens)
-        return _page(text.replace("{{most_tokens}}", str(most)).replace("{{max_tokens}}", str(tokens)))
+        text = (PAGES / "chat.html").read_text(encoding="utf-8")
+        return _page(text.replace("{{defaults}}", json.dumps(vars(service.defaults))))
 
 
 def _page(text: str) -> Response:
