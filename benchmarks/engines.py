@@ -10,16 +10,12 @@ the same ids by the engine's own tokenizer and template, and how many times as f
 """
 
 import argparse
-import configparser
 import importlib
-import shutil
-import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
-from measure import ROOT, machine, table
+from measure import ROOT, VENVS, machine, pinned, python_of, table
 
 WIDE = dict(hidden_size=64, intermediate_size=128, head_dim=32)
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -68,8 +64,8 @@ def main():
             alone = asking.ask("transformers", place / "whole", questions(expected))
             for engine in args.engines:
                 try:
-                    line = cells(engine, place, expected, alone, prompt, python_of(engine, args.venvs))
-                except UserError as problem:
+                    line = cells(engine, place, expected, alone, prompt, python_of(engine, __file__, args.venvs))
+                except (UserError, SystemExit) as problem:
                     line = ["–"] * 4 + [""]
                     problems.append(f"- {engine}, {name}: {problem}")
                     print(problems[-1])
@@ -81,7 +77,7 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = pinned()
+    known = pinned(__file__)
     names = ["embedded Gemma", "embedded Qwen", *RANDOM]
     parser.add_argument(
         "--engines", nargs="+", choices=known, default=list(known), metavar="ENGINE", help=", ".join(known)
@@ -92,29 +88,8 @@ def arguments():
     )
     parser.add_argument("--qwen", default=ROOT / "qwen2_sft/embedded", help="the same for Qwen")
     parser.add_argument("--checkpoints", nargs="*", default=[], help="folders of Gemma or Qwen to be asked too")
-    parser.add_argument("--venvs", type=Path, default=ROOT / ".venv-engines", help="where the environments are made")
+    parser.add_argument("--venvs", type=Path, default=VENVS, help="where the environments are made")
     return parser.parse_args()
-
-
-def pinned():
-    """{engine: what pip installs for it}."""
-    parser = configparser.ConfigParser(allow_no_value=True, delimiters=("\0",))
-    parser.read(Path(__file__).with_suffix(".txt"))
-    return {engine: list(parser[engine]) for engine in parser.sections()}
-
-
-def python_of(engine, venvs):
-    """The Python that has the engine; its environment is made at the first time."""
-    from common.errors import UserError
-
-    python = venvs / engine / "bin/python"
-    if not python.exists():
-        venv.create(venvs / engine, with_pip=True)
-        done = subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned()[engine]])
-        if done.returncode:
-            shutil.rmtree(venvs / engine)
-            raise UserError("pip could not install it")
-    return str(python)
 
 
 def models(args):

@@ -1,11 +1,14 @@
 """What the benchmarks share: a fresh process's time and memory, the machine's name, a table."""
 
+import configparser
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+import venv
 from datetime import date
 from pathlib import Path
 
@@ -13,9 +16,10 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
+VENVS = ROOT / ".venv-engines"  # where the environments are made of what cannot live beside the rest
 
 
-def run(command, **environment):
+def run(command, python=sys.executable, **environment):
     """(what the process printed last as JSON or None, seconds, peak MiB of it and its children) of a fresh process.
 
     Memory is the proportional set size, so that a page shared by several processes, or mapped from a file, counts once.
@@ -23,7 +27,7 @@ def run(command, **environment):
     """
     started, peak = time.monotonic(), 0
     with subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [python, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -39,6 +43,25 @@ def run(command, **environment):
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}: exit code {process.returncode}\n{printed[-4000:]}")
     return _last_json(printed), seconds, peak / MIB
+
+
+def pinned(script):
+    """{name: what pip installs for it}, of the file beside a benchmark that is called as it."""
+    parser = configparser.ConfigParser(allow_no_value=True, delimiters=("\0",))
+    parser.read(Path(script).with_suffix(".txt"))
+    return {name: list(parser[name]) for name in parser.sections()}
+
+
+def python_of(name, script, venvs):
+    """The Python that has `name` as `pinned` says; its environment is made at the first time, or SystemExit."""
+    python = venvs / name / "bin/python"
+    if not python.exists():
+        venv.create(venvs / name, with_pip=True)
+        done = subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned(script)[name]])
+        if done.returncode:
+            shutil.rmtree(venvs / name)
+            raise SystemExit(f"{name}: pip could not install it")
+    return str(python)
 
 
 def tree_memory(pid):

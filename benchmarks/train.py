@@ -1,10 +1,11 @@
-"""LoRA training here and in TRL's SFTTrainer: the same random model, rows and precision, in turn, in fresh processes.
+"""LoRA training here, in TRL's SFTTrainer and in ms-swift: one model, rows and precision, in turn, in fresh processes.
 
 python benchmarks/train.py                                    # both models, five rounds, the tables of README.md
 python benchmarks/train.py --model head --rounds 1 --rows 16  # a quick look
 python benchmarks/train.py --curves                           # the loss of every step on the same batches
 python benchmarks/train.py --model DIR --data data/product_train.jsonl --rows 24    # a checkpoint and rows of a file
 python benchmarks/train.py --model 2b --length 1024 --dtype bfloat16 --runs "trl, grouped" "trl, Liger" ours   # a GPU
+python benchmarks/train.py --targets all-linear all-embedding lm_head --runs swift ours "swift, grouped"  # the head too
 
 ours                  common/training/trainer.py as train.py calls it
 ours, checkpointing   the same with --gradient_checkpointing
@@ -13,8 +14,12 @@ trl, no checkpointing the same without checkpointing
 trl, grouped          without checkpointing, with batches grouped by length
 trl, Liger            that with Liger's kernels, which need a GPU
 trl, our batches      without checkpointing, on the very batches ours takes (--curves)
+swift                 `swift sft` at its defaults, in an environment of its own (train.txt, --venvs)
+swift, grouped        without checkpointing, with sdpa and batches grouped by length
+swift, our batches    that on the very batches ours takes
 
 All: loss on the answers only, micro batch 4, LoRA r 16 on --targets (q/k/v), AdamW, no dropout, the same --dtype.
+TRL refuses LoRA on the head, so that where it is trained the peer is ms-swift (--curves too).
 Packing is left out: without FlashAttention, TRL's packed rows would see each other.
 """
 
@@ -25,8 +30,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import machine, run, table
-from train_once import OTHERS, OURS, RUNS, SEED, TARGETS, TRL_OUR_BATCHES, train
+from measure import ROOT, VENVS, machine, python_of, run, table
+from train_once import OTHERS, OURS, RUNS, SEED, SWIFT, SWIFT_OUR_BATCHES, TARGETS, TRL_OUR_BATCHES, train
 
 MODELS = {
     "quarter": dict(hidden_size=512, num_hidden_layers=18, intermediate_size=4096, vocab_size=64_000),
@@ -62,6 +67,7 @@ def arguments():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="what LoRA is on")
     parser.add_argument("--runs", nargs="+", default=RUNS, choices=(*RUNS, *OTHERS))
+    parser.add_argument("--venvs", type=Path, default=VENVS, help="where the environment of ms-swift is made")
     parser.add_argument("--curves", action="store_true", help="compare losses on the same batches instead of speed")
     parser.add_argument("--one", choices=(*RUNS, *OTHERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -102,9 +108,12 @@ def compare_speed(name, folder, args):
 
 def compare_curves(name, folder, args):
     """Print the largest relative difference of the two losses of a step on the same batches."""
-    ours, theirs = (start(which, folder, args)["losses"] for which in (OURS, TRL_OUR_BATCHES))
+    peer = SWIFT_OUR_BATCHES if "lm_head" in args.targets else TRL_OUR_BATCHES
+    ours, theirs = (start(which, folder, args)["losses"] for which in (OURS, peer))
     apart = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
-    print(f"\n{name}: {len(ours)} steps, loss {ours[0]:.5f} to {ours[-1]:.5f}, TRL {theirs[0]:.5f} to {theirs[-1]:.5f}")
+    print(
+        f"\n{name}: {len(ours)} steps, loss {ours[0]:.5f} to {ours[-1]:.5f}, {peer} {theirs[0]:.5f} to {theirs[-1]:.5f}"
+    )
     print(f"largest relative difference of a step: {max(apart):.1e}")
 
 
@@ -115,17 +124,19 @@ def start(which, folder, args):
     command += ["--dtype", args.dtype, "--targets", *args.targets]
     command += ["--length", args.length] if args.length else []
     command += ["--data", args.data] if args.data else []
-    return run(command)[0]
+    python = python_of("ms-swift", __file__, args.venvs) if which.startswith(SWIFT) else sys.executable
+    return run(command, python)[0]
 
 
 def make_model(shape, folder):
     """A random Gemma and a random adapter, the same for every run."""
     import torch
-    from transformers import GemmaConfig, GemmaForCausalLM
+    from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
     config = GemmaConfig(num_attention_heads=8, num_key_value_heads=1, head_dim=256, tie_word_embeddings=True, **shape)
     torch.manual_seed(SEED)
     GemmaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "gemma_sft/embedded").save_pretrained(folder)  # ms-swift looks for one
 
 
 if __name__ == "__main__":

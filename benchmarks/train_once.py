@@ -1,17 +1,18 @@
-"""One run of train.py's: LoRA training here or in TRL's SFTTrainer, timed, in the process that calls it."""
+"""One run of train.py's: LoRA training here, in TRL or in ms-swift, timed, in the process that calls it."""
 
 import resource
 import time
 from itertools import pairwise
 from pathlib import Path
 
-from measure import MIB, ROOT
+from measure import MIB
 
 OURS, OURS_CHECKPOINTING = "ours", "ours, checkpointing"
 TRL, TRL_PLAIN, TRL_GROUPED = "trl", "trl, no checkpointing", "trl, grouped"
 TRL_LIGER, TRL_OUR_BATCHES = "trl, Liger", "trl, our batches"
+SWIFT, SWIFT_GROUPED, SWIFT_OUR_BATCHES = "swift", "swift, grouped", "swift, our batches"
 RUNS = (TRL, OURS, TRL_PLAIN, OURS_CHECKPOINTING, TRL_GROUPED)
-OTHERS = (TRL_LIGER, TRL_OUR_BATCHES)
+OTHERS = (TRL_LIGER, TRL_OUR_BATCHES, SWIFT, SWIFT_GROUPED, SWIFT_OUR_BATCHES)
 MICRO, SEED = 4, 0
 TARGETS = ("q_proj", "k_proj", "v_proj")
 FAMILIES = {"gemma": "gemma_sft", "qwen": "qwen2_sft"}  # by the start of a config's model_type
@@ -37,15 +38,12 @@ def make_rows(count, vocabulary, length=None):
 
 def train(which, args):
     """Train one epoch and say how fast: what a fresh process does."""
-    from common.model import loading
-    from common.training import tuning
+    from transformers import AutoConfig
 
     rate = matrix_rate(args.dtype)
-    net = loading.load_base(args.folder, args.dtype)
-    net = tuning.make_trainable(net, config(args, which))
-    rows = read_rows(args, which) if args.data else make_rows(args.rows, net.config.vocab_size, args.length)
-    timed = train_ours if which.startswith(OURS) else train_trl
-    seconds, losses, batches = timed(which, net, rows, args)
+    vocabulary = AutoConfig.from_pretrained(args.folder).get_text_config().vocab_size
+    rows = read_rows(args, which) if args.data else make_rows(args.rows, vocabulary, args.length)
+    net, seconds, losses, batches = trained(which, rows, args)
     tokens = sum(row["length"] for row in rows)
     supervised = sum(len(row["labels"]) - row["labels"].count(-100) for row in rows)
     width = sum(max(rows[number]["length"] for number in batch) * len(batch) for batch in batches)
@@ -62,6 +60,20 @@ def train(which, args):
         "peak_mib": peak_mib(),
         "losses": losses,
     }
+
+
+def trained(which, rows, args):
+    """(net, seconds, loss of each step, batches) of a run."""
+    if which.startswith(SWIFT):
+        from train_swift import train_swift
+
+        return train_swift(which, rows, args)
+    from common.model import loading
+    from common.training import tuning
+
+    net = tuning.make_trainable(loading.load_base(args.folder, args.dtype), config(args, which))
+    timed = train_ours if which.startswith(OURS) else train_trl
+    return net, *timed(which, net, rows, args)
 
 
 def read_rows(args, which):
@@ -131,19 +143,8 @@ def train_trl(which, net, rows, args):
     """(seconds, loss of each step, batches) of TRL's SFTTrainer on the same ids."""
     import torch
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
-
-    class Recorder(TrainerCallback):
-        times, losses = [], []
-
-        def on_train_begin(self, *_, **__):
-            self.times.append(time.monotonic())
-
-        def on_log(self, args, state, control, logs, **_):
-            if "loss" in logs:
-                self.times.append(time.monotonic())
-                self.losses.append(logs["loss"])
 
     class OurBatches(SFTTrainer):
         def _get_train_sampler(self, dataset=None):
@@ -169,21 +170,34 @@ def train_trl(which, net, rows, args):
     )
     data = Dataset.from_list([{"input_ids": r["input_ids"], "completion_mask": mask_of(r)} for r in rows])
     make = OurBatches if which == TRL_OUR_BATCHES else SFTTrainer
-    trainer = make(net, settings, train_dataset=data, processing_class=tokenizer(args), callbacks=[Recorder()])
+    tokenizer = AutoTokenizer.from_pretrained(args.folder)  # it asks for one; the rows are ids already
+    record = recorder()
+    trainer = make(net, settings, train_dataset=data, processing_class=tokenizer, callbacks=[record])
     batches = [list(part) for part in trainer.get_train_dataloader().batch_sampler]
     trainer.train()
-    return Recorder.times[-1] - Recorder.times[0], Recorder.losses, batches
+    return record.times[-1] - record.times[0], record.losses, batches
+
+
+def recorder():
+    """A callback of transformers' Trainer: when the training and the logs of its steps were (`times`), and `losses`."""
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        times, losses = [], []
+
+        def on_train_begin(self, *_, **__):
+            self.times.append(time.monotonic())
+
+        def on_log(self, args, state, control, logs, **_):
+            if "loss" in logs:
+                self.times.append(time.monotonic())
+                self.losses.append(logs["loss"])
+
+    return Recorder()
 
 
 def mask_of(row):
     return [int(label != -100) for label in row["labels"]]
-
-
-def tokenizer(args):
-    """SFTTrainer asks for one; the rows are ids already."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(args.folder if args.data else ROOT / "gemma_sft/embedded")
 
 
 def matrix_rate(dtype):

@@ -35,10 +35,11 @@ def test_help(script):
 
 def test_each_engine_has_its_packages():
     import engines
+    import measure
 
     from common.elsewhere import asking
 
-    pinned = engines.pinned()
+    pinned = measure.pinned(engines.__file__)
     assert set(pinned) == {"llama.cpp", *asking.ENGINES}
     assert all("==" in package for packages in pinned.values() for package in packages)
 
