@@ -38,12 +38,8 @@ def make_rows(count, vocabulary, length=None):
 
 def train(which, args):
     """Train one epoch and say how fast: what a fresh process does."""
-    from transformers import AutoConfig
-
     rate = matrix_rate(args.dtype)
-    vocabulary = AutoConfig.from_pretrained(args.folder).get_text_config().vocab_size
-    rows = read_rows(args, which) if args.data else make_rows(args.rows, vocabulary, args.length)
-    net, seconds, losses, batches = trained(which, rows, args)
+    net, rows, (seconds, losses, batches) = trained(which, args)
     tokens = sum(row["length"] for row in rows)
     supervised = sum(len(row["labels"]) - row["labels"].count(-100) for row in rows)
     width = sum(max(rows[number]["length"] for number in batch) * len(batch) for batch in batches)
@@ -62,18 +58,30 @@ def train(which, args):
     }
 
 
-def trained(which, rows, args):
-    """(net, seconds, loss of each step, batches) of a run."""
+def trained(which, args):
+    """(net, rows, (seconds, loss of each step, batches)) of a run."""
     if which.startswith(SWIFT):
         from train_swift import train_swift
 
-        return train_swift(which, rows, args)
+        rows = rows_of(which, args)
+        net, *found = train_swift(which, rows, args)
+        return net, rows, found
     from common.model import loading
     from common.training import tuning
 
     net = tuning.make_trainable(loading.load_base(args.folder, args.dtype), config(args, which))
+    rows = rows_of(which, args)  # after the net, as in train.py: what a tokenizer lets go of is not in its way
     timed = train_ours if which.startswith(OURS) else train_trl
-    return net, *timed(which, net, rows, args)
+    return net, rows, timed(which, net, rows, args)
+
+
+def rows_of(which, args):
+    """The rows of a run: of the file, or random ids."""
+    from transformers import AutoConfig
+
+    if args.data:
+        return read_rows(args, which)
+    return make_rows(args.rows, AutoConfig.from_pretrained(args.folder).get_text_config().vocab_size, args.length)
 
 
 def read_rows(args, which):
