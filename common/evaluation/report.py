@@ -128,7 +128,7 @@ def _draw(folder: Path, results: Mapping[str, Any], groups: Groups, models: Sequ
     for draw, axis in zip(panels, axes[0], strict=True):
         draw(axis, results, groups, models)
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper right")  # "best" may take seconds, and then warns
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.05), ncols=2, frameon=False)  # above: on no point
     figure.tight_layout()
     figure.savefig(folder / "eval_report.png")
     pyplot.close(figure)
