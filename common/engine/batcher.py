@@ -220,8 +220,8 @@ class Batcher:
         if logits is None:
             group.prefills.append(prefill)
             return
-        self._offer(prefill, range(len(prefill.rows)))
         self._take(prefill.rows, logits)
+        self._offer(prefill, range(len(prefill.rows)))
         going = [number for number, row in enumerate(prefill.rows) if not row.over]
         if not going:
             return
