@@ -123,14 +123,25 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def ours(folder):
+    """Our service of a Qwen2 folder, greedy, started."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "qwen2_sft/ft_qwen2/post_api.py"), "--base", "--port", str(port)]
+    command += ["--path_model_pretrain", folder, "--model_save_dir", f"{folder}/none", "--do_sample", "false"]
+    return Side(OURS, command, port, "base")
+
+
+def theirs(folder):
+    """transformers' service of the folder, started."""
+    port = free_port()
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--continuous-batching"]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
+    return Side(THEIRS, command, port, folder)
+
+
 def start(folder):
     """Both sides, ours first, answering."""
-    ports = free_port(), free_port()
-    ours = [sys.executable, str(ROOT / "qwen2_sft/ft_qwen2/post_api.py"), "--base", "--port", str(ports[0])]
-    ours += ["--path_model_pretrain", folder, "--model_save_dir", f"{folder}/none", "--do_sample", "false"]
-    theirs = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--continuous-batching"]
-    theirs += ["--port", str(ports[1]), "--host", "127.0.0.1", "--device", "cpu"]
-    sides = [Side(OURS, ours, ports[0], "base"), Side(THEIRS, theirs, ports[1], folder)]
+    sides = [ours(folder), theirs(folder)]
     try:
         for side in sides:
             side.wait()
@@ -186,9 +197,9 @@ def main(argv=None):
                 f"({one['least']:.1f} … {one['most']:.1f})  TTFT p50 {1000 * one['ttft_p50']:.0f} ms, "
                 f"p95 {1000 * one['ttft_p95']:.0f} ms, {one['tokens']:.0f} tokens an answer"
             )
-    ours, theirs = found[OURS], found[THEIRS]
-    print(f"16 clients / 1 client: {ours[16]['requests_per_second'] / ours[1]['requests_per_second']:.2f}")
-    print(f"ours / theirs, 16 clients: {ours[16]['requests_per_second'] / theirs[16]['requests_per_second']:.2f}")
+    many, one = (found[OURS][clients]["requests_per_second"] for clients in (16, 1))
+    print(f"16 clients / 1 client: {many / one:.2f}")
+    print(f"ours / theirs, 16 clients: {many / found[THEIRS][16]['requests_per_second']:.2f}")
     print(json.dumps(found))
 
 

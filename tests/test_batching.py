@@ -308,9 +308,22 @@ def test_a_step_is_recorded_before_anybody_asks(batcher_of):
     expecting, plain = batcher_of(), batcher_of()
     expecting.expect("base")
     for _ in range(200):
-        if expecting.replays:
+        if expecting.switch.replays:
             break
         time.sleep(0.05)
-    assert list(expecting.replays) == [None] and expecting.replays[None] and not plain.replays
+    assert list(expecting.switch.replays) == [None] and expecting.switch.replays[None] and not plain.switch.replays
     asked = [ids_and_stop(one.submit("base", [ask(one, QUESTIONS[3])])) for one in (expecting, plain)]
     assert asked[0] == asked[1]
+
+
+def test_memory_is_handed_back_once_nobody_asks(batcher_of, monkeypatch):
+    rests = []
+    monkeypatch.setattr("common.engine.batcher.REST", 0.05)
+    monkeypatch.setattr("common.engine.batcher.hand_back", lambda: rests.append(batcher.forwards))
+    batcher = batcher_of()
+    answers = []
+    for _ in range(2):
+        answers.append(ids_and_stop(batcher.submit("base", [ask(batcher, QUESTIONS[3])])))
+        time.sleep(0.5)
+    assert len(rests) == 2 and 0 < rests[0] < rests[1] == batcher.forwards
+    assert answers[0] == answers[1]

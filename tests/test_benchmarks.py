@@ -22,7 +22,7 @@ def on_the_path(monkeypatch):
     sys.modules.pop("data", None)
 
 
-SCRIPTS = "busy chats check data engines generate gpu start train".split()
+SCRIPTS = "busy chats check data engines generate gpu rest start train".split()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

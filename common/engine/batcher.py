@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.conversation.turns import Turn
+from common.device import hand_back
 from common.engine import sampling
 from common.engine.beam_search import Beams
 from common.engine.group import Group, columns, width
 from common.engine.kv_batch import KVBatch
 from common.engine.prompt_encoder import PromptEncoder
-from common.engine.replay import Replay, record
 from common.engine.request import Ask, ModelFailedError, Row, Ticket
+from common.engine.switch import Switch
 from common.inference.cache import new_cache
 from common.inference.prefix_cache import PrefixCache
-from common.model.layers import causal_of
 
 if TYPE_CHECKING:
     from common.inference.answerer import Answerer
 
 CHUNK = 512  # prompt tokens read between two steps of the rows under way
+REST = 1.0  # seconds without a row, after which memory that is free goes back to the system
 log = logging.getLogger(__name__)
 
 
@@ -62,14 +63,12 @@ class Batcher:
         self.special = dict(zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens, strict=True))
         self.special |= answer.kept
         self.encoder = PromptEncoder(answer)
-        self.net = causal_of(answer.net)
+        self.switch = Switch(answer)
+        self.net = self.switch.net
         new_cache(self.net.config)  # refused now, not with the first request
         self.prefixes = self._nothing_kept()
-        self.peft = None if answer.net is self.net else answer.net
-        self.adapter: str | None = "" if self.peft else None  # what the net is set to; "" is nothing yet
         context = getattr(self.net.config, "max_position_embeddings", None) or 2**31
         self.context = min(context, request_tokens or context)  # most tokens of a prompt and its answer
-        self.replays: dict[str | None, Replay | None] = {}  # by adapter
         self.expected = ""  # the model that will be asked for, until its step is recorded
         self.probe = self.encoder.whole_ids([Turn("user", "你好")])
         self.changed = threading.Condition()  # guards `waiting`
@@ -78,6 +77,7 @@ class Batcher:
         self.beams: list[Beams] = []
         self.active_count = 0
         self.forwards = 0
+        self.rested = 0  # forwards until memory was handed back
         self.broken = False
         self.closed = False
         self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -129,8 +129,7 @@ class Batcher:
         try:
             with torch.inference_mode():
                 while not self.closed and not self.broken:
-                    with self.changed:
-                        self.changed.wait_for(lambda: self.closed or self.waiting or self.active_count or self.expected)
+                    self._wait()
                     self._make_ready()
                     self._let_go()
                     self._admit()
@@ -145,11 +144,23 @@ class Batcher:
                 self.waiting = deque()
                 self.active_count = 0
 
+    def _wait(self) -> None:
+        """Until there is something to do; memory is handed back where there is nothing for REST seconds."""
+        with self.changed:
+            wanted = self.changed.wait_for(
+                lambda: self.closed or self.waiting or self.active_count or self.expected,
+                REST if self.rested != self.forwards else None,
+            )
+        if not wanted:
+            self.encoder.forget()
+            hand_back()
+            self.rested = self.forwards
+
     def _make_ready(self) -> None:
         model, self.expected = self.expected, ""
         if model and not self.closed and not self.waiting and not self.active_count:
-            self._use(self.models[model])
-            self._replay()
+            self.switch.use(self.models[model])
+            self.switch.replay()
 
     def _active(self) -> list[Row]:
         """All rows that have a slot."""
@@ -192,7 +203,7 @@ class Batcher:
         """At most one chunk of prompts is read, then every row gets one more id."""
         if not group.rows():
             return
-        self._use(self.models[name])
+        self.switch.use(self.models[name])
         short = group.next_prompts(self.prefixes, CHUNK)
         if short:
             group.prefills.append(self._prefill_of(short))
@@ -235,7 +246,7 @@ class Batcher:
     def _step(self, group: Group, batch: KVBatch) -> None:
         """Give every row of the group's batch one more id."""
         try:
-            logits = batch.step([row.ids[-1] for row in batch.rows], self._replay())
+            logits = batch.step([row.ids[-1] for row in batch.rows], self.switch.replay())
         except Exception as error:
             self._failure(batch.rows, error)
             group.batch = None
@@ -275,7 +286,7 @@ class Batcher:
     def _turn_beams(self) -> None:
         """One step of each beam search."""
         for beams in list(self.beams):
-            self._use(self.models[beams.row.ticket.model])
+            self.switch.use(self.models[beams.row.ticket.model])
             if beams.step():
                 self.beams.remove(beams)
                 if beams.error:
@@ -301,20 +312,3 @@ class Batcher:
         except Exception:
             self.broken = True
             log.exception("模型不再工作 the model does not work any more")
-
-    def _replay(self) -> Replay | None:
-        """Steps of the net as it is set, recorded when they are first wanted."""
-        if self.adapter not in self.replays:
-            self.replays[self.adapter] = record(self.net)
-        return self.replays[self.adapter]
-
-    def _use(self, adapter: str | None) -> None:
-        """Set the net to an adapter, None for the base."""
-        if self.peft is None or adapter == self.adapter:
-            return
-        if adapter is None:
-            self.peft.base_model.disable_adapter_layers()
-        else:
-            self.peft.base_model.enable_adapter_layers()
-            self.peft.set_adapter(adapter, inference_mode=True)
-        self.adapter = adapter

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 class PromptEncoder:
     """Encodes prompts for one Answerer's model; all methods may be called from any thread.
 
-    Encoding changes settings of the tokenizer for a moment, so one thread at a time does it.
+    One thread encodes for all: it changes settings of the tokenizer for a moment, and each thread that does so keeps
+    some memory for more.
     """
 
     def __init__(self, answer: Answerer) -> None:
         self.answer = answer
         self.tokenizer = answer.tokenizer
         self.net = causal_of(answer.net)
-        self.lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(1, "encoder")
         self.anchor = render.encode_text(answer.tokenizer, "a")  # a piece shows its blank only after another piece
 
     def whole_ids(self, turns: Sequence[Turn], thinking: bool | None = None) -> list[int]:
@@ -37,13 +38,17 @@ class PromptEncoder:
 
         thinking: on or off where a request says so; None: as the model was trained.
         """
-        with self.lock, switched(self.tokenizer, thinking):
-            return render.joined(self.answer.prompt.render(self.tokenizer, turns, self.answer.style))
+        return self.thread.submit(self._whole_ids, turns, thinking).result()
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text without a template: what the tokenizer puts around one, and control tokens in it stay text."""
-        with self.lock:
-            return self.tokenizer.encode(text, split_special_tokens=True)
+        return self.thread.submit(self.tokenizer.encode, text, split_special_tokens=True).result()
+
+    def forget(self) -> None:
+        """Let go of the words that the tokenizer has kept: it encodes them anew."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.model._clear_cache()
 
     def problem_of(self, ids: list[int]) -> str | None:
         """Why the model cannot read these ids as a prompt, or None."""
@@ -60,9 +65,12 @@ class PromptEncoder:
 
     def token(self, id_: int) -> tuple[str, list[int] | None]:
         """(text, UTF-8 bytes) of one id within a text; the bytes of half a character are None."""
-        with self.lock:
-            text = self.tokenizer.decode([*self.anchor, id_])[len(self.tokenizer.decode(self.anchor)) :]
+        text = self.tokenizer.decode([*self.anchor, id_])[len(self.tokenizer.decode(self.anchor)) :]
         piece = self.tokenizer.convert_ids_to_tokens(id_) or ""
         if byte := BYTE.fullmatch(piece):
             return piece, [int(byte[1], 16)]
         return text or piece, None if "\ufffd" in text else list((text or piece).encode())
+
+    def _whole_ids(self, turns: Sequence[Turn], thinking: bool | None) -> list[int]:
+        with switched(self.tokenizer, thinking):
+            return render.joined(self.answer.prompt.render(self.tokenizer, turns, self.answer.style))
