@@ -4,9 +4,11 @@ import importlib
 import random
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
@@ -327,3 +329,10 @@ def test_memory_is_handed_back_once_nobody_asks(batcher_of, monkeypatch):
         time.sleep(0.5)
     assert len(rests) == 2 and 0 < rests[0] < rests[1] == batcher.forwards
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("backend", [None, Tokenizer(models.BPE()), Tokenizer(models.WordLevel())])
+def test_any_tokenizer_can_rest(batcher_of, backend):
+    encoder = batcher_of().encoder
+    encoder.tokenizer = SimpleNamespace(**{"backend_tokenizer": backend} if backend else {})
+    encoder.forget()

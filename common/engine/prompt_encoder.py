@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,10 +45,10 @@ class PromptEncoder:
         return self.thread.submit(self.tokenizer.encode, text, split_special_tokens=True).result()
 
     def forget(self) -> None:
-        """Let go of the words that the tokenizer has kept: it encodes them anew."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            backend.model._clear_cache()
+        """Let go of the words that the tokenizer has kept, where it keeps any: it encodes them anew."""
+        model: Any = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+        if hasattr(model, "_clear_cache"):
+            model._clear_cache()
 
     def problem_of(self, ids: list[int]) -> str | None:
         """Why the model cannot read these ids as a prompt, or None."""
