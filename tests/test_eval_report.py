@@ -114,6 +114,19 @@ def test_scores_by_length_add_up(compared):
     assert mean == pytest.approx(results["tuned"]["novel-f1"])
 
 
+def test_answers_drawn_in_another_way_are_not_put_beside(cfg):
+    """Shorter answers of the base were shown beside the tuned model's, all as if drawn like the later ones."""
+    path = Path(cfg.model_save_dir) / "all_results.json"
+    for most, flags, models in (
+        (8, EvaluationFlags(base=True), {"base"}),
+        (8, EvaluationFlags(), {"base", "tuned"}),
+        (16, EvaluationFlags(), {"tuned"}),
+    ):
+        evaluate.report(fake, rows_of(*PAIRS), dataclasses.replace(cfg, max_new_tokens=most), flags)
+        results = json.loads(path.read_text(encoding="utf-8"))
+        assert results.keys() & {"base", "tuned"} == models and f"at most {most} " in results["held_out"]["decoding"]
+
+
 def test_one_model_alone_has_a_report(cfg, tmp_path):
     evaluate.report(fake, rows_of(*PAIRS[:1]), cfg, EvaluationFlags())
     report = (tmp_path / "run/eval_report.md").read_text(encoding="utf-8")

@@ -36,13 +36,15 @@ def add_scores(
 ) -> dict[str, Any]:
     """Put {base: …, tuned: …} with their intervals into all_results.json and return all of it.
 
-    Scores on other rows, or made in another way, are dropped. held_out: number and hash of the rows, and how many of
-    them were trained on.
+    Scores on other rows, of answers drawn in another way, or counted in another way, are dropped. held_out: number and
+    hash of the rows, and how many of them were trained on.
     apart: as in overlap.count.
     """
     results = read_results(cfg)
     digest = hashlib.sha256(json.dumps([(where, said(turns)) for where, turns in rows]).encode()).hexdigest()
-    if (results.get("held_out", {}).get("sha256"), results.get("signature")) != (digest, metrics.signature()):
+    earlier = results.get("held_out", {})
+    made = earlier.get("sha256"), earlier.get("decoding"), results.get("signature")
+    if made != (digest, _decoding(cfg), metrics.signature()):
         results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
     manifest = find_manifest(cfg.model_save_dir)
     trained_on = overlap.count(manifest, rows, apart) if manifest else None
