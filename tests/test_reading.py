@@ -8,6 +8,7 @@ import json
 import lzma
 import pickle
 import tarfile
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -335,6 +336,7 @@ def test_hc3_is_a_conversation_an_answer(tmp_path):
         {"prompt": "问", "text": "答"},
         {"question": "问", "response": "答"},
         {"instruction": "问", "text": "答"},
+        {"text": "高海立去了福溪乡。", "entities": [{"name": "高海立", "type": "人名"}]},
     ],
     ids="+".join,
 )
@@ -491,6 +493,17 @@ def test_rows_in_a_list_inside_an_object_are_not_lost(tmp_path):
     pretty = json.dumps({"data": [json.loads(QA)] * 3}, ensure_ascii=False, indent=2)
     ((line, reason),) = read(write(tmp_path, "b.json", pretty))[1]
     assert line == 1 and "the rows are in data: write that list alone" in reason
+
+
+@pytest.mark.parametrize("indent, joint", [(2, ","), (None, "")], ids=["an object of many lines", "a line of objects"])
+def test_what_goes_on_over_many_lines_or_stands_in_one_is_read_in_linear_time(tmp_path, indent, joint):
+    """80,000 lines of one object took more than a minute, 20,000 objects in a line 11 s."""
+    text = joint.join(json.dumps(json.loads(QA), ensure_ascii=False, indent=indent) for _ in range(20_000))
+    path = write(tmp_path, "a.json", f'{{"version": 1, "data": [\n {text}]}}' if indent else text)
+    started = time.process_time()
+    records = list(read_records(str(path)))
+    assert time.process_time() - started < 5
+    assert [record.problem for record in records] == [""] * (1 if indent else 20_000)
 
 
 def test_a_file_of_thousands_of_keys_is_named_in_a_line(tmp_path):
@@ -738,6 +751,14 @@ def test_empty_cells_are_no_text(tmp_path):
     assert problems == [(4, "response 是空的 is empty")]
 
 
+def test_rows_of_commas_alone_are_no_rows(tmp_path):
+    """As Excel leaves them behind a table."""
+    assert read(write(tmp_path, "a.csv", "query,response\n问,答\n,\n ,\n问,答\n,,\n,\n")) == (
+        [(2, ASKED), (5, ASKED)],
+        [],
+    )
+
+
 def test_columns_without_a_name_are_told_by_their_place(tmp_path):
     path = write(tmp_path, "a.csv", ",question,answer,\n0,问,答,见书\n")
     assert read(path) == ([(2, ASKED)], [])
@@ -794,6 +815,20 @@ def test_parquet(tmp_path):
     found, problems = read(path)
     assert found == [(1, ASKED), (4, ASKED)]
     assert [line for line, _ in problems] == [2, 3] and "(null: messages)" in problems[1][1]
+
+
+def test_a_parquet_file_is_read_in_parts(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    texts = [f"{number}" * 1000 for number in range(20_000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    tracemalloc.start()
+    assert all(record.value["text"] == text for record, text in zip(read_records(str(path)), texts, strict=True))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < sum(map(len, texts)) / 4
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "目录/数据 一.jsonl", "a.jsonl.gz"])

@@ -165,6 +165,18 @@ def test_every_form_is_read(name):
         ),
         ({"question": "问", "answer": "<think>一"}, ["has no </think>"]),
         ({"question": "问", "answer": "<think>一</think>\n"}, ["a thought without an answer"]),
+        ({"question": "问", "answer": "一\n</think>\n\n好"}, ["no <think> before it", "remove </think>"]),
+        (
+            {
+                "messages": [
+                    ASKED,
+                    message("assistant", "", tool_calls=[call("杭州", "a"), call("苏州", "b")]),
+                    message("tool", "雨", tool_call_id="b"),
+                    message("assistant", "好"),
+                ]
+            },
+            ["id 'a'", "has no result"],
+        ),
         (
             {"messages": [ASKED, message("assistant", None, reasoning_content="想")]},
             ["a thought without an answer"],

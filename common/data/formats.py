@@ -25,7 +25,7 @@ from common.data.corpora import best_thread, dialogue, exam, many_answers, moss,
 from common.data.defects import matter_of
 from common.data.fields import SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
 from common.data.tools import opened
-from common.data.utterances import thought_apart, utterances
+from common.data.utterances import thought_of_file, utterances
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
@@ -98,7 +98,7 @@ def read_row(row: object, asked: bool = False) -> Reading:
         raise FormatError("not-an-object", f"应为对象 an object expected, found {type(row).__name__}")
     shape, read = _shape_of(row)
     fields = Fields(row)
-    conversations = [[thought_apart(turn) for turn in turns] for turns in read(fields)]
+    conversations = [[thought_of_file(turn) for turn in turns] for turns in read(fields)]
     if asked:
         mended = [in_order(turns, answered=not ends_asking(turns)) for turns in conversations]
     else:
@@ -290,7 +290,10 @@ SHAPES: dict[Shape, Reader] = {
 TEXT_SHAPES: dict[Shape, Reader] = {frozenset({key}): _plain_text(key) for key in ("response", "text")}
 READERS = SHAPES | TEXT_SHAPES
 ASKING = {"instruction", "instruct", "input", "query", "question", "prompt", "content", "history"}
-BESIDE_TEXT = set("label labels summary output answer target completion role from".split())  # keys that it belongs to
+# keys that a text belongs to
+BESIDE_TEXT = set(
+    "label labels summary output answer target completion role from entities entity_list relations spo_list".split()
+)
 OF_ROWS = set("data rows train test validation dev examples items records".split())  # keys of a whole file
 NAMES, NAME = 12, 40  # keys named in a reason, and characters of each
 ROUND = frozenset({"system", "human", "assistant", "input", "output"})
