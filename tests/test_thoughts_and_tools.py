@@ -276,3 +276,17 @@ def test_whole_rounds_are_cut_and_the_last_one_keeps_its_results():
     assert cut == [OFFER, Turn("user", "那苏京呢"), *last[1:]]
     with pytest.raises(TooLongError):
         fit_turns(length, last, 4)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 101, 1999])
+def test_a_long_conversation_is_not_rendered_for_each_of_its_rounds(limit):
+    """A chat of 120 rounds took 3.6 s to be cut."""
+    spoken = [turn for _ in range(1000) for turn in (Turn("user", "问"), Turn("assistant", "答"))]
+    measured = []
+
+    def length(said):
+        measured.append(len(said))
+        return len(said)
+
+    cut, was_cut = fit_turns(length, [*spoken, Turn("user", "问")], limit)
+    assert len(cut) == limit and was_cut and len(measured) < 20
