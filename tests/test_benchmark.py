@@ -340,6 +340,17 @@ def test_accuracies_counted_in_another_way_are_not_put_beside(cfg):
         assert [name for name in read_results(cfg)["tasks"] if name != "change"] == models
 
 
+def test_a_change_is_not_of_the_records_of_a_call_that_was_stopped(cfg):
+    asked = {"gsm8k": [tasks.Question(f"f:{n}", "gsm8k", [Turn("user", f"{n}+1=")], {}, "2") for n in range(4)]}
+    writer = Writer(lambda question: "2" if question[0] in "12" else "0")
+    benchmark.report(writer, asked, cfg, EvaluationFlags(compare=True))
+    assert read_results(cfg)["tasks"]["change"]["gsm8k"] == [0, 0]
+    path = benchmark.records_path(cfg, "gsm8k", base=True)
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    benchmark.report(writer, asked, cfg, EvaluationFlags())
+    assert read_results(cfg)["tasks"]["change"]["gsm8k"] is None
+
+
 def test_subjects_and_their_average():
     asked = [tasks.Question("f:1", subject, [], {}, "A") for subject in "aaab"]
     scores = [{"accuracy": float(right), "loss": 1.0} for right in (1, 1, 0, 0)]

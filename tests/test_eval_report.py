@@ -42,6 +42,9 @@ def fake(conversations, sampling, base=False):
     return found
 
 
+BASE = EvaluationFlags(base=True)
+
+
 @pytest.fixture
 def cfg(tmp_path):
     return Config(path_model_pretrain="google/gemma-2b-it", model_save_dir=str(tmp_path / "run"))
@@ -118,13 +121,32 @@ def test_answers_drawn_in_another_way_are_not_put_beside(cfg):
     """Shorter answers of the base were shown beside the tuned model's, all as if drawn like the later ones."""
     path = Path(cfg.model_save_dir) / "all_results.json"
     for most, flags, models in (
-        (8, EvaluationFlags(base=True), {"base"}),
+        (8, BASE, {"base"}),
         (8, EvaluationFlags(), {"base", "tuned"}),
         (16, EvaluationFlags(), {"tuned"}),
     ):
         evaluate.report(fake, rows_of(*PAIRS), dataclasses.replace(cfg, max_new_tokens=most), flags)
         results = json.loads(path.read_text(encoding="utf-8"))
         assert results.keys() & {"base", "tuned"} == models and f"at most {most} " in results["held_out"]["decoding"]
+
+
+def test_a_call_on_other_rows_that_was_stopped_leaves_nothing_beside(compared, cfg):
+    """The report had the base's scores with the intervals of the other rows, and their answers among the worst."""
+    asked = []
+
+    def stopped(conversations, sampling, base=False):
+        asked.extend(conversations)
+        if len(asked) > 8:
+            raise KeyboardInterrupt
+        return [Answer("别的", "stop", 3) for _ in conversations]
+
+    small = dataclasses.replace(cfg, eval_batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.report(stopped, [(f"other:{n}", row) for n, (_, row) in enumerate(rows_of(*PAIRS))], small, BASE)
+    evaluate.report(fake, rows_of(*PAIRS), small, EvaluationFlags())
+    results = json.loads((compared[0] / "all_results.json").read_text(encoding="utf-8"))
+    assert results["tuned"] == compared[1]["tuned"] and not {"base", "change"} & {*results, *results["intervals"]}
+    assert "base" not in (compared[0] / "eval_report.md").read_text(encoding="utf-8")
 
 
 def test_one_model_alone_has_a_report(cfg, tmp_path):

@@ -195,14 +195,17 @@ def _number_score(text: str, reference: str, question: str) -> dict[str, float]:
 
 
 def _changes(found: Mapping[str, Any], cfg: SFTConfig) -> dict[str, Interval]:
-    """{task: [low, high]} of the change of accuracy, for the tasks that both models have."""
+    """{task: [low, high]} of the change of accuracy, for the tasks that both models have; None without the records."""
     changes: dict[str, Interval] = {}
     for task in found["base"].keys() & found["tuned"].keys():
         before, after = (
             _alone([record["scores"] for record in read_records(records_path(cfg, task, base))])
             for base in (True, False)
         )
-        changes[task] = intervals.change_intervals(before, after, cfg.seed).get("accuracy")
+        whole = (
+            len(before) == len(after) == found["base"][task]["questions"]
+        )  # a call with other --limit may be stopped
+        changes[task] = intervals.change_intervals(before, after, cfg.seed).get("accuracy") if whole else None
     return changes
 
 
