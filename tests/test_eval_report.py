@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.config import EvaluationFlags
-from common.conversation.turns import Turn
+from common.conversation.turns import Call, Turn
 from common.evaluation import evaluate, overlap
 from common.evaluation.records import predictions
 from common.evaluation.tables import by_length, metric_rows, overlap_text
@@ -194,6 +194,17 @@ def test_rows_that_were_trained_on_are_counted(manifest):
         )
     ]
     assert overlap.count(manifest, later) == {"questions": 1, "rows": 0, "unread": []}
+
+
+def test_the_same_question_with_another_call_is_another_row(manifest):
+    path = Path(manifest["data"][0]["path"])
+    call = '{"name": "weather", "arguments": {"city": "杭州"}}'
+    said = [{"from": "human", "value": "天气"}, {"from": "function_call", "value": call}]
+    path.write_text(json.dumps({"conversations": said}, ensure_ascii=False) + "\n", encoding="utf-8")
+    manifest["data"][0]["sha256"] = file_hash(str(path))
+    for city, rows in (("杭州", 1), ("苏州", 0)):
+        answer = Turn("assistant", "", calls=(Call("weather", json.dumps({"city": city})),))
+        assert overlap.count(manifest, [("f:1", [Turn("user", "天气"), answer])])["rows"] == rows
 
 
 def test_validation_rows_stand_in_the_training_file_and_are_no_overlap(manifest):
