@@ -775,6 +775,12 @@ def test_columns_without_a_name_are_told_by_their_place(tmp_path):
     assert sorted(formats.read_row(record.value).unused) == ["第 1 列 column 1", "第 4 列 column 4"]
 
 
+@pytest.mark.parametrize("joint", ["", "\ufeff"])
+def test_the_header_of_a_table_joined_by_cat_is_no_row(tmp_path, joint):
+    table = "question,answer\n问,答\n"
+    assert read(write(tmp_path, "a.csv", table + joint + table)) == ([(2, ASKED), (4, ASKED)], [])
+
+
 def test_files_joined_by_cat(tmp_path):
     bom = "\ufeff"
     assert read(write(tmp_path, "a.jsonl", f"{bom}{QA}\n{bom}{QA}\n")) == ([(1, ASKED), (2, ASKED)], [])

@@ -256,8 +256,8 @@ def _table(lines: _Lines) -> Iterator[Record]:
         line = above + reader.line_num
         for cells in reader:
             where, line = line + 1, above + reader.line_num
-            if not any(map(str.strip, cells)):
-                continue  # Excel leaves rows of commas alone behind a table
+            if cells == header or not any(map(str.strip, cells)):
+                continue  # files are joined by cat; Excel leaves rows of commas alone behind a table
             if len(cells) == len(header):
                 yield Record(where, dict(zip(header, cells, strict=True)))
             else:
