@@ -32,8 +32,10 @@ def read_file(flag: str, path: str, kinds: dict[str, Any], error: Fail) -> dict[
             import yaml
 
             loaded = yaml.safe_load(text)
+            node = yaml.compose(text, yaml.SafeLoader)
+            _once((key.value, None) for key, _ in (node.value if isinstance(node, yaml.MappingNode) else ()))
         else:
-            loaded = json.loads(text)
+            loaded = json.loads(text, object_pairs_hook=_once)
     except (OSError, ValueError) as problem:
         error(f"{flag} {path}: 无法读取 cannot be read: {problem}")
     except Exception as problem:  # yaml.YAMLError, whose module is only imported for YAML
@@ -47,11 +49,23 @@ def read_file(flag: str, path: str, kinds: dict[str, Any], error: Fail) -> dict[
         name = ALIASES[key] if is_alias(key, kinds) else key
         if name not in kinds:
             error(f"{flag} {path}: 未知参数 unknown knob {key}{nearest(str(key), kinds)}")
+        if name in values:
+            error(f"{flag} {path}: {key} 就是 is {name}, 已经给出 which is given too; remove one")
         try:
             values[name] = _typed(value, kinds[name])
         except TypeError as problem:
             error(f"{flag} {path}: {key}: {problem}")
     return values
+
+
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+    """A mapping of pairs; ValueError where a key occurs twice, of which the last value alone would be taken."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if str(key) in found:
+            raise ValueError(f"{key} 出现两次 occurs twice; remove one")
+        found[str(key)] = value
+    return found
 
 
 def _typed(value: Any, kind: Any) -> Any:

@@ -1,5 +1,7 @@
 """Digests tell which rows say the same; control tokens typed in a text are found."""
 
+import copy
+
 import numpy
 import pytest
 
@@ -62,3 +64,13 @@ def test_control_tokens_are_noted_with_their_row(tokenizer):
     for line, text in enumerate(["a < b", "<end_of_turn>", "<|im_end|> and <bos>", "<b>"], 1):
         noted.noted(Conversation(f"f:{line}", [Turn("user", text), Turn("assistant", "答")]))
     assert noted.typed == [("f:2", ["<end_of_turn>"]), ("f:3", ["<bos>", "<|im_end|>"])]
+
+
+def test_words_that_the_template_alone_makes_control_tokens_are_noted(tokenizer):
+    """As Qwen's <tool_call>: typed in an answer it is learnt as a text, which no engine reads as a call."""
+    qwen = copy.deepcopy(tokenizer)
+    qwen.add_tokens(["<tool_call>", "<other>"])
+    qwen.chat_template = "{{ '<tool_call>' }}"
+    noted = Digests(qwen)
+    noted.noted(Conversation("f:1", [Turn("user", "问"), Turn("assistant", '<tool_call>\n{"name": "f"}<other>')]))
+    assert noted.typed == [("f:1", ["<tool_call>"])]

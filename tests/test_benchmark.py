@@ -17,6 +17,7 @@ from common.config import DATA, EvaluationFlags
 from common.conversation.turns import Turn
 from common.errors import UserError
 from common.evaluation import benchmark, tasks
+from common.evaluation.results import read_results
 from common.inference import likelihood
 from common.inference.answerer import Answer, Answerer
 from common.inference.prefix_cache import PrefixCache
@@ -113,8 +114,10 @@ def test_a_task_without_a_folder_or_files_is_an_error(tmp_path):
         ("问,1,2,3,4,A\n问,1,2,3,4,E\n", 2),
         ('id,question,A,B,C,D,answer\n0,"两\n行",1,2,3,4,B\n1,问,1,2,3,4,\n', 4),
         ("问,1,2,3,A\n", 1),
+        ("问,1,2,3,4,A\n问,1,2,3,4,AB\n", 2),
+        ("question,A,B,D,answer\n问,1,2,4,A\n", 1),
     ],
-    ids=["letter", "no answer", "three options"],
+    ids=["letter", "no answer", "three options", "two letters", "a column is missing"],
 )
 def test_a_broken_row_is_named(tmp_path, content, line):
     path = tmp_path / "mmlu/test/sums_test.csv"
@@ -122,6 +125,14 @@ def test_a_broken_row_is_named(tmp_path, content, line):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=rf"sums_test.csv:{line}: "):
         tasks.read(EvaluationFlags(tasks=("mmlu",), task_dir=str(tmp_path)))
+
+
+def test_an_empty_line_is_no_question(tmp_path):
+    path = tmp_path / "mmlu/test/sums_test.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n问,1,2,3,4,A\n\n题,1,2,3,4,B\n\n", encoding="utf-8")
+    (found,) = tasks.read(EvaluationFlags(tasks=("mmlu",), task_dir=str(tmp_path))).values()
+    assert [(each.where.rpartition(":")[2], each.key) for each in found] == [("2", "A"), ("4", "B")]
 
 
 def test_a_wrong_task_ends_with_exit_code_2(capsys):
@@ -139,6 +150,10 @@ def test_a_wrong_task_ends_with_exit_code_2(capsys):
         ("she pays 70,000 dollars", 70000),
         ("10-3", 3),
         ("it is -5", -5),
+        ("答案是18。", 18),
+        ("一共1,234.5元", 1234.5),
+        ("是-3", -3),
+        ("v2 and x_3", None),
         ("no number", None),
         ("", None),
     ],
@@ -287,9 +302,9 @@ def test_a_model_that_knows_the_key_is_right_and_one_that_says_a_has_the_share_o
 
 
 class Writer:
-    """Writes `text(question)`; has a prompt limit like an Answerer."""
+    """Writes `text(question)`; has a prompt limit and a context like an Answerer."""
 
-    max_length_q = 512
+    max_length_q, context = 512, 0
 
     def __init__(self, text):
         self.text = text
@@ -312,6 +327,28 @@ def test_gsm8k_counts_the_last_number(fixtures, cfg):
         assert sum(record["scores"]["accuracy"] for record in found) / 40 == pytest.approx(share)
         benchmark.records_path(cfg, "gsm8k", False).unlink()
     assert found[0]["reference"] == "18" and found[0]["stop"] == "stop"
+
+
+def test_accuracies_counted_in_another_way_are_not_put_beside(cfg):
+    asked = {"gsm8k": [tasks.Question("f:1", "gsm8k", [Turn("user", "1+1=")], {}, "2")]}
+    for most, flags, models in (
+        (8, EvaluationFlags(base=True), ["base"]),
+        (8, EvaluationFlags(), ["base", "tuned"]),
+        (16, EvaluationFlags(), ["tuned"]),
+    ):
+        benchmark.report(Writer(lambda question: "2"), asked, dataclasses.replace(cfg, max_new_tokens=most), flags)
+        assert [name for name in read_results(cfg)["tasks"] if name != "change"] == models
+
+
+def test_a_change_is_not_of_the_records_of_a_call_that_was_stopped(cfg):
+    asked = {"gsm8k": [tasks.Question(f"f:{n}", "gsm8k", [Turn("user", f"{n}+1=")], {}, "2") for n in range(4)]}
+    writer = Writer(lambda question: "2" if question[0] in "12" else "0")
+    benchmark.report(writer, asked, cfg, EvaluationFlags(compare=True))
+    assert read_results(cfg)["tasks"]["change"]["gsm8k"] == [0, 0]
+    path = benchmark.records_path(cfg, "gsm8k", base=True)
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    benchmark.report(writer, asked, cfg, EvaluationFlags())
+    assert read_results(cfg)["tasks"]["change"]["gsm8k"] is None
 
 
 def test_subjects_and_their_average():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.config import EvaluationFlags
-from common.conversation.turns import Turn
+from common.conversation.turns import Call, Turn
 from common.evaluation import evaluate, overlap
 from common.evaluation.records import predictions
 from common.evaluation.tables import by_length, metric_rows, overlap_text
@@ -40,6 +40,9 @@ def fake(conversations, sampling, base=False):
         text = ("" if number % 2 else references[question]) if base else references[question]
         found.append(Answer("错|了\n<b>" if number == 3 or number == 6 and not base else text, "stop", 3))
     return found
+
+
+BASE = EvaluationFlags(base=True)
 
 
 @pytest.fixture
@@ -114,6 +117,38 @@ def test_scores_by_length_add_up(compared):
     assert mean == pytest.approx(results["tuned"]["novel-f1"])
 
 
+def test_answers_drawn_in_another_way_are_not_put_beside(cfg):
+    """Shorter answers of the base were shown beside the tuned model's, all as if drawn like the later ones."""
+    path = Path(cfg.model_save_dir) / "all_results.json"
+    for most, flags, models in (
+        (8, BASE, {"base"}),
+        (8, EvaluationFlags(), {"base", "tuned"}),
+        (16, EvaluationFlags(), {"tuned"}),
+    ):
+        evaluate.report(fake, rows_of(*PAIRS), dataclasses.replace(cfg, max_new_tokens=most), flags)
+        results = json.loads(path.read_text(encoding="utf-8"))
+        assert results.keys() & {"base", "tuned"} == models and f"at most {most} " in results["held_out"]["decoding"]
+
+
+def test_a_call_on_other_rows_that_was_stopped_leaves_nothing_beside(compared, cfg):
+    """The report had the base's scores with the intervals of the other rows, and their answers among the worst."""
+    asked = []
+
+    def stopped(conversations, sampling, base=False):
+        asked.extend(conversations)
+        if len(asked) > 8:
+            raise KeyboardInterrupt
+        return [Answer("别的", "stop", 3) for _ in conversations]
+
+    small = dataclasses.replace(cfg, eval_batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.report(stopped, [(f"other:{n}", row) for n, (_, row) in enumerate(rows_of(*PAIRS))], small, BASE)
+    evaluate.report(fake, rows_of(*PAIRS), small, EvaluationFlags())
+    results = json.loads((compared[0] / "all_results.json").read_text(encoding="utf-8"))
+    assert results["tuned"] == compared[1]["tuned"] and not {"base", "change"} & {*results, *results["intervals"]}
+    assert "base" not in (compared[0] / "eval_report.md").read_text(encoding="utf-8")
+
+
 def test_one_model_alone_has_a_report(cfg, tmp_path):
     evaluate.report(fake, rows_of(*PAIRS[:1]), cfg, EvaluationFlags())
     report = (tmp_path / "run/eval_report.md").read_text(encoding="utf-8")
@@ -159,6 +194,17 @@ def test_rows_that_were_trained_on_are_counted(manifest):
         )
     ]
     assert overlap.count(manifest, later) == {"questions": 1, "rows": 0, "unread": []}
+
+
+def test_the_same_question_with_another_call_is_another_row(manifest):
+    path = Path(manifest["data"][0]["path"])
+    call = '{"name": "weather", "arguments": {"city": "杭州"}}'
+    said = [{"from": "human", "value": "天气"}, {"from": "function_call", "value": call}]
+    path.write_text(json.dumps({"conversations": said}, ensure_ascii=False) + "\n", encoding="utf-8")
+    manifest["data"][0]["sha256"] = file_hash(str(path))
+    for city, rows in (("杭州", 1), ("苏州", 0)):
+        answer = Turn("assistant", "", calls=(Call("weather", json.dumps({"city": city})),))
+        assert overlap.count(manifest, [("f:1", [Turn("user", "天气"), answer])])["rows"] == rows
 
 
 def test_validation_rows_stand_in_the_training_file_and_are_no_overlap(manifest):

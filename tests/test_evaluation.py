@@ -452,7 +452,7 @@ def test_what_was_not_read_or_was_repaired_is_told(tmp_path, capsys, read):
     assert str(path) in title and "id: not used in 3 rows" in unused
     assert "repaired 2" in repaired and f"greeting is context only: {path}:4, {path}:5" in repaired
     assert f"{path}:6" in left_out
-    _, unused, repaired, _ = told(path, 4)
+    _, unused, repaired = told(path, 4)  # what is left out stands behind them
     assert "id: not used in 3 rows" in unused and repaired.endswith(f"greeting is context only: {path}:4")
     assert "id: not used in 2 rows" in told(path, 2)[1], "the rows beyond the limit are not counted"
     drawn = " ".join(told(f"{path}#1", 1))
@@ -463,6 +463,15 @@ def test_what_was_not_read_or_was_repaired_is_told(tmp_path, capsys, read):
 def test_limit(mixed, limit, count):
     rows = chosen("--data_path", mixed, "--limit", limit)
     assert [turns[0].text for _, turns in rows] == [f"{n}+{n}=" for n in range(count)]
+
+
+def test_nothing_is_read_behind_the_limit(mixed, tmp_path, capsys):
+    with mixed.open("ab") as file:
+        file.write("不是".encode("gb18030") + b"\n")
+    assert len(chosen("--data_path", mixed, tmp_path, "--limit", 4)) == 4
+    assert capsys.readouterr().out.count("not scored") == 1  # the broken line before the fourth
+    with pytest.raises(UserError, match="gb18030"):
+        chosen("--data_path", mixed)
 
 
 def test_a_negative_limit_is_refused(mixed):

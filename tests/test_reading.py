@@ -8,6 +8,7 @@ import json
 import lzma
 import pickle
 import tarfile
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -335,6 +336,7 @@ def test_hc3_is_a_conversation_an_answer(tmp_path):
         {"prompt": "问", "text": "答"},
         {"question": "问", "response": "答"},
         {"instruction": "问", "text": "答"},
+        {"text": "高海立去了福溪乡。", "entities": [{"name": "高海立", "type": "人名"}]},
     ],
     ids="+".join,
 )
@@ -493,11 +495,31 @@ def test_rows_in_a_list_inside_an_object_are_not_lost(tmp_path):
     assert line == 1 and "the rows are in data: write that list alone" in reason
 
 
+@pytest.mark.parametrize("indent, joint", [(2, ","), (None, "")], ids=["an object of many lines", "a line of objects"])
+def test_what_goes_on_over_many_lines_or_stands_in_one_is_read_in_linear_time(tmp_path, indent, joint):
+    """80,000 lines of one object took more than a minute, 20,000 objects in a line 11 s."""
+    text = joint.join(json.dumps(json.loads(QA), ensure_ascii=False, indent=indent) for _ in range(20_000))
+    path = write(tmp_path, "a.json", f'{{"version": 1, "data": [\n {text}]}}' if indent else text)
+    started = time.process_time()
+    records = list(read_records(str(path)))
+    assert time.process_time() - started < 5
+    assert [record.problem for record in records] == [""] * (1 if indent else 20_000)
+
+
 def test_a_file_of_thousands_of_keys_is_named_in_a_line(tmp_path):
     """As a dict of questions and answers is written by json.dump."""
     ((_, reason),) = read(write(tmp_path, "a.json", json.dumps({f"问{n}\n？" * 30: "答" for n in range(3000)})))[1]
     assert "unknown keys: 问0 ？问0" in reason and "+… (3000)" in reason
     assert len(reason) < 800 and "\n" not in reason
+
+
+def test_the_shape_nearest_to_unknown_keys_is_looked_for_once(monkeypatch, tmp_path):
+    """It takes milliseconds: a file of a million such rows was refused after an hour."""
+    asked = []
+    monkeypatch.setattr(formats, "nearest", lambda keys, shapes: asked.append(sorted(keys)) or "nearest")
+    rows = write(tmp_path, "a.jsonl", '{"标题甲": "问", "content": "答"}\n' * 50)
+    found, problems = read(rows)
+    assert found == [] and len(problems) == 50 and asked == [["content", "标题甲"]]
 
 
 def test_what_is_nested_too_deeply_is_named(tmp_path):
@@ -738,11 +760,25 @@ def test_empty_cells_are_no_text(tmp_path):
     assert problems == [(4, "response 是空的 is empty")]
 
 
+def test_rows_of_commas_alone_are_no_rows(tmp_path):
+    """As Excel leaves them behind a table."""
+    assert read(write(tmp_path, "a.csv", "query,response\n问,答\n,\n ,\n问,答\n,,\n,\n")) == (
+        [(2, ASKED), (5, ASKED)],
+        [],
+    )
+
+
 def test_columns_without_a_name_are_told_by_their_place(tmp_path):
     path = write(tmp_path, "a.csv", ",question,answer,\n0,问,答,见书\n")
     assert read(path) == ([(2, ASKED)], [])
     (record,) = read_records(path)
     assert sorted(formats.read_row(record.value).unused) == ["第 1 列 column 1", "第 4 列 column 4"]
+
+
+@pytest.mark.parametrize("joint", ["", "\ufeff"])
+def test_the_header_of_a_table_joined_by_cat_is_no_row(tmp_path, joint):
+    table = "question,answer\n问,答\n"
+    assert read(write(tmp_path, "a.csv", table + joint + table)) == ([(2, ASKED), (4, ASKED)], [])
 
 
 def test_files_joined_by_cat(tmp_path):
@@ -794,6 +830,20 @@ def test_parquet(tmp_path):
     found, problems = read(path)
     assert found == [(1, ASKED), (4, ASKED)]
     assert [line for line, _ in problems] == [2, 3] and "(null: messages)" in problems[1][1]
+
+
+def test_a_parquet_file_is_read_in_parts(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    texts = [f"{number}" * 1000 for number in range(20_000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    tracemalloc.start()
+    assert all(record.value["text"] == text for record, text in zip(read_records(str(path)), texts, strict=True))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < sum(map(len, texts)) / 4
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "目录/数据 一.jsonl", "a.jsonl.gz"])

@@ -165,6 +165,18 @@ def test_every_form_is_read(name):
         ),
         ({"question": "问", "answer": "<think>一"}, ["has no </think>"]),
         ({"question": "问", "answer": "<think>一</think>\n"}, ["a thought without an answer"]),
+        ({"question": "问", "answer": "一\n</think>\n\n好"}, ["no <think> before it", "remove </think>"]),
+        (
+            {
+                "messages": [
+                    ASKED,
+                    message("assistant", "", tool_calls=[call("杭州", "a"), call("苏州", "b")]),
+                    message("tool", "雨", tool_call_id="b"),
+                    message("assistant", "好"),
+                ]
+            },
+            ["id 'a'", "has no result"],
+        ),
         (
             {"messages": [ASKED, message("assistant", None, reasoning_content="想")]},
             ["a thought without an answer"],
@@ -264,3 +276,17 @@ def test_whole_rounds_are_cut_and_the_last_one_keeps_its_results():
     assert cut == [OFFER, Turn("user", "那苏京呢"), *last[1:]]
     with pytest.raises(TooLongError):
         fit_turns(length, last, 4)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 101, 1999])
+def test_a_long_conversation_is_not_rendered_for_each_of_its_rounds(limit):
+    """A chat of 120 rounds took 3.6 s to be cut."""
+    spoken = [turn for _ in range(1000) for turn in (Turn("user", "问"), Turn("assistant", "答"))]
+    measured = []
+
+    def length(said):
+        measured.append(len(said))
+        return len(said)
+
+    cut, was_cut = fit_turns(length, [*spoken, Turn("user", "问")], limit)
+    assert len(cut) == limit and was_cut and len(measured) < 20

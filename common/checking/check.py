@@ -228,7 +228,10 @@ def _repeated(first: str, where: str) -> Finding:
 
 def _typed(row: Typed) -> Finding:
     found = f"文字里有控制符 control tokens typed in the text: {' '.join(row.tokens)}"
-    remedy = "delete them if a template was applied before; as text they are kept"
+    remedy = (
+        "delete them if a template was applied before, write thoughts and calls as docs/data.md shows; "
+        "as text they are kept"
+    )
     return Finding(row.where, "control tokens", found, "text without a template", remedy, bad=False)
 
 

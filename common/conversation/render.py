@@ -138,7 +138,8 @@ def fit_turns(length: Callable[[Sequence[Turn]], int], turns: Sequence[Turn], li
     system, spoken = _apart(turns)
     later = [number for number, turn in enumerate(spoken) if turn.role == "user" and number]
     rounds = [spoken, *(spoken[number:] for number in later)]
-    spoken = next((rest for rest in rounds if length([*system, *rest]) <= limit), rounds[-1])
+    kept = _largest(lambda count: length([*system, *rounds[-count]]) <= limit, len(rounds) - 1)
+    spoken = rounds[-max(kept, 1)]
     if length([*system, *spoken]) <= limit:
         return [*system, *spoken], True
     question, *rest = spoken

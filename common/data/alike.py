@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 
+from common.conversation.render import template_words
 from common.conversation.turns import Conversation, Turn, Unusable, is_more, texts_of
 
 if TYPE_CHECKING:
@@ -80,18 +81,21 @@ def _bytes(turn: Turn) -> bytes:
 
 
 def typed_tokens(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[str]:
-    """Control tokens in the texts of a conversation, sorted: the tokenizer's own, and what looks like <|one|>."""
-    control, beginnings = _control(tokenizer)
+    """Control tokens in the texts of a conversation, sorted: the tokenizer's own, also those its chat template alone
+    makes such (<tool_call>), and what looks like <|one|>.
+    """
+    control, beginnings = _control(tokenizer, str(tokenizer.chat_template))
     texts = [text for turn in turns for text in texts_of(turn) if any(map(text.__contains__, beginnings))]
     return sorted({match for text in texts for match in control.findall(text)})
 
 
 @lru_cache(maxsize=8)
-def _control(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str], frozenset[str]]:
+def _control(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[re.Pattern[str], frozenset[str]]:
     """(a pattern of control tokens, the characters they begin with)."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = "|".join([*map(re.escape, special), r"<\|\w+\|>"])  # the last: what most templates use
-    return re.compile(pattern), frozenset(token[0] for token in ["<", *special])
+    words = [*special, *template_words(tokenizer, template)]
+    pattern = "|".join([*map(re.escape, words), r"<\|\w+\|>"])  # the last: what most templates use
+    return re.compile(pattern), frozenset(token[0] for token in ["<", *words])
 
 
 class Known:

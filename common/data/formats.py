@@ -25,7 +25,7 @@ from common.data.corpora import best_thread, dialogue, exam, many_answers, moss,
 from common.data.defects import matter_of
 from common.data.fields import SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
 from common.data.tools import opened
-from common.data.utterances import thought_apart, utterances
+from common.data.utterances import thought_of_file, utterances
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
@@ -98,7 +98,7 @@ def read_row(row: object, asked: bool = False) -> Reading:
         raise FormatError("not-an-object", f"应为对象 an object expected, found {type(row).__name__}")
     shape, read = _shape_of(row)
     fields = Fields(row)
-    conversations = [[thought_apart(turn) for turn in turns] for turns in read(fields)]
+    conversations = [[thought_of_file(turn) for turn in turns] for turns in read(fields)]
     if asked:
         mended = [in_order(turns, answered=not ends_asking(turns)) for turns in conversations]
     else:
@@ -137,7 +137,7 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
     pair = _pair(frozenset(keys))
     if pair:
         raise FormatError("preference", f"{_names(pair)}: {matter_of(pair[0])[1]}")
-    widest = _widest(frozenset(keys), _asks(row))
+    widest = _widest(frozenset(keys), _asks(frozenset(row)))
     if len(widest) == 1:
         if str(row.get("label")).lower() in ("true", "false"):
             raise FormatError("preference", "label: KTO 的标记 whether the answer is good; keep the good ones")
@@ -157,7 +157,7 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
         raise FormatError("a-whole-file", "每个值是一行 each value is a row: write the values as a list")
     null = sorted(key for key in row if key not in keys)
     found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
-    raise FormatError("unknown-keys", f"无法识别的字段 unknown keys: {found}; {nearest(row, SHAPES)}")
+    raise FormatError("unknown-keys", f"无法识别的字段 unknown keys: {found}; {_nearest(frozenset(row))}")
 
 
 @lru_cache(maxsize=256)
@@ -173,10 +173,17 @@ def _widest(keys: Shape, asks: bool) -> list[Shape]:
     return [needs for needs in fitting if not any(needs < other for other in fitting)]
 
 
-def _asks(row: Row) -> bool:
+@lru_cache(maxsize=256)
+def _asks(keys: Shape) -> bool:
     """Whether a key says, or beside a response seems to be meant to say (quary), that the row is more than a text."""
-    meant = "response" in row and any(difflib.get_close_matches(str(key), ASKING, cutoff=0.75) for key in row)
-    return bool(row.keys() & ASKING) or meant or "text" in row and bool(row.keys() & BESIDE_TEXT)
+    meant = "response" in keys and any(difflib.get_close_matches(str(key), ASKING, cutoff=0.75) for key in keys)
+    return bool(keys & ASKING) or meant or "text" in keys and bool(keys & BESIDE_TEXT)
+
+
+@lru_cache(maxsize=256)
+def _nearest(keys: Shape) -> str:
+    """`nearest` of the shapes; the rows of a file have mostly the same keys."""
+    return nearest(keys, SHAPES)
 
 
 def _names(keys: Iterable[str]) -> str:
@@ -290,7 +297,10 @@ SHAPES: dict[Shape, Reader] = {
 TEXT_SHAPES: dict[Shape, Reader] = {frozenset({key}): _plain_text(key) for key in ("response", "text")}
 READERS = SHAPES | TEXT_SHAPES
 ASKING = {"instruction", "instruct", "input", "query", "question", "prompt", "content", "history"}
-BESIDE_TEXT = set("label labels summary output answer target completion role from".split())  # keys that it belongs to
+# keys that a text belongs to
+BESIDE_TEXT = set(
+    "label labels summary output answer target completion role from entities entity_list relations spo_list".split()
+)
 OF_ROWS = set("data rows train test validation dev examples items records".split())  # keys of a whole file
 NAMES, NAME = 12, 40  # keys named in a reason, and characters of each
 ROUND = frozenset({"system", "human", "assistant", "input", "output"})

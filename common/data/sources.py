@@ -6,7 +6,7 @@ import codecs
 import csv
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any, BinaryIO, NamedTuple
 
 from common.data import formats
@@ -22,6 +22,7 @@ UTF_16 = re.compile(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]", re.DOTALL)  # of ASCII, w
 QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""")
 KNOWN = frozenset().union(*formats.READERS)  # keys that a header line has
 SEPARATOR = re.compile(r"""["']?sep=(.)["']?\s*$""", re.IGNORECASE)
+BATCH = 1000  # rows of a Parquet file read at a time
 OTHER_DELIMITERS = re.compile("[|，；:、]")
 
 
@@ -180,21 +181,25 @@ def _other_line(text: str, lines: _Lines) -> list[Record]:
         return [Record(number, text.rstrip("\n"), COMMENT_LINE, kind="broken-json")]
     text += _rest_of_object(text, lines)
     try:
-        return [Record(number + text.count("\n", 0, start), value) for start, value in _objects(text)]
+        found = _objects(text)
     except ValueError as problem:
         reason = f"JSON 行有误 broken JSON line: {problem}; one object a line"
         return [Record(number, text.rstrip("\n"), reason, kind="broken-json")]
+    starts = [0, *(start for start, _ in found)]
+    passed = accumulate(text.count("\n", *between) for between in pairwise(starts))  # lines, up to each object
+    return [Record(number + count, value) for count, (_, value) in zip(passed, found, strict=True)]
 
 
 def _rest_of_object(text: str, lines: _Lines) -> str:
     """The lines up to the one that closes the object which `text` opens; a { at the margin begins another one."""
-    rest, depth = "", _depth(text)
+    rest, depth = [], _depth(text)
     while depth > 0 and (line := next(lines, "")):
         if line.startswith("{"):
             lines.push_back([line])
             break
-        rest, depth = rest + line, depth + _depth(line)
-    return rest
+        rest.append(line)
+        depth += _depth(line)
+    return "".join(rest)
 
 
 def _depth(line: str) -> int:
@@ -251,9 +256,11 @@ def _table(lines: _Lines) -> Iterator[Record]:
         line = above + reader.line_num
         for cells in reader:
             where, line = line + 1, above + reader.line_num
+            if cells == header or not any(map(str.strip, cells)):
+                continue  # files are joined by cat; Excel leaves rows of commas alone behind a table
             if len(cells) == len(header):
                 yield Record(where, dict(zip(header, cells, strict=True)))
-            elif cells:
+            else:
                 reason = f"{len(header)} 列 columns expected, {len(cells)} found"
                 yield Record(where, cells, reason, kind="columns")
     except csv.Error as problem:
@@ -299,7 +306,7 @@ def _parquet(file: BinaryIO) -> Iterator[Record]:
     import pyarrow.parquet
 
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=BATCH):
         for value in batch.to_pylist():
             number += 1
             yield Record(number, value)

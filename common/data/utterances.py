@@ -32,6 +32,16 @@ def utterances(row: Fields, key: str) -> list[Turn]:
     return _with_calls(said)
 
 
+def thought_of_file(turn: Turn) -> Turn:
+    """`thought_apart` of a turn in a file; FormatError too where a thought ends that has no beginning.
+
+    What serves a model whose prompt ends with <think> leaves that out of the answer.
+    """
+    if turn.role == "assistant" and not turn.thought and CLOSE in turn.text and OPEN not in turn.text:
+        raise FormatError("thought", f"{CLOSE} 前没有 no {OPEN} before it; begin the thought, or remove {CLOSE}")
+    return thought_apart(turn)
+
+
 def thought_apart(turn: Turn) -> Turn:
     """An answer that begins with <think>…</think>, with its thought apart; any other turn as it is.
 
@@ -162,7 +172,11 @@ def _in_order(results: list[Uttered], ids: tuple[str, ...]) -> list[Turn]:
     """The results' turns in the order of the calls' `ids`; as they are where nothing says whose they are."""
     if not ids or not all(result.ids for result in results):
         return [result.turn for result in results]
-    for result in results:
-        if result.ids[0] not in ids:
-            raise FormatError("tool-order", f"tool_call_id {result.ids[0][:40]!r}: 没有这个调用 no call before has it")
+    given = [result.ids[0] for result in results]
+    for id_ in given:
+        if id_ not in ids:
+            raise FormatError("tool-order", f"tool_call_id {id_[:40]!r}: 没有这个调用 no call before has it")
+    for id_ in ids:
+        if id_ not in given:
+            raise FormatError("tool-order", f"id {id_[:40]!r}: 这个调用没有结果 the call has no result behind it")
     return [result.turn for result in sorted(results, key=lambda result: ids.index(result.ids[0]))]

@@ -70,7 +70,7 @@ def held_out(
     notes: Notes | None = None,
     read: Callable[[str, SFTConfig, Notes | None], Iterator[Conversation | Unusable]] = questions,
 ) -> tuple[list[Conversation], list[Unusable]]:
-    """The conversations of held-out files, `limit` at most (0: all), and the rows left out.
+    """The conversations of held-out files, `limit` at most (0: all), and the rows left out up to the last of these.
 
     What else there is to say of these conversations goes into `notes`. read: `questions`, or `to_ask`.
     """
@@ -78,8 +78,10 @@ def held_out(
     left_out: list[Unusable] = []
     said = _NotesByRow()
     for path, wanted in files_of(specs):
-        rows = []
+        rows: list[Conversation] = []
         for row in read(path, cfg, said):
+            if limit and wanted is None and len(kept) + len(rows) >= limit:
+                break
             if isinstance(row, Conversation):
                 rows.append(row)
             else:

@@ -68,7 +68,7 @@ def run_task(
 ) -> list[Record]:
     """The records of a task's `questions`, in order; kept in a file, and gone on with, as an evaluation's are."""
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens)
-    settings = [_hashed(questions), vars(sampling), answer.max_length_q, "likelihood an id"]
+    settings = [_hashed(questions), vars(sampling), answer.max_length_q, "likelihood an id", tasks.NUMBER.pattern]
 
     def ask(numbers: list[int]) -> Iterable[Record]:
         asked = [(number, questions[number]) for number in numbers]
@@ -102,20 +102,18 @@ def save_results(
 ) -> dict[str, Any]:
     """Put {model: {task: accuracies}} and their change into all_results.json; all of it.
 
-    The other model's accuracies on other questions of the same task are dropped.
+    The other model's accuracies on other questions of the same task, or counted in another way, are dropped.
     """
     results = read_results(cfg)
     found = {name: dict(results.get("tasks", {}).get(name, {})) for name in ("base", "tuned")}
     for task, asked in questions.items():
         digest = hashlib.sha256(json.dumps(_hashed(asked)).encode()).hexdigest()
+        way = {"method": method(task, asked, flags.shots, cfg), "sha256": digest}
         for name in ("base", "tuned"):
             if name in models:
                 scores = [record["scores"] for record in read_records(records_path(cfg, task, name == "base"))]
-                found[name][task] = accuracies(asked, scores, cfg.seed) | {
-                    "method": method(task, asked, flags.shots, cfg),
-                    "sha256": digest,
-                }
-            elif found[name].get(task, {}).get("sha256") != digest:
+                found[name][task] = accuracies(asked, scores, cfg.seed) | way
+            elif not way.items() <= found[name].get(task, {}).items():
                 found[name].pop(task, None)
     results["tasks"] = {name: each for name, each in found.items() if each} | {"change": _changes(found, cfg)}
     write_results(cfg, results)
@@ -144,7 +142,7 @@ def accuracies(questions: Sequence[Question], scores: Sequence[dict[str, float]]
 def method(task: str, questions: Sequence[Question], shots: int, cfg: SFTConfig) -> str:
     """How a task was asked and counted, in words."""
     if not questions[0].options:
-        how = f"the last number of a greedy answer of at most {cfg.max_new_tokens} tokens"
+        how = f"the last number in a greedy answer of at most {cfg.max_new_tokens} tokens"
     else:
         how = "the option of the highest mean log probability an id"
     return f"{task}: {0 if task == 'probe' else shots}-shot, {how}"
@@ -197,14 +195,17 @@ def _number_score(text: str, reference: str, question: str) -> dict[str, float]:
 
 
 def _changes(found: Mapping[str, Any], cfg: SFTConfig) -> dict[str, Interval]:
-    """{task: [low, high]} of the change of accuracy, for the tasks that both models have."""
+    """{task: [low, high]} of the change of accuracy, for the tasks that both models have; None without the records."""
     changes: dict[str, Interval] = {}
     for task in found["base"].keys() & found["tuned"].keys():
         before, after = (
             _alone([record["scores"] for record in read_records(records_path(cfg, task, base))])
             for base in (True, False)
         )
-        changes[task] = intervals.change_intervals(before, after, cfg.seed).get("accuracy")
+        whole = (
+            len(before) == len(after) == found["base"][task]["questions"]
+        )  # a call with other --limit may be stopped
+        changes[task] = intervals.change_intervals(before, after, cfg.seed).get("accuracy") if whole else None
     return changes
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from common import files
 from common.config import SFTConfig
+from common.conversation.answer_form import written
 from common.conversation.turns import Conversation, Turn
 from common.data import dataset
 from common.errors import UserError
 
-Key = tuple[str, tuple[str, ...]]  # "q" or "a", and the texts of a conversation
+Key = tuple[str, tuple[str, ...]]  # "q" or "a", and the texts and calls of a conversation
 
 
 def count(manifest: dict[str, Any], rows: Sequence[tuple[str, Sequence[Turn]]], apart: bool = False) -> dict[str, Any]:
@@ -58,6 +59,6 @@ def _keys_of(turns: Sequence[Turn]) -> set[Key]:
 
 
 def _key(turns: Sequence[Turn]) -> Key:
-    """("q" for a question or "a" for an answer at the end, the texts without blanks)."""
-    texts = tuple("".join(turn.text.split()) for turn in turns if turn.role != "system")
+    """("q" for a question or "a" for an answer at the end, the texts and calls without blanks)."""
+    texts = tuple("".join(written(turn.text, turn.calls).split()) for turn in turns if turn.role != "system")
     return ("a" if turns[-1].role == "assistant" else "q", texts)

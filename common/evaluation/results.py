@@ -36,23 +36,27 @@ def add_scores(
 ) -> dict[str, Any]:
     """Put {base: …, tuned: …} with their intervals into all_results.json and return all of it.
 
-    Scores on other rows, or made in another way, are dropped. held_out: number and hash of the rows, and how many of
-    them were trained on.
+    Scores on other rows, of answers drawn in another way, or counted in another way, are dropped, and those whose
+    predictions are gone. held_out: number and hash of the rows, and how many of them were trained on.
     apart: as in overlap.count.
     """
     results = read_results(cfg)
     digest = hashlib.sha256(json.dumps([(where, said(turns)) for where, turns in rows]).encode()).hexdigest()
-    if (results.get("held_out", {}).get("sha256"), results.get("signature")) != (digest, metrics.signature()):
+    earlier = results.get("held_out", {})
+    before = earlier.get("sha256"), earlier.get("decoding"), results.get("signature")
+    if before != (digest, _decoding(cfg), metrics.signature()):
         results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
     manifest = find_manifest(cfg.model_save_dir)
     trained_on = overlap.count(manifest, rows, apart) if manifest else None
     held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(cfg), "overlap": trained_on}
     results |= {**scores, "held_out": held_out, "signature": metrics.signature()}
-    by_model = {
-        name: [record["scores"] for record in predictions(cfg, name == "base").values()]
-        for name in ("base", "tuned")
-        if name in results
-    }
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for name in [name for name in ("base", "tuned") if name in results]:
+        made = list(predictions(cfg, name == "base").values())
+        if [record["where"] for record in made] == [where for where, _ in rows]:
+            by_model[name] = [record["scores"] for record in made]
+        else:
+            del results[name]  # a later call on other rows was stopped
     results["intervals"] = {name: intervals.intervals(each, cfg.seed) for name, each in by_model.items()}
     if len(by_model) == 2:
         results["intervals"]["change"] = intervals.change_intervals(by_model["base"], by_model["tuned"], cfg.seed)

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from common.config import EvaluationFlags
 
 LETTERS = "ABCD"
+COLUMNS = ("question", *LETTERS.lower(), "answer")
 CHINESE = "以下是一道单项选择题，请直接写出正确选项的字母。\n\n{question}\n{options}\n答案："
 ENGLISH = "Answer this multiple choice question with the letter of the right option.\n\n{question}\n{options}\nAnswer:"
 SOLVE = "{question}\n\nSolve this step by step. End with a line of the form: #### number"
 TABLES = {"ceval": ("val", CHINESE), "cmmlu": ("test", CHINESE), "mmlu": ("test", ENGLISH)}  # the files that are scored
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?")  # 3-1 holds 3 and 1, not -1
+# 3-1 holds 3 and 1, not -1, and v2 none; Chinese stands before a number without a blank
+NUMBER = re.compile(r"(?<![A-Za-z_\d.])-?\d+(?:,\d{3})*(?:\.\d+)?")
 FORMAT = re.compile(r"Answer format: *(\S+/\S+)\s*$")
 
 
@@ -122,7 +124,7 @@ def _choices(path: Path) -> Iterator[tuple[str, str, list[str], str]]:
     """Yield (file:line, question, [four options], letter) of a CSV file, with column names or without."""
     for where, cells in _csv(path):
         *_, question, a, b, c, d, key = cells
-        if key.strip() not in LETTERS or not key.strip() or not question.strip():
+        if key.strip() not in list(LETTERS) or not question.strip():
             raise UserError(f"{where}: 应为 question, A, B, C, D, answer expected, found {str(cells)[:80]}")
         yield where, question, [a, b, c, d], key.strip()
 
@@ -137,8 +139,10 @@ def _csv(path: Path) -> Iterator[tuple[str, list[str]]]:
             for cells in reader:
                 where, line = f"{path}:{line}", reader.line_num + 1
                 names = [cell.strip().lower() for cell in cells]
-                if columns is None and {"question", "a", "answer"} <= set(names):
-                    columns = [names.index(name) for name in ("question", *LETTERS.lower(), "answer")]
+                if not cells:
+                    continue
+                if columns is None and set(COLUMNS) <= set(names):
+                    columns = [names.index(name) for name in COLUMNS]
                     continue
                 columns = columns or range(6)
                 if len(cells) <= max(columns):
