@@ -145,4 +145,19 @@ def test_a_server_that_takes_text_alone(cfg, capsys):
         "min_p": 0.1,
         "max_tokens": 3,
     }
-    assert again["temperature"] == 0 and not {"repetition_penalty", "min_p"} & again.keys()
+    assert again["temperature"] == 0 and again["repetition_penalty"] == 1 and "min_p" not in again
+
+
+def test_what_a_server_would_do_otherwise_is_told_it(cfg, answer):
+    """The sampling is the user's, also where it is the plainest and the server has another one of its own."""
+    batcher = Batcher(answer, {"base": None})
+    service = app.Service("m", "base", batcher, Sampling(do_sample=True, top_k=1, min_p=1, repetition_penalty=1.9))
+    server = Server(app.create_app(service), "127.0.0.1", 0, 8)
+    try:
+        there, plain = remote.load(cfg, prompt, server.address + "/v1"), Sampling(max_new_tokens=20)
+        assert there(QUESTIONS, plain) == [answer([one], plain)[0] for one in QUESTIONS]
+        drawn = {there([QUESTIONS[0]], Sampling(20, do_sample=True, temperature=3.0))[0].text for _ in range(4)}
+        assert len(drawn) > 1
+    finally:
+        server.close()
+        batcher.close()

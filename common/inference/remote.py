@@ -142,13 +142,11 @@ class Remote:
             "model": "base" if base else self.names[0],
             "max_tokens": sampling.max_new_tokens,
             "temperature": 0,
+            "repetition_penalty": sampling.repetition_penalty,  # also 1: what is left out has a server's own value
         }
         if sampling.do_sample:
-            body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-            body |= {name: value for name in ("top_k", "min_p") if (value := getattr(sampling, name))}
-        # not OpenAI's, and so not sent unasked
-        if sampling.repetition_penalty != 1:
-            body["repetition_penalty"] = sampling.repetition_penalty
+            body |= {name: getattr(sampling, name) for name in ("temperature", "top_p", "min_p")}
+            body["top_k"] = sampling.top_k or -1  # all, as every server says it
         if self.kept:
             body["skip_special_tokens"] = False
         return body
