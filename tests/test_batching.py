@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from common.conversation.turns import Turn
+from common.engine import request as engine_request
 from common.engine import sampling as engine_sampling
 from common.engine.batcher import Batcher, QueueFullError
 from common.engine.request import Ask, ClientGoneError, ModelFailedError, RequestTimeoutError
@@ -209,6 +210,16 @@ def test_a_time_limit(batcher_of):
     batcher = batcher_of()
     with pytest.raises(RequestTimeoutError):
         list(batcher.submit("base", [ask(batcher, "有", 900)], seconds=0.05).parts())
+
+
+def test_a_time_limit_holds_where_parts_come_without_a_pause(batcher_of, monkeypatch):
+    monkeypatch.setattr(engine_request, "POLL", 30)  # no pause is as long
+    batcher = batcher_of()
+    ticket = batcher.submit("base", [ask(batcher, "有", 900, live=True)], seconds=0.05)
+    with pytest.raises(RequestTimeoutError):
+        for _ in ticket.parts():
+            time.sleep(0.02)  # more of them are there by then
+    assert 0 < len(ticket.rows[0].ids) < 900
 
 
 def test_total_tokens_bound_the_batch(batcher_of):
