@@ -171,7 +171,8 @@ def _with_cors(service: Service, response: Response) -> Response:
     """Lets pages of `service.cors` in, where an operator asked for it."""
     if service.cors:
         response.headers["Access-Control-Allow-Origin"] = service.cors
-        response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Request-ID"
+        asked = request.headers.get("Access-Control-Request-Headers")  # clients of OpenAI's have many of their own
+        response.headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type, X-Request-ID"
         response.headers["Access-Control-Expose-Headers"] = "X-Request-ID"
         response.vary.add("Origin")
     return response
@@ -241,7 +242,7 @@ def _add_answers(app: Flask, service: Service) -> None:
 def _text_of(service: Service) -> Response:
     """Answer the current request of POST /nlg/text_generate: one JSON string, or text and thought where it thought."""
     body, batcher = read_json(request), service.loaded
-    turns, sampling = text_generate.read_request(body, service.fields)
+    turns, sampling = text_generate.read_request(body, service.fields, service.defaults.repetition_penalty)
     try:
         ids = batcher.encoder.whole_ids(turns)
     except RowError as problem:  # the model's chat template does not take it
