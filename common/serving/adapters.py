@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.conversation import thinking
 from common.cores import apart
 from common.errors import UserError
 from common.inference.products import give_back
@@ -16,7 +17,6 @@ from common.model.layers import causal_of
 from common.runs import adopted
 
 if TYPE_CHECKING:
-    from common.conversation.family import Family
     from common.inference.answerer import Answerer
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -55,7 +55,7 @@ def penalties(specs: Sequence[str]) -> dict[str, float]:
 
 
 def _check(answer: Answerer, folder: str) -> None:
-    """UserError where the run in `folder`, or of the checkpoint there, has another base or prompt."""
+    """UserError where the run in `folder`, or of the checkpoint there, has another base, prompt or thinking."""
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"--adapters {folder}: 没有适配器 there is no adapter; give the folder of a finished LoRA run")
     manifest = adopted.find_manifest(folder)
@@ -70,15 +70,11 @@ def _check(answer: Answerer, folder: str) -> None:
             f"--adapters {folder}: 基座或模板不同 another base or prompt style: trained on {manifest['base']['path']}, "
             f"{trained[1]}; served: {net.name_or_path}, {served[1]}"
         )
-    thinking = manifest.get("config", {}).get("thinking", "auto")
-    if _template(net.name_or_path, answer.prompt, thinking) != answer.tokenizer.chat_template:
+    mode, asked = manifest.get("config", {}).get("thinking", "auto"), answer.tokenizer.chat_template
+    if mode == "auto" and not str(asked).startswith((thinking.ON, thinking.OFF)):
+        return
+    if loading.load_tokenizer(net.name_or_path, answer.prompt, mode).chat_template != asked:
         raise UserError(
-            f"--adapters {folder}: 思考方式不同 trained with --thinking {thinking}, what is served thinks otherwise; "
+            f"--adapters {folder}: 思考方式不同 trained with --thinking {mode}, what is served thinks otherwise; "
             "serve it by itself"
         )
-
-
-@lru_cache(maxsize=3)
-def _template(base: str, prompt: Family, thinking: str) -> object:
-    """The chat template by which a run on `base` with --thinking is asked."""
-    return loading.load_tokenizer(base, prompt, thinking).chat_template
