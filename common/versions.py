@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from transformers import cache_utils, modeling_utils
-from transformers.generation import GenerationMixin
-
-if TYPE_CHECKING:
-    import torch
+from transformers.generation import GenerationMixin, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 
 def name_taken(function: Callable[..., Any], new: str, old: str) -> str:
@@ -35,3 +33,23 @@ slice_logits_to_keep = getattr(modeling_utils, "slice_logits_to_keep", _kept)
 
 # What a cache has for a layer that uses another one's keys and values; 5.20 has no such layer.
 DummyLayer = getattr(cache_utils, "DummyLayer", cache_utils.DynamicLayer)
+
+
+class _TextPenalty(RepetitionPenaltyLogitsProcessor):
+    def __init__(self, penalty: float, mask: torch.Tensor) -> None:
+        super().__init__(penalty)
+        self.mask = mask.bool()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        mask = self.mask.repeat_interleave(len(input_ids) // len(self.mask), 0)  # beams
+        prompts, answers = input_ids.tensor_split([mask.shape[1]], 1)
+        return super().__call__(torch.cat([prompts.where(mask, prompts[:, -1:]), answers], 1), scores)
+
+
+def repetition_penalty(penalty: float, mask: torch.Tensor) -> list[LogitsProcessor]:
+    """What `generate` takes for a penalty on the ids of prompts and answers: none for 1.
+
+    mask [B, S]: of the prompts, padded on the left. transformers' own counts the pads too, below 5.23: it lowered the
+    stop id where pads are that id, and a row's answer went on for it.
+    """
+    return [] if penalty == 1 else [_TextPenalty(penalty, mask)]

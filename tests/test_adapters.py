@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.inference.answerer import Answerer, Sampling
 from common.model import adapter, loading
 from common.serving import adapters
+from common.serving.app import Service, create_app
 from gemma_sft import prompt
 
 QUESTIONS = [f"{n}+{n}=有他问答" for n in range(6)]
@@ -77,7 +78,7 @@ def test_names(small_gemma, runs, spec):
 
 def test_what_does_not_fit_is_refused(small_gemma, runs, tmp_path):
     answer = answerer(small_gemma, runs[0])
-    with pytest.raises(UserError, match="no adapter"):
+    with pytest.raises(UserError, match="--adapters .*no adapter"):
         adapters.load(answer, [f"a={tmp_path}"])
     with pytest.raises(UserError, match="not yet taken"):
         adapters.load(answer, [f"a={runs[1]}", f"a={runs[2]}"])
@@ -87,6 +88,28 @@ def test_what_does_not_fit_is_refused(small_gemma, runs, tmp_path):
     (run / "run_manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="trained on another"):
         adapters.load(answer, [f"c={run}"])
+
+
+def test_each_answers_with_the_penalty_it_was_trained_by(small_gemma, runs, tmp_path):
+    """Unless the service, or a request, has another."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    told = {"base": {"path": "x"}, "template": {}, "config": {"repetition_penalty": 1.9}}
+    (run / "run_manifest.json").write_text(json.dumps(told))
+    answer = answerer(small_gemma)
+    batcher = Batcher(answer, adapters.load(answer, [f"a={runs[1]}"], "base"))
+    penalties = adapters.penalties([f"a={run}", f"b={runs[2]}"])
+    assert penalties == {"a": 1.9}
+    client = create_app(Service("m", "base", batcher, Sampling(max_new_tokens=24), penalties)).test_client()
+
+    def said(**fields):
+        body = {"messages": [{"role": "user", "content": "有他问答"}], "temperature": 0, **fields}
+        return client.post("/v1/chat/completions", json=body, buffered=True).json["choices"][0]["message"]["content"]
+
+    own, base = said(model="a"), said(model="base")
+    assert own == said(model="a", repetition_penalty=1.9) != said(model="a", repetition_penalty=1)
+    assert base == said(model="base", repetition_penalty=1) == said()
+    batcher.close()
 
 
 def test_rows_of_one_adapter_are_not_left_to_another(small_gemma, runs):

@@ -236,6 +236,12 @@ def test_defaults_are_the_originals(client, fake):
     assert fake.asked == [([Turn("user", "你好")], sampling, "tuned")]
 
 
+def test_the_services_repetition_penalty_holds_here_too(fake):
+    service = app.Service("m", "tuned", fake, Sampling(repetition_penalty=1.3))
+    assert post(app.create_app(service).test_client(), {"instruction": "有"}).status_code == 200
+    assert fake.asked[0][1].repetition_penalty == 1.3
+
+
 def test_fields_reach_the_sampling(client, fake):
     body = {"max_new_tokens": 7, "temperature": 2, "do_sample": False, "num_beams": 4}
     body |= {"top_p": 1, "top_k": 0, "min_p": 1}

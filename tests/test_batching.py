@@ -15,7 +15,7 @@ from transformers.generation import logits_process
 from common.conversation.turns import Turn
 from common.engine import sampling as engine_sampling
 from common.engine.batcher import Batcher, QueueFullError
-from common.engine.request import Ask, ClientGoneError, ModelFailedError, RequestTimeoutError
+from common.engine.request import Ask, ClientGoneError, ModelFailedError, Part, RequestTimeoutError, Ticket
 from common.inference.answerer import Sampling
 from common.inference.text import Wording, decode
 
@@ -209,6 +209,18 @@ def test_a_time_limit(batcher_of):
     batcher = batcher_of()
     with pytest.raises(RequestTimeoutError):
         list(batcher.submit("base", [ask(batcher, "有", 900)], seconds=0.05).parts())
+
+
+def test_a_time_limit_holds_where_parts_come_without_a_pause(batcher_of):
+    batcher, part = batcher_of(), Part(0, "有", [], None)
+    ticket = Ticket("base", [ask(batcher, "有")], batcher, seconds=0.05)
+    parts = ticket.parts()
+    ticket.events.put(part)
+    assert next(parts) == [part]
+    ticket.events.put(part)
+    time.sleep(0.06)
+    with pytest.raises(RequestTimeoutError):
+        next(parts)
 
 
 def test_total_tokens_bound_the_batch(batcher_of):

@@ -466,6 +466,8 @@ def test_a_run_answers_with_the_penalty_it_was_trained_by(gemma):
 
     assert penalty(folder) == penalty(folder, "--checkpoint", 1) == penalty(folder / "checkpoint-2") == 1.25
     assert penalty(folder, "--repetition_penalty", 1.0) == 1.0 == penalty(folder, "--base")
+    elsewhere = ("--base_url", "http://x/v1")
+    assert penalty(folder, *elsewhere) == 1.25 and penalty(folder, *elsewhere, "--base") == 1.0
     merged = gemma.parent / "penalised_whole"
     gemma.recipe("export").main(["--model_save_dir", str(folder), "--output_dir", str(merged)])
     assert json.loads((merged / "generation_config.json").read_text())["repetition_penalty"] == 1.25

@@ -129,6 +129,8 @@ def test_answers_do_not_depend_on_the_batch(answer):
     greedy = Sampling(max_new_tokens=12)
     together = answer(QUESTIONS, greedy)
     assert together == [answer([turns], greedy)[0] for turns in QUESTIONS]
+    less = Sampling(max_new_tokens=12, repetition_penalty=1.5)
+    assert answer(QUESTIONS, less) == [answer([turns], less)[0] for turns in QUESTIONS]
     assert [text.text for text in together] == ["".join(answer.stream(turns, greedy)) for turns in QUESTIONS]
 
 

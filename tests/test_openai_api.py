@@ -152,6 +152,7 @@ def test_seeds_and_n(client):
     for chunk in client.chat(seed=5, n=3, stream=True, **LIVELY):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == texts
+    assert len({choice.message.content for choice in client.chat(seed=-1, n=3, **LIVELY).choices}) == 3
 
 
 def test_logprobs(client):
@@ -204,6 +205,9 @@ def test_errors(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat([{"role": "user", "content": "有" * 5000}])
     assert caught.value.code == "context_length_exceeded" and str(client.batcher.context) in str(caught.value)
+    with pytest.raises(openai.BadRequestError, match="max_completion_tokens 100000") as caught:
+        client.chat(max_completion_tokens=100_000)
+    assert caught.value.param == "max_completion_tokens"
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat(max_tokens=client.batcher.context)
     assert caught.value.code == "context_length_exceeded"
@@ -316,6 +320,15 @@ def test_a_time_limit(gemma, monkeypatch, stream):
     assert caught.value.status_code == 503 and caught.value.code == "timeout"
 
 
+def test_more_answers_than_there_are_places_are_not_to_be_tried_again(gemma, monkeypatch):
+    monkeypatch.setattr(gemma.batcher, "slots", 1)
+    monkeypatch.setattr(gemma.batcher, "queue", 2)
+    with pytest.raises(openai.BadRequestError, match="at most 3") as caught:
+        gemma.chat(max_tokens=2, n=4)
+    assert caught.value.param == "n"
+    assert len(gemma.chat(max_tokens=2, n=3).choices) == 3
+
+
 def test_a_failure_in_a_stream_is_its_last_event(gemma, monkeypatch):
     """Without [DONE]; the client raises."""
     step, calls = KVBatch.step, []
@@ -384,6 +397,9 @@ def test_other_origins_are_let_in_only_where_asked(gemma, monkeypatch):
     preflight = flask.options("/v1/chat/completions", headers={"Origin": "http://a"})
     assert preflight.status_code == 200 and preflight.headers["Access-Control-Allow-Origin"] == "http://a"
     assert "Authorization" in preflight.headers["Access-Control-Allow-Headers"]
+    asked = {"Origin": "http://a", "Access-Control-Request-Headers": "authorization,x-stainless-lang"}
+    preflight = flask.options("/v1/chat/completions", headers=asked)
+    assert preflight.headers["Access-Control-Allow-Headers"] == "authorization,x-stainless-lang"
 
 
 def test_states(gemma, monkeypatch):

@@ -145,4 +145,54 @@ def test_a_server_that_takes_text_alone(cfg, capsys):
         "min_p": 0.1,
         "max_tokens": 3,
     }
-    assert again["temperature"] == 0 and not {"repetition_penalty", "min_p"} & again.keys()
+    assert again["temperature"] == 0 and again["repetition_penalty"] == 1 and "min_p" not in again
+
+
+def test_what_a_server_would_do_otherwise_is_told_it(cfg, answer):
+    """The sampling is the user's, also where it is the plainest and the server has another one of its own."""
+    batcher = Batcher(answer, {"base": None})
+    service = app.Service("m", "base", batcher, Sampling(do_sample=True, top_k=1, min_p=1, repetition_penalty=1.9))
+    server = Server(app.create_app(service), "127.0.0.1", 0, 8)
+    try:
+        there, plain = remote.load(cfg, prompt, server.address + "/v1"), Sampling(max_new_tokens=20)
+        assert there(QUESTIONS, plain) == [answer([one], plain)[0] for one in QUESTIONS]
+        drawn = {there([QUESTIONS[0]], Sampling(20, do_sample=True, temperature=3.0))[0].text for _ in range(4)}
+        assert len(drawn) > 1
+    finally:
+        server.close()
+        batcher.close()
+
+
+class Breaking(TextOnly):
+    """Says once by a date when to come again; then its answers, and its streams, have no end."""
+
+    busy = 1
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if Breaking.busy:
+            Breaking.busy -= 1
+            self.send_response(503)
+            self.send_header("Retry-After", "Sun, 29 Nov 2026 13:20:00 GMT")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        data = b'data: {"choices": [{"text": "12"}]}\n\n'
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+def test_an_answer_that_breaks_off_is_none(cfg):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there, parts = remote.load(cfg, prompt, f"http://127.0.0.1:{server.server_port}/v1"), []
+        with pytest.raises(remote.UnreachableError, match="broke off"):
+            parts.extend(there.stream(QUESTIONS[0], Sampling()))
+        stream = there.stream(QUESTIONS[0], Sampling())
+        assert next(stream) == "12"
+        stream.close()
+        with pytest.raises(remote.UnreachableError, match="broke off"):
+            there([QUESTIONS[0]], Sampling())
+        server.shutdown()
+    assert Breaking.busy == 0

@@ -12,6 +12,7 @@ from common.config import PredictFlags
 from common.conversation import thinking
 from common.conversation.turns import Call, Turn
 from common.errors import UserError
+from common.serving import adapters
 from qwen2_sft import prompt
 from qwen2_sft.ft_qwen2 import export, predict, train
 from qwen2_sft.ft_qwen2.config import Config
@@ -152,6 +153,13 @@ def test_what_is_exported_asks_in_the_runs_mode(without, tmp_path):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "有3"}], add_generation_prompt=True)["input_ids"]
     assert ids == load(without).fitted_ids([Turn("user", "有3")])
     assert thinking.leaves_out(tokenizer), "it stays so where it is the base of another run"
+
+
+def test_a_run_that_thinks_otherwise_is_no_adapter_beside_another(base, without):
+    assert list(adapters.load(load(without), [f"same={without}"])) == ["tuned", "base", "same"]
+    auto = predict.load_answer(Config(path_model_pretrain=str(base), model_save_dir="/nowhere"), base=True)
+    with pytest.raises(UserError, match="trained with --thinking none"):
+        adapters.load(auto, [f"other={without}"], "base")
 
 
 def test_an_adapter_is_trained_on_in_its_mode_or_another(base, rows, without, tmp_path, capsys):

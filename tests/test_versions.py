@@ -103,6 +103,21 @@ def test_positions_are_kept_as_asked():
     assert torch.equal(versions.slice_logits_to_keep(hidden, index), hidden[:, index])
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_repetition_penalty_counts_prompts_and_answers_and_no_pads(beams):
+    """Of prompts 5 and 3 4 5, answered 0 and 6, with the pad 0."""
+    prompts, mask = torch.tensor([[0, 0, 5], [3, 4, 5]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    (penalty,) = versions.repetition_penalty(2.0, mask)
+
+    def lowered(*answers):
+        ids = torch.cat([prompts.repeat_interleave(beams, 0), *(one.repeat_interleave(beams, 0) for one in answers)], 1)
+        scores = penalty(ids, torch.ones(2 * beams, 8))
+        return [(row < 1).nonzero().flatten().tolist() for row in scores[::beams]]
+
+    assert lowered() == [[5], [3, 4, 5]] and lowered(torch.tensor([[0], [6]])) == [[0, 5], [3, 4, 5, 6]]
+    assert versions.repetition_penalty(1.0, mask) == []
+
+
 # --- private interfaces of libraries ----------------------------------------------------------------------------------
 
 TRAINER, ROWS, WRAPPER = "transformers.Trainer", "peft.tuners.trainable_tokens.TrainableTokensLayer", "peft.utils.other"

@@ -110,6 +110,8 @@ class Ticket:
                 found = self._next(gone)
                 left -= sum(part.stop is not None for part in found)
                 yield found
+                if left and self.deadline and time.monotonic() > self.deadline:  # parts may come without a pause
+                    raise RequestTimeoutError
         finally:
             self.ended = time.monotonic()
             self.cancel()

@@ -20,7 +20,7 @@ def penalised(logits: torch.Tensor, row: Row) -> torch.Tensor:
     """
     ask = row.ask
     if ask.sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*ask.ids, *row.ids}), device=logits.device)
+        seen = torch.tensor([*ask.ids, *row.counts], device=logits.device)  # one that is there twice is set twice
         scores, penalty = logits[seen], ask.sampling.repetition_penalty
         logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
     if row.counts and (ask.presence_penalty or ask.frequency_penalty):

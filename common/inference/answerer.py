@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from common.inference.text import Wording, decode
 from common.model.layers import causal_of
 from common.model.loading import pad_id_of
 from common.model.loss import without_routers
+from common.versions import repetition_penalty
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -139,14 +140,13 @@ class Answerer:
         ids, _ = self._fitted(turns, prompt_limit(self.max_length_q, self.context, sampling.max_new_tokens))
         reading = self.reading(ids, tools_of(turns))
         streamer = _Pieces(Wording(self.tokenizer, self.prompt.clean, (), reading, self.kept), self.stop_ids)
-        arguments = ([ids], sampling, base, streamer)
-        worker = threading.Thread(target=streamer.run, args=(self.generate, *arguments), daemon=True)
-        worker.start()
+        work = threading.Thread(target=streamer.run, args=(self.generate, [ids], sampling, base, streamer), daemon=True)
+        work.start()
         try:
             yield from streamer
         finally:
             streamer.cancelled = True
-            worker.join()
+            work.join()
 
     def reading(self, ids: Sequence[int], tools: str) -> Reading | None:
         """Reads the answer to the prompt `ids`; None where there is nothing to be read in it but text."""
@@ -167,7 +167,8 @@ class Answerer:
                 prompts if sampling.num_beams == 1 and (streamer or len(prompts) > 1) else None,
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=self.generation_config(sampling),
+                generation_config=self.generation_config(replace(sampling, repetition_penalty=1.0)),
+                logits_processor=repetition_penalty(sampling.repetition_penalty, mask),
                 streamer=streamer,
                 stopping_criteria=criteria,
                 **without_routers(net),
@@ -190,8 +191,7 @@ class Answerer:
 
     def generation_config(self, sampling: Sampling) -> GenerationConfig:
         """transformers' settings for a Sampling."""
-        names = ("temperature", "top_p", "top_k", "min_p")
-        drawn = {name: getattr(sampling, name) for name in names}
+        drawn = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=sampling.do_sample,

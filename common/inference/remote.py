@@ -7,8 +7,10 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 from common.conversation import render
@@ -88,15 +90,19 @@ class Remote:
             thought, text, calls = reading.more(text, ended) if reading else Parts(text=text)
             return Parts(thought, cleaning.more(text, ended), calls)
 
-        with self._complete(ids, sampling, base, stream=True) as response:
+        with self._completed(ids, sampling, base, stream=True) as response:
+            over = False
             for line in response:
-                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b"[DONE]"
-                if data == b"[DONE]":
+                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+                over = over or data == b"[DONE]"
+                if over or not data:
                     continue
                 event = json.loads(data)
                 if "error" in event:
                     raise UserError(f"{self.url}: {event['error'].get('message', event['error'])}")
                 yield from pieces(read(event["choices"][0]["text"] if event["choices"] else ""))
+            if not over:
+                raise EOFError("no [DONE]")
         yield from pieces(read("", ended=True))
 
     def cut_to(self, turns: Sequence[Turn], new_tokens: int) -> int:
@@ -109,12 +115,24 @@ class Remote:
 
     def _answer(self, turns: Sequence[Turn], sampling: Sampling, base: bool) -> Answer:
         ids, cut_to = self._fitted(turns, sampling.max_new_tokens)
-        with self._complete(ids, sampling, base) as response:
+        with self._completed(ids, sampling, base) as response:
             found = json.load(response)
         choice, tokens = found["choices"][0], (found.get("usage") or {}).get("completion_tokens", 0)
         reading = reading_of(self.tokenizer, self.form, ids, tools_of(turns))
         thought, text, calls = reading.more(choice["text"], ended=True) if reading else Parts(text=choice["text"])
         return Answer(self.prompt.clean(text), choice["finish_reason"] or "stop", tokens, cut_to, thought, calls)
+
+    @contextmanager
+    def _completed(
+        self, ids: list[int], sampling: Sampling, base: bool, stream: bool = False
+    ) -> Iterator[HTTPResponse]:
+        """The response to a completion of a prompt, to be read to its end; UnreachableError where it has none."""
+        with self._complete(ids, sampling, base, stream) as response:
+            try:
+                yield response
+            except (HTTPException, EOFError, OSError, ValueError) as problem:
+                why = f"--base_url {self.url}: 回答中断 the answer broke off: {problem!r}"
+                raise UnreachableError(why) from None
 
     def _complete(self, ids: list[int], sampling: Sampling, base: bool, stream: bool = False) -> HTTPResponse:
         """The open response to a completion of a prompt."""
@@ -142,13 +160,11 @@ class Remote:
             "model": "base" if base else self.names[0],
             "max_tokens": sampling.max_new_tokens,
             "temperature": 0,
+            "repetition_penalty": sampling.repetition_penalty,  # also 1: what is left out has a server's own value
         }
         if sampling.do_sample:
-            body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-            body |= {name: value for name in ("top_k", "min_p") if (value := getattr(sampling, name))}
-        # not OpenAI's, and so not sent unasked
-        if sampling.repetition_penalty != 1:
-            body["repetition_penalty"] = sampling.repetition_penalty
+            body |= {name: getattr(sampling, name) for name in ("temperature", "top_p", "min_p")}
+            body["top_k"] = sampling.top_k or -1  # all, as every server says it
         if self.kept:
             body["skip_special_tokens"] = False
         return body
@@ -170,7 +186,8 @@ class Remote:
             with problem:
                 said = problem.read(2000).decode("utf-8", "replace")
             if problem.code in BUSY and tries:
-                time.sleep(min(int(problem.headers.get("Retry-After") or 1), 10))
+                wait = problem.headers.get("Retry-After", "")
+                time.sleep(min(int(wait), 10) if wait.isdecimal() else 1)  # a date is a way to say it too
                 return self._open(path, body, refused, tries - 1)
             if problem.code in (400, 422) and body and not refused:
                 raise _RefusedError(said) from None

@@ -24,7 +24,8 @@ Config = TypeVar("Config", bound=SFTConfig)  # a family's
 def choose(cfg: Config, flags: PredictFlags | EvaluationFlags | ServeFlags | ExportFlags) -> Config:
     """`cfg` with the folder that answers as `model_save_dir`: the run's own, or the checkpoint of `flags.checkpoint`.
 
-    The repetition penalty is the run's too, where the user gave none: its answers were scored with it.
+    The repetition penalty is the run's too, where the user gave none, also for a server that is asked as it is: its
+    answers were scored with it.
 
     Errors and the line on stderr: `chosen_folder`. UserError too where a flag asks for no run at all.
     """
@@ -33,9 +34,11 @@ def choose(cfg: Config, flags: PredictFlags | EvaluationFlags | ServeFlags | Exp
         raise UserError(
             f"--checkpoint {flags.checkpoint} 对 {other} 不起作用 has no effect with {other}; leave one out"
         )
-    if other:
+    if other and other != "--base_url":
         return cfg
-    folder = distributed.share(distributed.first(lambda: str(chosen_folder(cfg.model_save_dir, flags.checkpoint))))
+    folder = cfg.model_save_dir
+    if not other:
+        folder = distributed.share(distributed.first(lambda: str(chosen_folder(cfg.model_save_dir, flags.checkpoint))))
     run = find_manifest(folder) if "repetition_penalty" not in cfg.given else None
     penalty = (run or {}).get("config", {}).get("repetition_penalty", cfg.repetition_penalty)
     return replace(cfg, model_save_dir=folder, repetition_penalty=penalty)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.conversation import thinking
 from common.cores import apart
 from common.errors import UserError
 from common.inference.products import give_back
@@ -25,7 +27,7 @@ def load(answer: Answerer, specs: Sequence[str], alone: str = "tuned") -> dict[s
 
     specs: "name=folder" each. The Answerer's own adapter is called tuned, the model without any base; a model without
     adapter is called `alone`: base, or tuned where its own weights were. UserError where a name is taken or a run's
-    base or prompt style is another one.
+    base, prompt style or thinking is another one.
     """
     has_adapter = causal_of(answer.net) is not answer.net
     models: dict[str, str | None] = {"tuned": "default", "base": None} if has_adapter else {alone: None}
@@ -45,8 +47,17 @@ def load(answer: Answerer, specs: Sequence[str], alone: str = "tuned") -> dict[s
     return models
 
 
+def penalties(specs: Sequence[str]) -> dict[str, float]:
+    """{name: the repetition penalty it was trained by} of those of `specs` that are runs."""
+    folders = {name: folder for name, _, folder in (spec.partition("=") for spec in specs)}
+    configs = {name: (adopted.find_manifest(folder) or {}).get("config", {}) for name, folder in folders.items()}
+    return {name: one["repetition_penalty"] for name, one in configs.items() if "repetition_penalty" in one}
+
+
 def _check(answer: Answerer, folder: str) -> None:
-    """UserError where the run in `folder`, or of the checkpoint there, has another base or prompt."""
+    """UserError where the run in `folder`, or of the checkpoint there, has another base, prompt or thinking."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise UserError(f"--adapters {folder}: 没有适配器 there is no adapter; give the folder of a finished LoRA run")
     manifest = adopted.find_manifest(folder)
     if manifest is None:
         return
@@ -58,4 +69,12 @@ def _check(answer: Answerer, folder: str) -> None:
         raise UserError(
             f"--adapters {folder}: 基座或模板不同 another base or prompt style: trained on {manifest['base']['path']}, "
             f"{trained[1]}; served: {net.name_or_path}, {served[1]}"
+        )
+    mode, asked = manifest.get("config", {}).get("thinking", "auto"), answer.tokenizer.chat_template
+    if mode == "auto" and not str(asked).startswith((thinking.ON, thinking.OFF)):
+        return
+    if loading.load_tokenizer(net.name_or_path, answer.prompt, mode).chat_template != asked:
+        raise UserError(
+            f"--adapters {folder}: 思考方式不同 trained with --thinking {mode}, what is served thinks otherwise; "
+            "serve it by itself"
         )

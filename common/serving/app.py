@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -45,14 +45,16 @@ class Service:
     """What the app serves, and how. `batcher` is None until the model is loaded.
 
     run_name: what /health calls the run. model: the name served where a request names none. defaults: Sampling where
-    a request says nothing. fields: of POST /nlg/text_generate, which has defaults of its own. seconds: a request's time
-    limit. api_key: the keys of clients; () lets everyone in. log_text: questions and answers go into the log.
+    a request says nothing; penalties: the repetition penalty of models that have another one. fields: of POST
+    /nlg/text_generate, which has defaults of its own. seconds: a request's time limit. api_key: the keys of clients; ()
+    lets everyone in. log_text: questions and answers go into the log.
     """
 
     run_name: str
     model: str = "tuned"
     batcher: Batcher | None = None
     defaults: Sampling = field(default_factory=Sampling)
+    penalties: dict[str, float] = field(default_factory=dict)
     fields: dict[str, Field] = field(default_factory=lambda: text_generate.FIELDS)
     api_key: tuple[str, ...] = ()
     cors: str = ""
@@ -128,6 +130,8 @@ def run(load_answer: Callable[[Config, bool], Answerer | Remote], cfg: Config, f
     try:
         answer = cast(Answerer, load_answer(cfg, flags.base))
         models = adapters.load(answer, flags.adapters, service.model)
+        if "repetition_penalty" not in cfg.given:
+            service.penalties = adapters.penalties(flags.adapters)
         service.batcher = Batcher(answer, models, flags.slots, flags.queue, flags.request_tokens, flags.total_tokens)
         service.batcher.expect(service.model)
         if cfg.host not in HERE and not flags.api_key:
@@ -171,7 +175,8 @@ def _with_cors(service: Service, response: Response) -> Response:
     """Lets pages of `service.cors` in, where an operator asked for it."""
     if service.cors:
         response.headers["Access-Control-Allow-Origin"] = service.cors
-        response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Request-ID"
+        asked = request.headers.get("Access-Control-Request-Headers")  # clients of OpenAI's have many of their own
+        response.headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type, X-Request-ID"
         response.headers["Access-Control-Expose-Headers"] = "X-Request-ID"
         response.vary.add("Origin")
     return response
@@ -241,7 +246,7 @@ def _add_answers(app: Flask, service: Service) -> None:
 def _text_of(service: Service) -> Response:
     """Answer the current request of POST /nlg/text_generate: one JSON string, or text and thought where it thought."""
     body, batcher = read_json(request), service.loaded
-    turns, sampling = text_generate.read_request(body, service.fields)
+    turns, sampling = text_generate.read_request(body, service.fields, service.defaults.repetition_penalty)
     try:
         ids = batcher.encoder.whole_ids(turns)
     except RowError as problem:  # the model's chat template does not take it
@@ -256,7 +261,9 @@ def _text_of(service: Service) -> Response:
 
 def _complete(service: Service, read: Callable[[dict[str, Any], Batcher, Sampling], Wanted]) -> Response:
     """Answer the current request for a chat or a completion, whose body `read` reads."""
-    wanted = read(read_json(request), service.loaded, service.defaults)
+    body = read_json(request)
+    penalty = service.penalties.get(str(body.get("model")), service.defaults.repetition_penalty)
+    wanted = read(body, service.loaded, replace(service.defaults, repetition_penalty=penalty))
     model = service.model_called(wanted.model)
     ticket = _submit(service, model, wanted.asks)
     shape = Shape(wanted, request.environ["service.record"]["id"], model, service.loaded)

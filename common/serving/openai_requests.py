@@ -189,16 +189,18 @@ def _wanted(
 ) -> Wanted:
     options = given["stream_options"] or {}
     include_usage = check_value("stream_options.include_usage", options.get("include_usage", False), Field(bool))
-    if len(prompts) * given["n"] > MOST_ANSWERS:
-        raise RequestRefusedError(f"n × prompt 最多 at most {MOST_ANSWERS}", param="n", code="out_of_range")
+    most = min(MOST_ANSWERS, batcher.slots + batcher.queue)  # more would be told to try again for ever
+    if len(prompts) * given["n"] > most:
+        raise RequestRefusedError(f"n × prompt 最多 at most {most}", param="n", code="out_of_range")
     sampling, stop = _sampling(given, defaults), _read_stop(body.get("stop"))
+    asked = next((name for name in ("max_completion_tokens", "max_tokens") if given.get(name) is not None), "")
     asks = [
         Ask(
             ids,
-            fitted(sampling, len(ids), batcher.context, "" if given["max_tokens"] is None else "max_tokens"),
+            fitted(sampling, len(ids), batcher.context, asked),
             given["presence_penalty"],
             given["frequency_penalty"],
-            None if given["seed"] is None else given["seed"] + number,
+            None if given["seed"] is None else (given["seed"] + number) % 2**64,  # Random takes -1 for 1
             stop,
             logprobs,
             clean=chat,

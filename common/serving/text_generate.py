@@ -35,10 +35,12 @@ def fields_of(cfg: SFTConfig) -> dict[str, Field]:
     return FIELDS | {"max_new_tokens": FIELDS["max_new_tokens"]._replace(default=tokens, most=max(tokens, MOST_TOKENS))}
 
 
-def read_request(body: dict[str, Any], fields: dict[str, Field]) -> tuple[list[Turn], Sampling]:
+def read_request(
+    body: dict[str, Any], fields: dict[str, Field], repetition_penalty: float
+) -> tuple[list[Turn], Sampling]:
     """The question and the Sampling in a body; RequestRefusedError names the field and what is allowed.
 
-    fields: those of `fields_of`.
+    fields: those of `fields_of`. repetition_penalty: the service's, for which there is no field.
     """
     given = read_fields(body, fields)
     question = "\n".join(part for part in (given.pop("instruction"), given.pop("text")) if part.strip())
@@ -50,4 +52,4 @@ def read_request(body: dict[str, Any], fields: dict[str, Field]) -> tuple[list[T
             param="penalty_alpha",
             code="unsupported_value",
         )
-    return [Turn("user", question)], Sampling(**given)
+    return [Turn("user", question)], Sampling(**given, repetition_penalty=repetition_penalty)
