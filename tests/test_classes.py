@@ -55,7 +55,7 @@ def test_its_loss_is_transformers_own(checkpoint, capsys):
     with torch.no_grad():
         expected = checkpoint.whole(input_ids=IDS, labels=labels)
         torch.testing.assert_close(net(input_ids=IDS).logits, expected.logits, rtol=1e-6, atol=1e-6)
-        with supervised(net):
+        with supervised(net), frozen_layers.lean(net):
             found = net(input_ids=IDS, labels=labels).loss
     torch.testing.assert_close(found, expected.loss, rtol=1e-5, atol=0)
 
