@@ -582,6 +582,13 @@ def test_schedules(fit, name, expected):
     assert [round(record["learning_rate"] / 1e-3, 3) for record in log] == expected
 
 
+def test_a_run_that_ends_by_its_steps_restarts_once_a_pass_too(fit):
+    flags = ["--max_steps", 4, "--batch_size", 12, "--micro_batch_size", 12, "--logging_steps", 1, "--warmup_ratio", 0]
+    folder = fit("out", *flags, "--learning_rate", 1e-3, "--lr_scheduler_type", "cosine_with_restarts")
+    log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    assert [round(record["learning_rate"] / 1e-3, 3) for record in log] == [1.0, 0.5, 1.0, 0.5]
+
+
 def test_one_epoch_and_a_half(fit, tmp_path):
     """Three steps where an epoch has two; resumed after its second step it ends alike."""
     flags = ["--epochs", 1.5, "--batch_size", 12, "--micro_batch_size", 12, "--logging_steps", 1, "--save_steps", 2]
