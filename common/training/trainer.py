@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from common.training.samples import Samples
 
 
+OPTIONS = ("lr", "weight_decay", "betas")  # of an optimizer's group, as the knobs say them
+
+
 def fit(
     net: PreTrainedModel | PeftModel,
     rows: TrainingData,
@@ -197,6 +200,7 @@ class SupervisedTrainer(Trainer):
         self.guard = guard
         self.samples: Samples | None = None
         self.tokens = 0  # seen by this process
+        self.groups: list[dict[str, Any]] = []  # what the options say of the optimizer's groups
         self.routers: dict[int, torch.Tensor] = {}  # {step since the last log: what the routers' loss added here}
         super().__init__(**kwargs)
         self.router_weight = router_weight(causal_of(self.model))
@@ -209,7 +213,19 @@ class SupervisedTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if first:
             tuning.hasten_rows(optimizer, self.model)
+            self.groups = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what `checkpoint` has; rate, decay and betas are what the options say, which may have changed since."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not hasattr(self.lr_scheduler, "lr_lambdas"):
+            return
+        step, factors = self.lr_scheduler.last_epoch, self.lr_scheduler.lr_lambdas
+        self.lr_scheduler.base_lrs = [own["lr"] for own in self.groups]
+        for group, own, factor in zip(self.optimizer.param_groups, self.groups, factors, strict=True):
+            group.update(own, initial_lr=own["lr"], lr=own["lr"] * factor(step))
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # for the log
 
     def compute_loss(
         self,
