@@ -82,7 +82,7 @@ class FakePacks(list):
 
 def test_all_linear_is_what_a_gradient_reaches(checkpoint):
     cfg = dataclasses.replace(checkpoint.recipe("config").Config(), target_modules=("all-linear",), lora_dropout=0.0)
-    net = tuning.make_trainable(loading.load_base(checkpoint.folder, "float32"), cfg)
+    net = tuning.make_trainable(loading.load_base(checkpoint.folder, "float32"), cfg).train()
     with supervised(net):
         net(input_ids=IDS, labels=IDS).loss.backward()
     assert [name for name, weight in net.named_parameters() if weight.requires_grad and weight.grad is None] == []

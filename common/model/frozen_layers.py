@@ -226,7 +226,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
         ctx.autocast = autocast_in_force(x)
-        return times_transposed(x, fitting(weight, x))
+        return times_transposed(x, fitting(weight, x)).data  # no view: a model may change it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -258,7 +258,7 @@ class _FrozenGated(torch.autograd.Function):
         ctx.save_for_backward(gate_weight, up_weight, down_weight, *kept)
         ctx.act = act
         ctx.autocast = autocast_in_force(x)
-        return torch.cat(outputs)[: x.shape[:-1].numel()].view(x.shape)
+        return torch.cat(outputs)[: x.shape[:-1].numel()].view(x.shape).data  # no view, as above
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
