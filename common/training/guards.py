@@ -86,6 +86,9 @@ class Gradients:
             for name, partner in partners.items()
             if partner is not None and partner is not trained[name] and not partner.any()
         }
+        self.waiting |= {
+            name for name in trained if "trainable_tokens_delta" in name
+        }  # a step may have none of the ids
         self.hooks = [p.register_hook(self._hook(name)) for name, p in trained.items()]
 
     @staticmethod
