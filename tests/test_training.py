@@ -726,6 +726,18 @@ def test_a_rate_changed_at_a_resume_is_taken(flags, tmp_path, rows):
     assert decays == ({0.5, 0.0} if rows == "true" else {0.5})
 
 
+def test_what_changed_at_a_resume_is_known_after_the_next(flags, tmp_path, monkeypatch):
+    more = ["--max_steps", 4, "--save_steps", 1]
+    for step, rate in ((2, 0.02), (3, 0.03), (4, 0.04)):
+        with monkeypatch.context() as dying:
+            dying.setattr(callbacks.Recorder, "on_save", lambda self, args, state, *a, s=step, **k: fail_at(state, s))
+            with pytest.raises(RuntimeError, match="died"):
+                train.main(flags("out", *more, "--learning_rate", rate, "--resume_anyway"))
+    train.main(flags("out", *more, "--learning_rate", 0.04))
+    told = find_manifest(tmp_path / "out")["resumed_anyway"]
+    assert told == {"learning_rate": "0.02 → 0.03; 0.03 → 0.04"}
+
+
 def rates_logged(folder):
     return [json.loads(line)["learning_rate"] for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
 

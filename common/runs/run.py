@@ -207,15 +207,22 @@ def _check_same(earlier: dict[str, Any], manifest: dict[str, Any], checkpoint: P
     }
     told = "; ".join(f"{name}: {values}" for name, values in changed.items())
     unloadable = changed.keys() & (SHAPING | {"base", "adapter_name_or_path"})
+    if ever := _joined(earlier.get("resumed_anyway", {}), changed):
+        manifest["resumed_anyway"] = ever
     if anyway and changed and not unloadable:
         print(f"照样继续 resuming although data or options differ: {told}")
-        manifest["resumed_anyway"] = changed
     elif changed:
         way_out = "" if unloadable else "--resume_anyway 照样继续 resumes all the same, "
         raise UserError(
             f"{checkpoint}: 数据或参数变了 data or options differ from that run ({told}); "
             f"{way_out}--resume never 重新开始 starts anew and keeps the old files"
         )
+
+
+def _joined(earlier: dict[str, str], changed: dict[str, str]) -> dict[str, str]:
+    """All changes of a run that was resumed more than once, in their order, by what was changed."""
+    both = sorted(earlier.keys() | changed.keys())
+    return {name: "; ".join(one[name] for one in (earlier, changed) if name in one) for name in both}
 
 
 def _flat(manifest: dict[str, Any]) -> dict[str, Any]:

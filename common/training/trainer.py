@@ -200,7 +200,7 @@ class SupervisedTrainer(Trainer):
         self.guard = guard
         self.samples: Samples | None = None
         self.tokens = 0  # seen by this process
-        self.groups: list[dict[str, Any]] = []  # what the options say of the optimizer's groups
+        self.groups: list[tuple[dict[str, Any], bool]] = []  # of the optimizer: its OPTIONS, whether it has parameters
         self.routers: dict[int, torch.Tensor] = {}  # {step since the last log: what the routers' loss added here}
         super().__init__(**kwargs)
         self.router_weight = router_weight(causal_of(self.model))
@@ -213,7 +213,8 @@ class SupervisedTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if first:
             tuning.hasten_rows(optimizer, self.model)
-            self.groups = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
+            groups = optimizer.param_groups
+            self.groups = [({n: one[n] for n in OPTIONS if n in one}, bool(one["params"])) for one in groups]
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -221,11 +222,13 @@ class SupervisedTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not hasattr(self.lr_scheduler, "lr_lambdas"):
             return
-        step, factors = self.lr_scheduler.last_epoch, self.lr_scheduler.lr_lambdas
-        self.lr_scheduler.base_lrs = [own["lr"] for own in self.groups]
-        for group, own, factor in zip(self.optimizer.param_groups, self.groups, factors, strict=True):
-            group.update(own, initial_lr=own["lr"], lr=own["lr"] * factor(step))
-        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # for the log
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        given = [options for options, full in self.groups if full or len(groups) == len(self.groups)]  # DeepSpeed's are
+        for group, options in zip(groups, given, strict=False):  # without the empty ones, or of its own JSON file
+            group.update(options, initial_lr=options["lr"], lr=options["lr"] * factor)
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        scheduler._last_lr = [group["lr"] for group in groups]  # for the log
 
     def compute_loss(
         self,
