@@ -347,13 +347,17 @@ def test_a_bf16_base_is_trained_in_fp32_and_saved_in_bf16(cfg, flags):
 
 
 @pytest.mark.parametrize("flags", [["--modules_to_save", "lm_head"], ["--tuning", "freeze"]], ids=["head", "layers"])
-def test_over_a_bf16_base_whole_modules_are_trained_and_asked(small_gemma, rows_file, tmp_path, flags):
-    """The memory is tried, and answers are sampled, while the modules are fp32."""
+def test_over_a_bf16_base_whole_modules_are_trained_and_asked(small_gemma, rows_file, tmp_path, capsys, flags):
+    """The memory is tried, answers are sampled, and a checkpoint is saved, while the modules are fp32."""
     given = ["--path_model_pretrain", small_gemma, "--data_path", rows_file, "--model_save_dir", tmp_path / "out"]
     given += ["--eval_rows", 0, "--val_set_size", 3, "--max_new_tokens", 2, "--cache_dir", tmp_path / "cache"]
     given += ["--dtype", "bfloat16", "--max_steps", 2, "--save_steps", 1, *flags]
     recipe("gemma_sft.ft_gemma", "train").main(list(map(str, given)))
     assert len((tmp_path / "out/samples.jsonl").read_text().splitlines()) == 2 * 3
+    capsys.readouterr()
+    given = ["--model_save_dir", tmp_path / "out", "--checkpoint", 1, "--dtype", "bfloat16", "--query", "1+1"]
+    recipe("gemma_sft.ft_gemma", "predict").main(list(map(str, given)))
+    assert capsys.readouterr().out.strip()
 
 
 def test_steps_that_are_lost_in_rounding_are_refused(cfg):
