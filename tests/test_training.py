@@ -479,7 +479,7 @@ def test_a_run_that_learns_nothing_says_so(flags, capsys):
 
 
 def test_the_default_optimizer_is_transformers_own(tmp_path):
-    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": 1}
+    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": 1, "steps_per_epoch": 1}
     args = arguments(Config(model_save_dir=str(tmp_path)), plan, False, False)
     assert args.optim == TrainingArguments(str(tmp_path), use_cpu=True).optim
     assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
