@@ -70,7 +70,9 @@ CLASSES = {  # class in the files: how it is made
     ),
     "Gemma3nForCausalLM": Class(
         "gemma",
-        FOUR_SLIDING | SHARING | dict(laurel_rank=4, activation_sparsity_pattern=[0.0] * 4, altup_num_inputs=2),
+        FOUR_SLIDING
+        | SHARING
+        | dict(laurel_rank=4, activation_sparsity_pattern=[0.95] * 2 + [0.0] * 2, altup_num_inputs=2),
     ),
     "Gemma4ForCausalLM": Class("gemma", FOUR_SLIDING | SHARING | {"global_head_dim": 32}),
     "Gemma4ForConditionalGeneration": Class(

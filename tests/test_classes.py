@@ -55,7 +55,7 @@ def test_its_loss_is_transformers_own(checkpoint, capsys):
     with torch.no_grad():
         expected = checkpoint.whole(input_ids=IDS, labels=labels)
         torch.testing.assert_close(net(input_ids=IDS).logits, expected.logits, rtol=1e-6, atol=1e-6)
-        with supervised(net):
+        with supervised(net), frozen_layers.lean(net):
             found = net(input_ids=IDS, labels=labels).loss
     torch.testing.assert_close(found, expected.loss, rtol=1e-5, atol=0)
 
@@ -82,7 +82,7 @@ class FakePacks(list):
 
 def test_all_linear_is_what_a_gradient_reaches(checkpoint):
     cfg = dataclasses.replace(checkpoint.recipe("config").Config(), target_modules=("all-linear",), lora_dropout=0.0)
-    net = tuning.make_trainable(loading.load_base(checkpoint.folder, "float32"), cfg)
+    net = tuning.make_trainable(loading.load_base(checkpoint.folder, "float32"), cfg).train()
     with supervised(net):
         net(input_ids=IDS, labels=IDS).loss.backward()
     assert [name for name, weight in net.named_parameters() if weight.requires_grad and weight.grad is None] == []

@@ -10,12 +10,14 @@ import pytest
 import torch
 from exports import KINDS, assert_ended, measured, model_of
 from gguf import GGMLQuantizationType as Type
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.config import ExportFlags
 from common.elsewhere import asking
 from common.errors import UserError
-from common.export import gguf_file, gguf_tensors, gguf_tokenizer, llama_cpp, proof
+from common.export import folder, gguf_file, gguf_tensors, gguf_tokenizer, llama_cpp, proof
 from gemma_sft import prompt as gemma_prompt
 from qwen2_sft import prompt as qwen_prompt
 
@@ -198,6 +200,16 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused(request, name, key
     setattr(config, key, OTHERWISE[name][key])
     with pytest.raises(UserError, match="llama.cpp computes it otherwise: " + key.partition("_p")[0]):
         gguf_file.check(config, prompt)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
+def test_a_head_that_merging_would_untie_is_refused_before_anything_is_computed(small_gemma, module):
+    base = AutoModelForCausalLM.from_pretrained(small_gemma)
+    net = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=[module]))
+    tuned = proof.Tuned(net, *[None] * 8)
+    with pytest.raises(UserError, match="llama.cpp computes it otherwise: tie_word_embeddings false"):
+        folder.check_format(tuned, None, ExportFlags(format="gguf"), gemma_prompt)
 
 
 def test_a_family_without_gguf_is_refused(small_chatglm):

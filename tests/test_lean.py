@@ -106,6 +106,16 @@ def test_the_backward_pass_casts_as_the_forward_pass_did(small_gemma):
     torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
 
 
+def test_a_model_may_change_in_place_what_a_layer_gives(small_gemma):
+    net = AutoModelForCausalLM.from_pretrained(small_gemma).requires_grad_(False)
+    hidden = torch.randn(2, 3, net.config.hidden_size, requires_grad=True)
+    for layer in (net.model.layers[0].self_attn.q_proj, net.model.layers[0].mlp):
+        (expected,) = torch.autograd.grad(layer(hidden).mul_(2).square().sum(), hidden)
+        with frozen_layers.lean(net):
+            (found,) = torch.autograd.grad(layer(hidden).mul_(2).square().sum(), hidden)
+        torch.testing.assert_close(found, expected)
+
+
 def test_few_numbers_of_rows_reach_onednn():
     met = set()
     whole = torch.ops.mkldnn._linear_pointwise

@@ -346,6 +346,20 @@ def test_a_bf16_base_is_trained_in_fp32_and_saved_in_bf16(cfg, flags):
     assert torch.isfinite(net(input_ids=torch.tensor([[2, 5, 6]])).logits).all()
 
 
+@pytest.mark.parametrize("flags", [["--modules_to_save", "lm_head"], ["--tuning", "freeze"]], ids=["head", "layers"])
+def test_over_a_bf16_base_whole_modules_are_trained_and_asked(small_gemma, rows_file, tmp_path, capsys, flags):
+    """The memory is tried, answers are sampled, and a checkpoint is saved, while the modules are fp32."""
+    given = ["--path_model_pretrain", small_gemma, "--data_path", rows_file, "--model_save_dir", tmp_path / "out"]
+    given += ["--eval_rows", 0, "--val_set_size", 3, "--max_new_tokens", 2, "--cache_dir", tmp_path / "cache"]
+    given += ["--dtype", "bfloat16", "--max_steps", 2, "--save_steps", 1, *flags]
+    recipe("gemma_sft.ft_gemma", "train").main(list(map(str, given)))
+    assert len((tmp_path / "out/samples.jsonl").read_text().splitlines()) == 2 * 3
+    capsys.readouterr()
+    given = ["--model_save_dir", tmp_path / "out", "--checkpoint", 1, "--dtype", "bfloat16", "--query", "1+1"]
+    recipe("gemma_sft.ft_gemma", "predict").main(list(map(str, given)))
+    assert capsys.readouterr().out.strip()
+
+
 def test_steps_that_are_lost_in_rounding_are_refused(cfg):
     given = cfg("--tuning", "full", "--dtype", "bfloat16")
     net = tuning.make_trainable(base(given), given)
@@ -580,6 +594,13 @@ def test_schedules(fit, name, expected):
     folder = fit("out", *flags, "--learning_rate", 1e-3, "--lr_scheduler_type", name)
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
     assert [round(record["learning_rate"] / 1e-3, 3) for record in log] == expected
+
+
+def test_a_run_that_ends_by_its_steps_restarts_once_a_pass_too(fit):
+    flags = ["--max_steps", 4, "--batch_size", 12, "--micro_batch_size", 12, "--logging_steps", 1, "--warmup_ratio", 0]
+    folder = fit("out", *flags, "--learning_rate", 1e-3, "--lr_scheduler_type", "cosine_with_restarts")
+    log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    assert [round(record["learning_rate"] / 1e-3, 3) for record in log] == [1.0, 0.5, 1.0, 0.5]
 
 
 def test_one_epoch_and_a_half(fit, tmp_path):

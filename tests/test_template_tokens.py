@@ -20,7 +20,7 @@ from common.data.dataset import TrainingData
 from common.errors import UserError
 from common.export import proof
 from common.model import adapter, frozen_head, frozen_layers, loading, loss, template_tokens
-from common.training import tuning
+from common.training import guards, tuning
 from gemma_sft import prompt
 from gemma_sft.ft_gemma.config import Config
 
@@ -250,6 +250,18 @@ def test_rows_learn_faster_and_do_not_decay():
     optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-3)
     tuning.hasten_rows(optimizer, plain)
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_first_step_without_the_tokens_is_none_that_trains_nothing():
+    """Calls are in some rows only; an embedding of its own is then reached later."""
+    net = tuning.make_trainable(small("own head"), config("x"), [7, 8]).train()
+    gradients = guards.Gradients(net)
+    with loss.supervised(net):
+        net(input_ids=IDS, labels=LABELS).loss.backward()
+    gradients.check()
+    net.zero_grad()
+    with pytest.raises(UserError, match="got no gradient in the first step, e.g. .*lora_B"):
+        guards.Gradients(net).check()
 
 
 @pytest.fixture

@@ -479,7 +479,7 @@ def test_a_run_that_learns_nothing_says_so(flags, capsys):
 
 
 def test_the_default_optimizer_is_transformers_own(tmp_path):
-    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": 1}
+    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": 1, "steps_per_epoch": 1}
     args = arguments(Config(model_save_dir=str(tmp_path)), plan, False, False)
     assert args.optim == TrainingArguments(str(tmp_path), use_cpu=True).optim
     assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
@@ -682,6 +682,64 @@ def test_resume_anyway_goes_on_with_changed_data_and_options(flags, tmp_path, ro
     assert "照样继续 resuming although data or options differ" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out/run_manifest.json").read_text())
     assert manifest["resumed_anyway"]["max_steps"] == "4 → 3" and "data 0" in manifest["resumed_anyway"]
+
+
+def test_going_back_to_a_checkpoint_keeps_what_came_after_it_aside(flags, tmp_path, monkeypatch):
+    more = ["--max_steps", 6, "--save_steps", 2, "--logging_steps", 1]
+    train.main(flags("out", *more))
+    changed = [*more, "--learning_rate", 0.002, "--resume_anyway"]
+    with monkeypatch.context() as dying:
+        dying.setattr(callbacks.Recorder, "on_save", lambda self, args, state, *rest, **kwargs: fail_at(state, 4))
+        with pytest.raises(RuntimeError, match="died"):
+            train.main(flags("out", *changed, "--resume", tmp_path / "out/checkpoint-2"))
+    assert checkpoints(tmp_path / "out") == [2, 4] and checkpoints(tmp_path / "out.1") == [4, 6]
+    assert not same_adapter(tmp_path / "out/checkpoint-4", tmp_path / "out.1/checkpoint-4")
+    assert find_manifest(tmp_path / "out.1")["state"] == "finished" and len(steps_logged(tmp_path / "out.1")) == 6
+    assert same_adapter(tmp_path / "out.1", tmp_path / "out.1/checkpoint-6")
+    train.main(flags("out", *changed))
+    assert steps_logged(tmp_path / "out") == [1, 2, 3, 4, 5, 6]
+    assert not same_adapter(tmp_path / "out", tmp_path / "out.1")
+
+
+def test_a_checkpoint_of_another_folder_brings_its_log(flags, tmp_path):
+    more = ["--max_steps", 4, "--save_steps", 2, "--logging_steps", 1]
+    train.main(flags("first", *more))
+    train.main(flags("out", "--max_steps", 1))
+    train.main(flags("out", *more, "--resume", tmp_path / "first/checkpoint-2"))
+    assert find_manifest(tmp_path / "out.1")["state"] == "finished"
+    assert steps_logged(tmp_path / "out") == [1, 2, 3, 4]
+    for name in ("train_loss", "tokens", "steps"):
+        assert results_of(tmp_path / "out")[name] == results_of(tmp_path / "first")[name]
+    assert same_adapter(tmp_path / "out", tmp_path / "first")
+
+
+@pytest.mark.parametrize("rows", ["false", "true"], ids=["one rate", "two rates"])
+def test_a_rate_changed_at_a_resume_is_taken(flags, tmp_path, rows):
+    more = ["--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--train_template_tokens", rows]
+    train.main(flags("out", *more))
+    before = rates_logged(tmp_path / "out")
+    again = ["--resume", tmp_path / "out/checkpoint-2", "--learning_rate", 0.002, "--weight_decay", 0.5]
+    train.main(flags("out", *more, *again, "--resume_anyway"))
+    assert rates_logged(tmp_path / "out") == pytest.approx([*before[:2], before[2] / 5, before[3] / 5])
+    state = torch.load(tmp_path / "out/checkpoint-4/optimizer.pt")
+    decays = {group["weight_decay"] for group in state["param_groups"] if group["params"]}
+    assert decays == ({0.5, 0.0} if rows == "true" else {0.5})
+
+
+def test_what_changed_at_a_resume_is_known_after_the_next(flags, tmp_path, monkeypatch):
+    more = ["--max_steps", 4, "--save_steps", 1]
+    for step, rate in ((2, 0.02), (3, 0.03), (4, 0.04)):
+        with monkeypatch.context() as dying:
+            dying.setattr(callbacks.Recorder, "on_save", lambda self, args, state, *a, s=step, **k: fail_at(state, s))
+            with pytest.raises(RuntimeError, match="died"):
+                train.main(flags("out", *more, "--learning_rate", rate, "--resume_anyway"))
+    train.main(flags("out", *more, "--learning_rate", 0.04))
+    told = find_manifest(tmp_path / "out")["resumed_anyway"]
+    assert told == {"learning_rate": "0.02 → 0.03; 0.03 → 0.04"}
+
+
+def rates_logged(folder):
+    return [json.loads(line)["learning_rate"] for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
 
 
 FAKE_MODELSCOPE = """

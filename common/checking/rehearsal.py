@@ -87,7 +87,7 @@ def _seconds_a_step(
 ) -> float:
     """Mean seconds of a step over all of the micro batches (equally many rows of `data` each) except the first."""
     watch, steps = StopWatch(), len(micro)
-    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": steps}
+    plan = {"accumulation": 1, "warmup_steps": 0, "total_steps": steps, "steps_per_epoch": steps}
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(replace(cfg, model_save_dir=folder, max_steps=steps), plan, False, checkpointing)
         args.per_device_train_batch_size = len(micro[0])  # the last micro batch of an epoch may be smaller

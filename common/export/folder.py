@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import tempfile
@@ -15,7 +16,7 @@ from common import files
 from common.conversation import templates
 from common.device import device
 from common.errors import UserError
-from common.export import older, proof
+from common.export import merging, older, proof
 from common.export.proof import say
 from common.model.layers import causal_of
 from common.model.loading import load_whole, pad_id_of
@@ -93,7 +94,9 @@ def check_format(tuned: Tuned, cfg: SFTConfig, flags: ExportFlags, prompt: Famil
         return
     from common.export import gguf_adapter, gguf_file
 
-    config = causal_of(tuned.net).config
+    causal = causal_of(tuned.net)
+    config = copy.copy(causal.config)
+    config.tie_word_embeddings = config.tie_word_embeddings and not merging.unties(causal)
     if flags.format == "gguf":
         return gguf_file.check_all(config, tuned, prompt)
     gguf_adapter.check(tuned, Path(cfg.model_save_dir), gguf_file.check(config, prompt))

@@ -32,13 +32,18 @@ def merge(tuned: Tuned) -> PreTrainedModel:
         return tuned.net.merge_and_unload(safe_merge=True)
 
 
-def untie(causal: PreTrainedModel) -> None:
-    """Give the head a matrix of its own where an adapter sits on it or on the embeddings it is tied to."""
+def unties(causal: PreTrainedModel) -> bool:
+    """Whether an adapter sits on a tied head or on the embeddings it is tied to."""
     ends = [causal.get_input_embeddings(), causal.get_output_embeddings()]
-    if causal.config.tie_word_embeddings and any(
-        isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends
-    ):
-        head = getattr(ends[1], "original_module", ends[1])
+    changed = any(isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends)
+    return causal.config.tie_word_embeddings and changed
+
+
+def untie(causal: PreTrainedModel) -> None:
+    """Give the head a matrix of its own where the merged model will need one."""
+    if unties(causal):
+        head = causal.get_output_embeddings()
+        head = getattr(head, "original_module", head)
         head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         causal.config.tie_word_embeddings = False

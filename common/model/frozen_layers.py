@@ -58,7 +58,7 @@ def lean(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     head = model.get_output_embeddings()
     forwards: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
     for module in model.modules():
-        if all(hasattr(module, name) for name in GATED):
+        if _is_gated(module):
             frozen = all(is_frozen(getattr(module, name)) for name in GATED[:3])
             forwards[module] = _frozen_gated if frozen else _gated
         if module is not head and is_frozen(module) and module.weight.device.type == "cpu":
@@ -120,6 +120,12 @@ def _halves(model: PeftModel, able: Collection[torch.nn.Module]) -> dict[torch.n
 
 def _holds(dtype: torch.dtype, weight: torch.Tensor) -> bool:
     return all(torch.equal(part.to(dtype).float(), part) for part in weight.detach().split(ROWS))
+
+
+def _is_gated(module: torch.nn.Module) -> bool:
+    """Whether its forward is down(act(gate) * up) and no more: some models have such parts, and drop small gates."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and set(code.co_names) == set(GATED)
 
 
 def is_frozen(module: torch.nn.Module) -> bool:
@@ -220,7 +226,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
         ctx.autocast = autocast_in_force(x)
-        return times_transposed(x, fitting(weight, x))
+        return times_transposed(x, fitting(weight, x)).data  # no view: a model may change it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -252,7 +258,7 @@ class _FrozenGated(torch.autograd.Function):
         ctx.save_for_backward(gate_weight, up_weight, down_weight, *kept)
         ctx.act = act
         ctx.autocast = autocast_in_force(x)
-        return torch.cat(outputs)[: x.shape[:-1].numel()].view(x.shape)
+        return torch.cat(outputs)[: x.shape[:-1].numel()].view(x.shape).data  # no view, as above
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:

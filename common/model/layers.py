@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+# an indexer chooses the ids that are attended to; of the coefs the model reads the weight itself while it is trained
+UNREACHED = frozenset(("indexer", "correction_coefs"))
 NEW = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.")  # in names of weights that peft adds
 
 
@@ -34,12 +36,12 @@ def short_name(name: str) -> str:
 def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, list[tuple[str, tuple[int, int]]]]:
     """{name: [(full name, shape [out, in])]} of the linear layers LoRA can attach to, the output head left out.
 
-    So are those of indexers, which choose the ids that are attended to: no gradient of the loss reaches them.
+    So are those of UNREACHED: no gradient of the loss reaches LoRA there.
     """
     head = model.get_output_embeddings()
     found: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head and "indexer" not in name.split("."):
+        if isinstance(module, torch.nn.Linear) and module is not head and UNREACHED.isdisjoint(name.split(".")):
             found.setdefault(short_name(name), []).append((name, (module.out_features, module.in_features)))
     return found
 

@@ -82,9 +82,13 @@ def adapter_state(
 def compare_adapter(
     expected: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], folder: str | Path
 ) -> None:
-    """UserError naming a tensor that is missing in `saved`, left over, or another one than in `expected`."""
+    """UserError naming a tensor that is missing in `saved`, left over, or another one than in `expected`.
+
+    Those of `expected` may lie in fewer bits: modules trained in full, loaded to answer over a base in 16 bits.
+    """
     missing, surplus = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
-    different = [name for name in expected.keys() & saved.keys() if not torch.equal(expected[name].cpu(), saved[name])]
+    both = [(name, expected[name], saved[name]) for name in expected.keys() & saved.keys()]
+    different = [name for name, one, other in both if not torch.equal(one.cpu(), other.to(one.dtype))]
     for what, names in (("缺少 missing", missing), ("多余 unexpected", surplus), ("不同 different", sorted(different))):
         if names:
             raise UserError(

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,7 @@ from common.knobs import FREE, SHAPING
 from common.launch import rank
 from common.model import verify
 from common.model.adapter import saved_alone
-from common.runs.checkpoints import is_whole, last_whole_checkpoint
+from common.runs.checkpoints import by_step, is_whole, last_whole_checkpoint, step_of
 from common.runs.lineage import generations
 from common.runs.manifest import MANIFEST, describe, read_manifest
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from common.data.dataset import TrainingData
 
 DRAFT = "adapter.part"
+CARRIED = ("trainer_log.jsonl", "samples.jsonl", "pissa_start.safetensors")  # of a run that goes on from a checkpoint
 DISK_FULL = re.compile(
     "No space left|File too large|Disk quota|os error (27|28|122)|PytorchStreamWriter|unexpected pos"
 )
@@ -91,6 +92,7 @@ def _open(
             checkpoint = _checkpoint_in(folder, manifest, resume, resume_anyway)
         else:
             checkpoint = _chosen_checkpoint(Path(resume), manifest, resume_anyway)
+            _go_back(folder, checkpoint)
     except UserError:
         lock.release()
         raise
@@ -177,6 +179,23 @@ def _chosen_checkpoint(checkpoint: Path, manifest: dict[str, Any], anyway: bool)
     return checkpoint
 
 
+def _go_back(folder: Path, checkpoint: Path) -> None:
+    """Leave in `folder` what its run had by `checkpoint`; what came later, or is another run's, is moved aside.
+
+    Else a later checkpoint of the earlier run would be taken for the newest of this one.
+    """
+    source, found, earlier = checkpoint.resolve().parent, by_step(folder), read_manifest(folder)
+    own, last = source == folder.resolve(), step_of(checkpoint) or 0
+    kept = {checkpoint.name, *(path.name for step, path in found.items() if step <= last)} if own else set()
+    state = earlier["state"] if earlier else ""
+    if state == "finished" or (state and not own) or any(path.name not in kept for path in found.values()):
+        aside = _move_aside(folder, kept)
+        source = aside if own else source
+    for name in CARRIED:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
 def _check_same(earlier: dict[str, Any], manifest: dict[str, Any], checkpoint: Path, anyway: bool) -> None:
     """UserError naming what differs between the run that wrote `checkpoint` and the one that would go on from it.
 
@@ -188,15 +207,22 @@ def _check_same(earlier: dict[str, Any], manifest: dict[str, Any], checkpoint: P
     }
     told = "; ".join(f"{name}: {values}" for name, values in changed.items())
     unloadable = changed.keys() & (SHAPING | {"base", "adapter_name_or_path"})
+    if ever := _joined(earlier.get("resumed_anyway", {}), changed):
+        manifest["resumed_anyway"] = ever
     if anyway and changed and not unloadable:
         print(f"照样继续 resuming although data or options differ: {told}")
-        manifest["resumed_anyway"] = changed
     elif changed:
         way_out = "" if unloadable else "--resume_anyway 照样继续 resumes all the same, "
         raise UserError(
             f"{checkpoint}: 数据或参数变了 data or options differ from that run ({told}); "
             f"{way_out}--resume never 重新开始 starts anew and keeps the old files"
         )
+
+
+def _joined(earlier: dict[str, str], changed: dict[str, str]) -> dict[str, str]:
+    """All changes of a run that was resumed more than once, in their order, by what was changed."""
+    both = sorted(earlier.keys() | changed.keys())
+    return {name: "; ".join(one[name] for one in (earlier, changed) if name in one) for name in both}
 
 
 def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -212,13 +238,14 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     return knobs | data | shared | {"base": base, "tokenizer": tokenizer, "template": template}
 
 
-def _move_aside(folder: Path) -> None:
-    """Move an earlier run's files into the first free of folder.1, folder.2, …"""
+def _move_aside(folder: Path, kept: Collection[str] = ()) -> Path:
+    """Move an earlier run's files, those named `kept` left out, into the first free of folder.1, folder.2, …: where."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     aside.mkdir()
     for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):  # it says what the others are: last
-        if file.name != ".lock":
+        if file.name not in {".lock", *kept}:
             file.rename(aside / file.name)
     print(f"旧的训练结果移到 the earlier run is kept in {aside}")
+    return aside

@@ -84,7 +84,7 @@ def _schedule(cfg: SFTConfig, plan: dict[str, int]) -> dict[str, Any]:
     if name == "constant" and plan["warmup_steps"]:
         name = "constant_with_warmup"
     shapes: dict[str, dict[str, float]] = {
-        "cosine_with_restarts": {"num_cycles": math.ceil(cfg.epochs)},
+        "cosine_with_restarts": {"num_cycles": math.ceil(plan["total_steps"] / plan["steps_per_epoch"])},
         "cosine_with_min_lr": {"min_lr_rate": 0.1},
         "warmup_stable_decay": {"num_decay_steps": max(1, plan["total_steps"] // 10)},
     }

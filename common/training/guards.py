@@ -86,6 +86,8 @@ class Gradients:
             for name, partner in partners.items()
             if partner is not None and partner is not trained[name] and not partner.any()
         }
+        rows = {name for name in trained if "trainable_tokens_delta" in name}
+        self.waiting |= rows  # a step may have none of their tokens
         self.hooks = [p.register_hook(self._hook(name)) for name, p in trained.items()]
 
     @staticmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import distributed
 from common.data.dataset import lengths_of
-from common.device import device, hand_back
+from common.device import device, hand_back, resolve_dtype
 from common.knobs import OPTIMIZERS
 from common.model.loading import pad_id_of
 from common.model.loss import logits_alive
@@ -222,11 +223,26 @@ def step_memory(
     """The StepMemory of `cfg`, `heaviest` the heaviest micro batch (rows, length); None where it cannot be tried."""
     if distributed.shards_weights():
         return None
-    moments = OPTIMIZERS[cfg.optim].moments
-    needs, available = estimate_memory(net.train(), rows, tokenizer, heaviest, moments), free()
+    moments, kind = OPTIMIZERS[cfg.optim].moments, resolve_dtype(cfg.dtype)
+    with _computed_in(net, kind):
+        copied = 0 if kind == torch.float32 else kind.itemsize  # what autocast makes of each trained weight
+        needs, available = estimate_memory(net.train(), rows, tokenizer, heaviest, moments + copied), free()
     too_much = needs.total(False) > SPARE * available
     asked = cfg.gradient_checkpointing
     return StepMemory(needs, available, too_much if asked == "auto" else asked == "true")
+
+
+@contextlib.contextmanager
+def _computed_in(net: torch.nn.Module, kind: torch.dtype) -> Iterator[None]:
+    """Within, what is trained, in fp32, lies in the dtype that autocast will compute with."""
+    whole = {parameter: parameter.data for parameter in net.parameters() if parameter.requires_grad}
+    try:
+        for parameter, values in whole.items():
+            parameter.data = values.to(kind)
+        yield
+    finally:
+        for parameter, values in whole.items():
+            parameter.data = values
 
 
 def needs_checkpointing(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from common import files, launch
 from common.config import LORA
+from common.device import device, resolve_dtype
 from common.errors import UserError
 from common.evaluation import metrics, records
 from common.evaluation.evaluate import HeldOut, some_of_validation
@@ -59,6 +61,9 @@ class Samples(TrainerCallback):
         self.asked = (tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, None, context_of(cfg.base))
         self.sampling = Sampling.of(cfg, do_sample=False, num_beams=1)
         self.path = folder / NAME
+        self.dtype = resolve_dtype(
+            cfg.dtype
+        )  # what is trained is fp32 over a base in this one, and autocast as in a step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,7 +78,7 @@ class Samples(TrainerCallback):
 
         The net must be in evaluation mode.
         """
-        with widened(self.net):
+        with widened(self.net), torch.autocast(device().type, self.dtype, enabled=self.dtype != torch.float32):
             lines = [line for start in range(0, len(self.rows), MANY) for line in self._answer(step, start)]
         if not launch.rank():
             with self.path.open("a", encoding="utf-8", newline="\n") as file:

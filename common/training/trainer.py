@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from common.training.samples import Samples
 
 
+OPTIONS = ("lr", "weight_decay", "betas")  # of an optimizer's group, as the knobs say them
+
+
 def fit(
     net: PreTrainedModel | PeftModel,
     rows: TrainingData,
@@ -197,6 +200,7 @@ class SupervisedTrainer(Trainer):
         self.guard = guard
         self.samples: Samples | None = None
         self.tokens = 0  # seen by this process
+        self.groups: list[tuple[dict[str, Any], bool]] = []  # of the optimizer: its OPTIONS, whether it has parameters
         self.routers: dict[int, torch.Tensor] = {}  # {step since the last log: what the routers' loss added here}
         super().__init__(**kwargs)
         self.router_weight = router_weight(causal_of(self.model))
@@ -209,7 +213,22 @@ class SupervisedTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if first:
             tuning.hasten_rows(optimizer, self.model)
+            groups = optimizer.param_groups
+            self.groups = [({n: one[n] for n in OPTIONS if n in one}, bool(one["params"])) for one in groups]
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what `checkpoint` has; rate, decay and betas are what the options say, which may have changed since."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not hasattr(self.lr_scheduler, "lr_lambdas"):
+            return
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        given = [options for options, full in self.groups if full or len(groups) == len(self.groups)]  # DeepSpeed's are
+        for group, options in zip(groups, given, strict=False):  # without the empty ones, or of its own JSON file
+            group.update(options, initial_lr=options["lr"], lr=options["lr"] * factor)
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        scheduler._last_lr = [group["lr"] for group in groups]  # for the log
 
     def compute_loss(
         self,
