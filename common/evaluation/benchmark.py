@@ -202,9 +202,7 @@ def _changes(found: Mapping[str, Any], cfg: SFTConfig) -> dict[str, Interval]:
             _alone([record["scores"] for record in read_records(records_path(cfg, task, base))])
             for base in (True, False)
         )
-        whole = (
-            len(before) == len(after) == found["base"][task]["questions"]
-        )  # a call with other --limit may be stopped
+        whole = len(before) == len(after) == found["base"][task]["questions"]  # else a call was stopped
         changes[task] = intervals.change_intervals(before, after, cfg.seed).get("accuracy") if whole else None
     return changes
 

@@ -61,9 +61,7 @@ class Samples(TrainerCallback):
         self.asked = (tokenizer, prompt, cfg.prompt_style, cfg.max_length_q, None, context_of(cfg.base))
         self.sampling = Sampling.of(cfg, do_sample=False, num_beams=1)
         self.path = folder / NAME
-        self.dtype = resolve_dtype(
-            cfg.dtype
-        )  # what is trained is fp32 over a base in this one, and autocast as in a step
+        self.dtype = resolve_dtype(cfg.dtype)  # of the base; what is trained is fp32, and autocast as in a step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
