@@ -2,13 +2,12 @@
 
 import importlib
 import random
+import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
@@ -343,8 +342,11 @@ def test_memory_is_handed_back_once_nobody_asks(batcher_of, monkeypatch):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("backend", [None, Tokenizer(models.BPE()), Tokenizer(models.WordLevel())])
-def test_any_tokenizer_can_rest(batcher_of, backend):
+def test_an_encoder_rests_and_goes_on(batcher_of):
     encoder = batcher_of().encoder
-    encoder.tokenizer = SimpleNamespace(**{"backend_tokenizer": backend} if backend else {})
-    encoder.forget()
+    turns, before = [Turn("user", QUESTIONS[3])], {*threading.enumerate()}
+    ids, text = encoder.whole_ids(turns), encoder.text_ids(QUESTIONS[4])
+    kept = [thread for thread in before if thread.name.startswith("encoder")]
+    encoder.rest()
+    assert any(not thread.is_alive() for thread in kept)
+    assert (encoder.whole_ids(turns), encoder.text_ids(QUESTIONS[4])) == (ids, text)

@@ -152,7 +152,7 @@ class Batcher:
                 REST if self.rested != self.forwards else None,
             )
         if not wanted:
-            self.encoder.forget()
+            self.encoder.rest()
             hand_back()
             self.rested = self.forwards
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +24,16 @@ if TYPE_CHECKING:
 class PromptEncoder:
     """Encodes prompts for one Answerer's model; all methods may be called from any thread.
 
-    One thread encodes for all: it changes settings of the tokenizer for a moment, and each thread that does so keeps
-    some memory for more.
+    One thread encodes for all: it changes settings of the tokenizer for a moment, and the tokenizer keeps words, up to
+    50 MiB, for each thread.
     """
 
     def __init__(self, answer: Answerer) -> None:
         self.answer = answer
         self.tokenizer = answer.tokenizer
         self.net = causal_of(answer.net)
-        self.thread = ThreadPoolExecutor(1, "encoder")
+        self.lock = threading.Lock()  # guards `thread`
+        self.thread = _thread()
         self.anchor = render.encode_text(answer.tokenizer, "a")  # a piece shows its blank only after another piece
 
     def whole_ids(self, turns: Sequence[Turn], thinking: bool | None = None) -> list[int]:
@@ -38,17 +41,17 @@ class PromptEncoder:
 
         thinking: on or off where a request says so; None: as the model was trained.
         """
-        return self.thread.submit(self._whole_ids, turns, thinking).result()
+        return self._encoded(self._whole_ids, turns, thinking)
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text without a template: what the tokenizer puts around one, and control tokens in it stay text."""
-        return self.thread.submit(self.tokenizer.encode, text, split_special_tokens=True).result()
+        return self._encoded(partial(self.tokenizer.encode, split_special_tokens=True), text)
 
-    def forget(self) -> None:
-        """Let go of the words that the tokenizer has kept, where it keeps any: it encodes them anew."""
-        model: Any = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
-        if hasattr(model, "_clear_cache"):
-            model._clear_cache()
+    def rest(self) -> None:
+        """Let go of the words that the tokenizer keeps: they go with the thread."""
+        with self.lock:
+            self.thread.shutdown()
+            self.thread = _thread()
 
     def problem_of(self, ids: list[int]) -> str | None:
         """Why the model cannot read these ids as a prompt, or None."""
@@ -71,6 +74,15 @@ class PromptEncoder:
             return piece, [int(byte[1], 16)]
         return text or piece, None if "\ufffd" in text else list((text or piece).encode())
 
+    def _encoded(self, encode: Callable[..., list[int]], *given: Any) -> list[int]:
+        with self.lock:
+            ids = self.thread.submit(encode, *given)
+        return ids.result()
+
     def _whole_ids(self, turns: Sequence[Turn], thinking: bool | None) -> list[int]:
         with switched(self.tokenizer, thinking):
             return render.joined(self.answer.prompt.render(self.tokenizer, turns, self.answer.style))
+
+
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "encoder")
