@@ -196,3 +196,20 @@ def test_an_answer_that_breaks_off_is_none(cfg):
             there([QUESTIONS[0]], Sampling())
         server.shutdown()
     assert Breaking.busy == 0
+
+
+class LlamaCpp(TextOnly):
+    asked = []
+
+    def do_GET(self):
+        self.reply(200, {"data": [{"id": "m.gguf", "owned_by": "llamacpp"}]})
+
+
+def test_llama_cpp_has_names_of_its_own(cfg):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), LlamaCpp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = remote.load(cfg, prompt, f"http://127.0.0.1:{server.server_port}/v1")
+        there(QUESTIONS[:1], Sampling(repetition_penalty=1.3))
+        server.shutdown()
+    sent = LlamaCpp.asked[-1]
+    assert sent["repeat_penalty"] == 1.3 and sent["repeat_last_n"] > 1000 and "repetition_penalty" not in sent

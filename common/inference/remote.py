@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from common.inference.answer_parts import Streamed
 
 TOGETHER = 16  # requests at once
+LONGEST = 1 << 16  # ids of a text, for a server that must be told how many
 BUSY = (429, 503)  # worth another try
 CLOSED = (401, 403, 404, *BUSY)  # whatever is asked
 
@@ -64,10 +65,12 @@ class Remote:
         self.kept = kept_of(tokenizer, self.form)  # marks that a server would leave out
         self.as_text = False  # the server has refused ids
         self.names: list[str] = []  # of the models it serves
+        self.owners: set[str] = set()  # what it says it is, in the same list
         try:
             with self._open("/models") as response:
-                self.names = [one["id"] for one in json.load(response)["data"]]
-        except (ValueError, KeyError, TypeError):
+                models = json.load(response)["data"]
+            self.names, self.owners = [one["id"] for one in models], {one.get("owned_by") for one in models}
+        except (ValueError, KeyError, TypeError, AttributeError):
             pass
         if not self.names:
             raise UserError(f"--base_url {url}: 没有模型 no model is served there; the URL ends with /v1")
@@ -165,6 +168,8 @@ class Remote:
         if sampling.do_sample:
             body |= {name: getattr(sampling, name) for name in ("temperature", "top_p", "min_p")}
             body["top_k"] = sampling.top_k or -1  # all, as every server says it
+        if "llamacpp" in self.owners:  # it has another name for the penalty, and would look at the last 64 ids only
+            body |= {"repeat_penalty": body.pop("repetition_penalty"), "repeat_last_n": LONGEST}
         if self.kept:
             body["skip_special_tokens"] = False
         return body
