@@ -116,7 +116,7 @@ def test_the_folder_is_what_engines_load(trained, tmp_path, capsys):
         "FROM ./whole.gguf\n"
         'TEMPLATE """{{ if .System }}<start_of_turn>user\n{{ .System }}\n\n{{ else }}<start_of_turn>user\n'
         "{{ end }}{{ .Prompt }}<end_of_turn>\n<start_of_turn>model\n{{ .Response }}<end_of_turn>\n"
-        '"""\nPARAMETER stop "<end_of_turn>"\nPARAMETER stop "<eos>"\n'
+        '"""\nPARAMETER stop "<end_of_turn>"\nPARAMETER stop "<eos>"\nPARAMETER repeat_penalty 1.0\n'
     )
     printed = capsys.readouterr().out
     lines = (

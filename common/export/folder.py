@@ -154,12 +154,12 @@ def save(net: PreTrainedModel, tuned: Tuned, draft: Path, prompt: Family) -> Non
 
     What older readers need is there too: see `older`.
     """
-    tokenizer = tuned.tokenizer
+    tokenizer, penalty = tuned.tokenizer, _penalty(tuned.manifest)
     net.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tuned.stop_ids,
         pad_token_id=pad_id_of(tokenizer, tuned.stop_ids[0]),
-        **_penalty(tuned.manifest),
+        repetition_penalty=penalty if penalty != 1 else None,
     )
     net.save_pretrained(draft, max_shard_size=SHARD)
     files.share_weights(draft)
@@ -191,13 +191,13 @@ def write_modelfile(draft: Path, tuned: Tuned, prompt: Family) -> None:
     style = tuned.manifest["template"]["style"]
     text = templates.modelfile(tuned.tokenizer, prompt, style, f"./{draft.name}.gguf")
     if text:
+        text += f"PARAMETER repeat_penalty {_penalty(tuned.manifest)}\n"  # also 1: Ollama has another one of its own
         (draft / "Modelfile").write_text(text, encoding="utf-8")
 
 
-def _penalty(manifest: dict[str, Any]) -> dict[str, float]:
-    """The run's own repetition penalty, as a GenerationConfig takes it; {} for none."""
-    penalty = manifest["config"].get("repetition_penalty", 1.0)
-    return {"repetition_penalty": penalty} if penalty != 1 else {}
+def _penalty(manifest: dict[str, Any]) -> float:
+    """The run's own repetition penalty, 1 for none."""
+    return manifest["config"].get("repetition_penalty", 1.0)
 
 
 def _dtype(cfg: SFTConfig, manifest: dict[str, Any]) -> torch.dtype:
