@@ -117,7 +117,7 @@ def test_scores_by_length_add_up(compared):
     assert mean == pytest.approx(results["tuned"]["novel-f1"])
 
 
-def test_answers_drawn_in_another_way_are_not_put_beside(cfg):
+def test_answers_drawn_in_another_way_are_not_put_beside(cfg, capsys):
     """Shorter answers of the base were shown beside the tuned model's, all as if drawn like the later ones."""
     path = Path(cfg.model_save_dir) / "all_results.json"
     for most, flags, models in (
@@ -128,6 +128,7 @@ def test_answers_drawn_in_another_way_are_not_put_beside(cfg):
         evaluate.report(fake, rows_of(*PAIRS), dataclasses.replace(cfg, max_new_tokens=most), flags)
         results = json.loads(path.read_text(encoding="utf-8"))
         assert results.keys() & {"base", "tuned"} == models and f"at most {most} " in results["held_out"]["decoding"]
+        assert ("left out: base" in capsys.readouterr().out) == (most == 16)
 
 
 def test_a_call_on_other_rows_that_was_stopped_leaves_nothing_beside(compared, cfg):

@@ -40,12 +40,12 @@ def add_scores(
     predictions are gone. held_out: number and hash of the rows, and how many of them were trained on.
     apart: as in overlap.count.
     """
-    results = read_results(cfg)
+    results = had = read_results(cfg)
     digest = hashlib.sha256(json.dumps([(where, said(turns)) for where, turns in rows]).encode()).hexdigest()
     earlier = results.get("held_out", {})
     before = earlier.get("sha256"), earlier.get("decoding"), results.get("signature")
     if before != (digest, _decoding(cfg), metrics.signature()):
-        results = {name: value for name, value in results.items() if name not in ("base", "tuned")}
+        results = {name: value for name, value in had.items() if name not in ("base", "tuned")}
     manifest = find_manifest(cfg.model_save_dir)
     trained_on = overlap.count(manifest, rows, apart) if manifest else None
     held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(cfg), "overlap": trained_on}
@@ -57,6 +57,11 @@ def add_scores(
             by_model[name] = [record["scores"] for record in made]
         else:
             del results[name]  # a later call on other rows was stopped
+    for name in sorted({"base", "tuned"} & had.keys() - results.keys()):
+        print(
+            f"不再并列 left out: {name} 的旧得分 the earlier scores, of other rows or drawn otherwise "
+            f"({earlier.get('decoding')}); --compare 一次给两者打分 scores both alike"
+        )
     results["intervals"] = {name: intervals.intervals(each, cfg.seed) for name, each in by_model.items()}
     if len(by_model) == 2:
         results["intervals"]["change"] = intervals.change_intervals(by_model["base"], by_model["tuned"], cfg.seed)
