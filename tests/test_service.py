@@ -547,6 +547,11 @@ def test_sigterm_lets_streams_finish(another):
     assert "Traceback" not in another.log.read_text()
 
 
+def test_sigterm_ends_it_while_its_first_step_is_recorded(another):
+    another.process.send_signal(signal.SIGTERM)
+    assert another.process.wait(30) == 0, another.log.read_text()
+
+
 def test_a_second_sigterm_ends_it_at_once(another):
     stream = another.stream()
     another.process.send_signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -23,7 +24,7 @@ from common.serving.failures import FAILURES, RequestRefusedError, add_error_han
 from common.serving.middleware import Counts, Watch
 from common.serving.openai_responses import Shape
 from common.serving.openapi import document
-from common.serving.server import Server, drain, log_to_stderr, until_told
+from common.serving.server import Server, drain, log_to_stderr, stop_signal
 from common.serving.validation import LIMIT, Field, read_json
 
 if TYPE_CHECKING:
@@ -126,23 +127,21 @@ def run(load_answer: Callable[[Config, bool], Answerer | Remote], cfg: Config, f
         log_text=flags.log_text,
     )
     app = create_app(service)
-    server = Server(app, cfg.host, cfg.port, flags.slots + flags.queue)
-    try:
+    with closing(Server(app, cfg.host, cfg.port, flags.slots + flags.queue)) as server:
         answer = cast(Answerer, load_answer(cfg, flags.base))
         models = adapters.load(answer, flags.adapters, service.model)
         if "repetition_penalty" not in cfg.given:
             service.penalties = adapters.penalties(flags.adapters)
         service.batcher = Batcher(answer, models, flags.slots, flags.queue, flags.request_tokens, flags.total_tokens)
-        service.batcher.expect(service.model)
-        if cfg.host not in HERE and not flags.api_key:
-            print(
-                "警告 warning: 任何人都能使用 anyone who reaches this host can use it; give --api_key", file=sys.stderr
-            )
-        print(f"服务地址 listening on {server.address}/ (/docs, /v1, /nlg/text_generate)", flush=True)
-        until_told()
-        drain(server, service, cast(Watch, app.wsgi_app), flags.drain_seconds)
-    finally:
-        server.close()
+        with closing(service.batcher) as batcher:  # Python aborts where it ends while another thread is in torch
+            batcher.expect(service.model)
+            if cfg.host not in HERE and not flags.api_key:
+                why = "任何人都能使用 anyone who reaches this host can use it; give --api_key"
+                print(f"警告 warning: {why}", file=sys.stderr)
+            told = stop_signal()
+            print(f"服务地址 listening on {server.address}/ (/docs, /v1, /nlg/text_generate)", flush=True)
+            told.wait()
+            drain(server, service, cast(Watch, app.wsgi_app), flags.drain_seconds)
 
 
 def _let_in(service: Service) -> None:

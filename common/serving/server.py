@@ -113,8 +113,8 @@ class Server:
         return [one for one in list(self.sockets.values()) if hasattr(one, attribute)]
 
 
-def until_told() -> None:
-    """Wait for SIGTERM or Ctrl-C. A second one ends the process at once."""
+def stop_signal() -> threading.Event:
+    """Set by SIGTERM or Ctrl-C, from now on. A second one ends the process at once."""
     told = threading.Event()
 
     def first(number: int, frame: Any) -> None:
@@ -124,7 +124,7 @@ def until_told() -> None:
 
     signal.signal(signal.SIGTERM, first)
     signal.signal(signal.SIGINT, first)
-    told.wait()
+    return told
 
 
 def drain(server: Server, service: Service, watch: Watch, seconds: float) -> None:
