@@ -146,11 +146,17 @@ DRAWN = [
     {"min_p": 0.2, "temperature": 3.0, "top_k": 12, "top_p": 0.8},
     {"min_p": 1.0, "temperature": 1.5},
     {"min_p": 0.0, "temperature": 1.5, "top_p": 0.6},
+    {"temperature": 2.0},
 ]
 
 
-def test_chances_are_those_of_transformers():
-    """Temperature, top_k, top_p and min_p of several rows at once: ids come as often as transformers' warpers say."""
+@pytest.mark.parametrize("few", [1, 4, 1024])
+def test_chances_are_those_of_transformers(few, monkeypatch):
+    """Temperature, top_k, top_p and min_p of several rows at once: ids come as often as transformers' warpers say.
+
+    few: how many ids are sorted at first, too few for some rows.
+    """
+    monkeypatch.setattr(engine_sampling, "FEW", few)
     times, size = 4000, 40
     logits = torch.randn(len(DRAWN), size, generator=torch.Generator().manual_seed(0)) * 2
     numbers = [(number + 0.5) / times for number in range(times)]
@@ -162,8 +168,12 @@ def test_chances_are_those_of_transformers():
         warpers += [logits_process.TopPLogitsWarper(drawn.top_p), logits_process.MinPLogitsWarper(drawn.min_p)]
         chances = warpers(None, logits[row : row + 1]).softmax(-1)[0]
         counted = torch.bincount(together.view(times, -1)[:, row], minlength=size)
-        assert (counted > 0).tolist() == (chances * times >= 1).tolist() and 0 < (counted > 0).sum() < size
+        assert (counted > 0).tolist() == (chances * times >= 1).tolist()
+        is_cut = drawn.top_k > 0 or drawn.top_p < 1 or drawn.min_p > 0
+        assert counted.sum() == times and ((counted > 0).sum() < size) == is_cut
         assert (counted - chances * times).abs().max() <= 1.01
+        alone = engine_sampling.draw(logits[row].expand(times, size), [drawn] * times, numbers)
+        assert torch.equal(alone, together.view(times, -1)[:, row])
 
 
 def test_min_p_is_of_one_row_alone(batcher_of):

@@ -389,6 +389,13 @@ def test_each_of_several_keys_has_prefixes_of_its_own(gemma, monkeypatch):
     assert flask.get("/v1/models", headers={"Authorization": "Bearer one two"}).status_code == 401
 
 
+def test_an_option_of_a_stream_that_is_null_is_left_out(gemma):
+    body = {"messages": [{"role": "user", "content": "有"}], "max_tokens": 2, "stream": True}
+    body["stream_options"] = {"include_usage": None}
+    found = create_app(gemma.service).test_client().post("/v1/chat/completions", buffered=True, json=body)
+    assert found.status_code == 200 and "prompt_tokens" not in found.get_data(as_text=True)
+
+
 def test_other_origins_are_let_in_only_where_asked(gemma, monkeypatch):
     flask = create_app(gemma.service).test_client()
     assert "Access-Control-Allow-Origin" not in flask.get("/health", headers={"Origin": "http://a"}).headers

@@ -7,7 +7,7 @@ import pytest
 from common.conversation import turns
 from common.conversation.render import TooLongError, fit_turns
 from common.conversation.turns import Call, FormatError, Turn, ends_asking, fill_identity, in_order, said
-from common.data import formats
+from common.data import formats, utterances
 
 ASKED = {"role": "user", "content": "杭州天气"}
 FUNCTION = {"name": "weather", "description": "查天气", "parameters": {"type": "object", "properties": {}}}
@@ -132,6 +132,10 @@ ROWS = {
         {"query": "杭州天气", "response": "好", "history": [["一", "<think>想</think>二"]]},
         [Turn("user", "一"), Turn("assistant", "二", thought="想"), Q, Turn("assistant", "好")],
     ),
+    "thought without its beginning": (
+        {"question": "杭州天气", "answer": "想\n\n想\n</think>\n\n好"},
+        [Q, Turn("assistant", "好", thought="想\n\n想")],
+    ),
     "no thought": (
         {"question": "杭州天气", "answer": "<think>\n\n</think>\n\n好"},
         [Q, Turn("assistant", "好")],
@@ -152,7 +156,8 @@ def test_every_form_is_read(name):
     row, expected = ROWS[name]
     reading = formats.read_row(row)
     assert reading.conversations == [expected] and reading.unused == []
-    assert reading.repaired == ([turns.NOT_USED] if name == "OpenAI" else [])
+    repairs = {"OpenAI": [turns.NOT_USED], "thought without its beginning": [utterances.BEGUN]}
+    assert reading.repaired == repairs.get(name, [])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,9 @@ def test_every_form_is_read(name):
         ),
         ({"question": "问", "answer": "<think>一"}, ["has no </think>"]),
         ({"question": "问", "answer": "<think>一</think>\n"}, ["a thought without an answer"]),
-        ({"question": "问", "answer": "一\n</think>\n\n好"}, ["no <think> before it", "remove </think>"]),
+        ({"question": "问", "answer": "用 </think> 结束"}, ["no <think> before it", "remove </think>"]),
+        ({"question": "问", "answer": "一\n</think>\n二</think>"}, ["no <think> before it", "remove </think>"]),
+        ({"question": "问", "answer": "一\n</think>\n"}, ["a thought without an answer"]),
         (
             {
                 "messages": [

@@ -98,13 +98,14 @@ def read_row(row: object, asked: bool = False) -> Reading:
         raise FormatError("not-an-object", f"应为对象 an object expected, found {type(row).__name__}")
     shape, read = _shape_of(row)
     fields = Fields(row)
-    conversations = [[thought_of_file(turn) for turn in turns] for turns in read(fields)]
+    repaired: list[str] = []
+    conversations = [[thought_of_file(turn, repaired) for turn in turns] for turns in read(fields)]
     if asked:
         mended = [in_order(turns, answered=not ends_asking(turns)) for turns in conversations]
     else:
         marks = [mark_of(mark, "loss_mask") for mark in fields.items("loss_mask")]
         mended = [in_order(marked(turns, marks)) for turns in conversations]
-    repaired = [repair for _, repairs in mended for repair in repairs]
+    repaired += [repair for _, repairs in mended for repair in repairs]
     if not asked and not (fields.is_learnt_whole() and all(teaches(turns) for turns, _ in mended)):
         raise FormatError("nothing-to-learn", "没有要学的回答 every answer of the row is marked as not to be learnt")
     unused = fields.unread(shape)

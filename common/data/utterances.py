@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from common.data.tools import calls_in, calls_of
 
 THOUGHT = ("reasoning_content", "reasoning", "thinking")  # keys of a message that hold what was thought
 OPEN, CLOSE = "<think>", "</think>"  # around a thought at the start of an answer
+ENDS = re.compile(rf"^{CLOSE}\s*$", re.MULTILINE)
+BEGUN = f"{CLOSE} 前没有 no {OPEN} before it: 之前的文字当作思考 what stands before it is read as the thought"
 KNOWN = SPOKEN | {*THOUGHT, "tool_calls", "tool_call_id"}
 
 
@@ -32,13 +35,17 @@ def utterances(row: Fields, key: str) -> list[Turn]:
     return _with_calls(said)
 
 
-def thought_of_file(turn: Turn) -> Turn:
-    """`thought_apart` of a turn in a file; FormatError too where a thought ends that has no beginning.
+def thought_of_file(turn: Turn, repairs: list[str]) -> Turn:
+    """`thought_apart` of a turn in a file; what is repaired is added to `repairs`.
 
-    What serves a model whose prompt ends with <think> leaves that out of the answer.
+    What serves a model whose prompt ends with <think> leaves that out of the answer: where </think> has a line for
+    itself, what stands before it is a thought. FormatError too where it stands elsewhere and no <think> before it.
     """
     if turn.role == "assistant" and not turn.thought and CLOSE in turn.text and OPEN not in turn.text:
-        raise FormatError("thought", f"{CLOSE} 前没有 no {OPEN} before it; begin the thought, or remove {CLOSE}")
+        if turn.text.count(CLOSE) > 1 or not ENDS.search(turn.text):
+            raise FormatError("thought", f"{CLOSE} 前没有 no {OPEN} before it; begin the thought, or remove {CLOSE}")
+        repairs.append(BEGUN)
+        turn = turn._replace(text=OPEN + turn.text)
     return thought_apart(turn)
 
 

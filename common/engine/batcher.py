@@ -287,6 +287,7 @@ class Batcher:
         """One step of each beam search."""
         for beams in list(self.beams):
             self.switch.use(self.models[beams.row.ticket.model])
+            self.forwards += 1
             if beams.step():
                 self.beams.remove(beams)
                 if beams.error:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from common.engine.request import Row, TopIds
     from common.inference.answerer import Sampling
 
+FEW = 1024  # ids that are sorted at first where no top_k says how many
+
 
 def penalised(logits: torch.Tensor, row: Row) -> torch.Tensor:
     """A row's logits [V] after its penalties, changed in place.
@@ -54,23 +56,41 @@ def draw(logits: torch.Tensor, samplings: Sequence[Sampling], numbers: Sequence[
     """
     if logits.device.type == "mps":  # Apple's GPUs have no float64
         logits = logits.cpu()
+    size = logits.shape[-1]
+    ids, known = _draw(logits, samplings, numbers, min(size, max(s.top_k or FEW for s in samplings)))
+    if left := [number for number, is_known in enumerate(known.tolist()) if not is_known]:
+        ids[left], _ = _draw(logits[left], [samplings[n] for n in left], [numbers[n] for n in left], size)
+    return ids
+
+
+def _draw(
+    logits: torch.Tensor, samplings: Sequence[Sampling], numbers: Sequence[float], width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B] drawn as `draw` does, and bool [B] whether `width` highest of each row are enough to know its id."""
     device, size = logits.device, logits.shape[-1]
     top_k = torch.tensor([min(s.top_k or size, size) for s in samplings], device=device)[:, None]
     top_p = torch.tensor([s.top_p for s in samplings], device=device, dtype=torch.float64)[:, None]
     min_p = torch.tensor([s.min_p for s in samplings], device=device, dtype=torch.float64)[:, None]
     temperature = torch.tensor([s.temperature for s in samplings], device=device)[:, None]
-    scores, ids = logits.topk(int(top_k.max()))  # from the highest down
-    scores = (scores - scores[:, :1]) / temperature
-    scores = scores.masked_fill(torch.arange(scores.shape[1], device=device) >= top_k, float("-inf"))
-    chances = scores.double().softmax(-1)
+    aims = torch.tensor(numbers, device=device, dtype=torch.float64)[:, None]
+    scores, ids = logits.topk(width)  # from the highest down
+    of_all, highest = (top_k == size)[:, 0], scores[:, :1]
+    scores = (scores - highest) / temperature
+    scores = scores.masked_fill(torch.arange(width, device=device) >= top_k, float("-inf"))
+    chances = scores.double().exp()
+    totals = chances.sum(-1, keepdim=True)
+    totals[of_all] = ((logits - highest) / temperature)[of_all].double().exp().sum(-1, keepdim=True)
+    chances /= totals
     sums = chances.cumsum(-1)
     chances = chances.masked_fill((sums - chances >= top_p) & (sums > chances), 0)  # the first always stays
     chances = chances.masked_fill(chances < min_p * chances[:, :1], 0)
     sums = chances.cumsum(-1)
-    aims = torch.tensor(numbers, device=device, dtype=torch.float64)[:, None] * sums[:, -1:]
+    uncut = of_all[:, None] & (top_p == 1) & (min_p == 0)
+    aims = aims * torch.where(uncut, 1, sums[:, -1:])
     picked = torch.searchsorted(sums, aims, right=True)
     possible = (chances > 0).sum(-1, keepdim=True)
-    return ids.gather(1, torch.minimum(picked, possible - 1))[:, 0]
+    known = (top_k <= width) | (chances[:, -1:] == 0) | uncut & (aims < sums[:, -1:])
+    return ids.gather(1, torch.minimum(picked, possible - 1))[:, 0], known[:, 0]
 
 
 def logprobs(

@@ -187,8 +187,8 @@ def _wanted(
     logprobs: int | None,
     chat: bool,
 ) -> Wanted:
-    options = given["stream_options"] or {}
-    include_usage = check_value("stream_options.include_usage", options.get("include_usage", False), Field(bool))
+    usage = (given["stream_options"] or {}).get("include_usage")
+    include_usage = usage is not None and check_value("stream_options.include_usage", usage, Field(bool))
     most = min(MOST_ANSWERS, batcher.slots + batcher.queue)  # more would be told to try again for ever
     if len(prompts) * given["n"] > most:
         raise RequestRefusedError(f"n × prompt 最多 at most {most}", param="n", code="out_of_range")
