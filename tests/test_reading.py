@@ -273,6 +273,12 @@ def said(role, text, *replies, **more):
     return {"message_id": "1", "text": text, "role": role, "lang": "zh", "replies": list(replies)} | more
 
 
+def thinking(question, thought, answer):
+    """A question and an answer, with what is thought before it."""
+    asked, answered = talk(question, answer)
+    return [asked, answered._replace(thought=thought)]
+
+
 WORSE, BETTER = said("assistant", "差", rank=1), said("assistant", "好", said("prompter", "三"), rank=0)
 
 
@@ -310,8 +316,23 @@ WORSE, BETTER = said("assistant", "差", rank=1), said("assistant", "好", said(
             },
             talk("一？", "二。", "三", "四"),
         ),
+        (
+            {"input": "一？", "reasoning_content": "想", "content": "二", "repo_name": "x", "score": 9},
+            thinking("一？", "想", "二"),
+        ),
+        ({"Question": "一？", "Complex_CoT": "想", "Response": "二"}, thinking("一？", "想", "二")),
+        ({"INSTRUCTION": "一？", "RESPONSE": "二", "SOURCE": "Zhihu", "METADATA": "{}"}, talk("一？", "二")),
+        ({"qid": "1", "category": "x", "title": "一？", "desc": "详情", "answer": "二"}, talk("一？\n详情", "二")),
+        (
+            {"qid": "1", "title": "一？", "desc": "", "topic": "x", "star": 3, "content": "二", "answer_id": "2"},
+            talk("一？", "二"),
+        ),
+        ({"department": "x", "title": "一？", "ask": "请问一？", "answer": "二"}, talk("请问一？", "二")),
+        ({"id": "1", "data": ["问：一？", "二", "三", "四"]}, talk("问：一？", "二", "三", "四")),
+        ({"data": ["问：一？", "答：二", "问：三", "答：四"]}, talk("一？", "二", "三", "四")),
     ],
-    ids=["Safety-Prompts", "COIG", "MOSS", "MOSS system", "OpenAssistant", "OpenAssistant rank", "RefGPT"],
+    ids="Safety-Prompts,COIG,MOSS,MOSS system,OpenAssistant,OpenAssistant rank,RefGPT,R1 110k,medical-o1,Zhihu-KOL,"
+    "baike,webtext,medical dialogue,UltraChat,HuatuoGPT".split(","),
 )
 def test_shapes_of_public_sets(row, turns):
     assert formats.read_row(row).conversations == [turns]
@@ -334,7 +355,7 @@ def test_hc3_is_a_conversation_an_answer(tmp_path):
     [
         {"instruct": "问", "response": "答"},
         {"prompt": "问", "text": "答"},
-        {"question": "问", "response": "答"},
+        {"questions": "问", "response": "答"},
         {"instruction": "问", "text": "答"},
         {"text": "高海立去了福溪乡。", "entities": [{"name": "高海立", "type": "人名"}]},
     ],
@@ -379,11 +400,14 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ({"instruction": "问", "input": ""}, ["unknown keys", "input+instruction", "nearest known shape: ", "output"]),
         ({"instructions": "问", "outputs": "答"}, ["unknown keys: instructions+outputs", "instruction+output"]),
         ({"contents": "问", "summery": "答"}, ["unknown keys: contents+summery", "content+summary"]),
-        ({"Question": "问", "Answer": "答"}, ["unknown keys: Answer+Question", "answer+question"]),
+        ({"Question": "问", "Answers": "答"}, ["unknown keys: Answers+Question", "answer+question"]),
+        ({"question": "问", "QUESTION": "再问", "ANSWER": "答"}, ["unknown keys: ANSWER+QUESTION+question"]),
+        ({"data": ["问", {"答": "答"}]}, ["data", "must be text", "dict"]),
+        ({"data": "问答"}, ["data", "must be a list"]),
         ({"甲": "问", "乙": "答"}, ["unknown keys", "甲", "乙", "no nearest known shape; name the keys question and"]),
         ({"user": "问", "assistant": "答"}, ["unknown keys", "no nearest known shape"]),
         ({"translation": "问"}, ["unknown keys", "no nearest known shape"]),
-        ({"INSTRUCTION": "问", "OUTPUT": "答"}, ["INSTRUCTION+OUTPUT", "nearest known shape: instruction+output"]),
+        ({"INSTRUCTIONS": "问", "OUTPUT": "答"}, ["INSTRUCTIONS+OUTPUT", "nearest known shape: instruction+output"]),
         ('{"question": "问", "answer": "甲", "answer": "乙"}', ["'answer'", "occurs twice in an object", "remove one"]),
         ('{"messages": [{"role": "user", "content": "甲", "content": "乙"}]}', ["'content'", "occurs twice"]),
         ({}, ["unknown keys"]),

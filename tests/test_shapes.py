@@ -86,6 +86,12 @@ BOILING = talk("水的沸点？", "一百度。")
         ({"instruction": "概括", "context": "长文", "output": "短"}, talk("概括\n长文", "短")),
         ({"system_prompt": "简短", "query": "一", "response": "二"}, talk("一", "二", system="简短")),
         ({"system": "甲", "system_prompt": "乙", "query": "一", "response": "二"}, talk("一", "二", system="甲\n乙")),
+        ({"question": "水的沸点？", "response": "一百度。"}, BOILING),
+        ({"INSTRUCTION": "译", "RESPONSE": "sky", "SOURCE": "x"}, talk("译", "sky")),
+        (
+            {"Question": "水的沸点？", "Answer": "一百度。", "History": [["一", "二"]]},
+            talk("一", "二", "水的沸点？", "一百度。"),
+        ),
     ],
 )
 def test_shapes_people_have(row, expected):
@@ -203,7 +209,8 @@ def test_keys_that_nobody_read_are_told(row, unused):
         (BOIL | {"choices": ["一百度", "九十度"]}, ["choices", "multiple-choice"]),
         (BOIL | {"options": {"A": "一百度"}}, ["options", "multiple-choice"]),
         (BOIL | {"cot": "想一想"}, ["cot", "would be lost"]),
-        (BOIL | {"reasoning_content": "想一想"}, ["reasoning_content", "would be lost"]),
+        (BOIL | {"思考": "想一想"}, ["思考", "would be lost", "reasoning_content"]),
+        (BOIL | {"reasoning": "想一想", "thinking": "再想想"}, ["row: reasoning_content", "two thoughts"]),
         (BOIL | {"Images": ["a.jpg"]}, ["Images", "only text"]),
         ({"messages": [TALK[0] | {"reasoning_content": "想"}, TALK[1]]}, ["messages.reasoning_content"]),
         ({"messages": [TALK[0] | {"tool_calls": [{"name": "f"}]}, TALK[1]]}, ["messages.tool_calls", "would be lost"]),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from common.conversation.turns import FormatError, Turn
 from common.data.fields import ROLES, Fields, as_text, role_of
 
+Shape = frozenset[str]  # keys of a row
+Reader = Callable[[Fields], list[list[Turn]]]  # a row's conversations
 MOSS_MARKS = re.compile(r"^\s*<\|[\w ]+\|>:\s*|\s*<eo\w>\s*$")
 MOSS_NOTES = ("Inner Thoughts", "Tool Responses")
 SPEAKER = re.compile(r"<(Human|Assistant) \d+>\s*[:：]\s*(?:[（(](?:字数要求|[Ww]ord count)[^）)]*[）)]\s*)?")
-
 SAID = re.compile(r"^(Human|Assistant)[:：]", re.MULTILINE)
+ASKED, ANSWERED = re.compile(r"^\s*问[:：]\s*"), re.compile(r"^\s*答[:：]\s*")
 
 
 def spoken(question: str) -> list[Turn]:
@@ -24,7 +27,7 @@ def spoken(question: str) -> list[Turn]:
     return [Turn(ROLES[who.lower()], text) for who, text in zip(speakers, texts, strict=False)]
 
 
-def many_answers(row: Fields) -> list[list[Turn]]:
+def _many_answers(row: Fields) -> list[list[Turn]]:
     """HC3's rows: a conversation for each answer to the question."""
     question = Turn("user", row.text("question"))
     answers = row.items("human_answers") + row.items("chatgpt_answers")
@@ -33,7 +36,7 @@ def many_answers(row: Fields) -> list[list[Turn]]:
     return [[question, Turn("assistant", as_text(answer, "answers"))] for answer in answers]
 
 
-def exam(row: Fields) -> list[list[Turn]]:
+def _exam(row: Fields) -> list[list[Turn]]:
     """COIG's exam questions: task, text and question; answer and explanation."""
     asked = [row.text(f"textbox_{key}", required=False) for key in ("q_instruction", "q_context", "question")]
     explained = row.text("textbox_answer_analysis", required=False)
@@ -41,7 +44,7 @@ def exam(row: Fields) -> list[list[Turn]]:
     return [[Turn("user", "\n".join(part for part in asked if part.strip())), Turn("assistant", answer)]]
 
 
-def moss(row: Fields) -> list[list[Turn]]:
+def _moss(row: Fields) -> list[list[Turn]]:
     """MOSS's chats {turn_1: {Human, MOSS, Commands, …}}, each text between markers such as <|Human|>: and <eoh>."""
     meta = row.text("meta_instruction", required=False)
     turns = [Turn("system", meta)] if meta.strip() else []
@@ -60,7 +63,7 @@ def moss(row: Fields) -> list[list[Turn]]:
     return [turns]
 
 
-def best_thread(row: Fields) -> list[list[Turn]]:
+def _best_thread(row: Fields) -> list[list[Turn]]:
     """OpenAssistant's trees {prompt: {text, role, replies: [{…, rank}, …]}}: always the reply of the best rank."""
     turns, messages = [], [row.get("prompt")]
     while messages:
@@ -82,7 +85,7 @@ def best_thread(row: Fields) -> list[list[Turn]]:
     return [turns]
 
 
-def dialogue(row: Fields) -> list[list[Turn]]:
+def _dialogue(row: Fields) -> list[list[Turn]]:
     """RefGPT's dialogues, one text: <start_chat><Human 1>:…<Assistant 1>:…<end_chat>."""
     text = row.text("dialogue").strip().removeprefix("<start_chat>").removesuffix("<end_chat>")
     before, *parts = SPEAKER.split(text)
@@ -90,3 +93,39 @@ def dialogue(row: Fields) -> list[list[Turn]]:
         raise FormatError("not-a-dialogue", f"dialogue: 应以 <Human 1>: 开头 must begin with it, found {text[:40]!r}")
     said = zip(parts[::2], parts[1::2], strict=True)
     return [[Turn(ROLES[who.lower()], as_text(text.strip(), "dialogue")) for who, text in said]]
+
+
+def _forum(more: str, answer: str) -> Reader:
+    """A reader of forums' rows: a title and more of the question, which often says the title again; an answer."""
+
+    def read(row: Fields) -> list[list[Turn]]:
+        title, rest = row.text("title").strip(), row.text(more, required=False).strip()
+        question = rest if title in rest else title if rest in title else f"{title}\n{rest}"
+        return [[Turn("user", question), Turn("assistant", row.text(answer))]]
+
+    return read
+
+
+def _in_turn(row: Fields) -> list[list[Turn]]:
+    """Rows of UltraChat, question and answer in turn, and of HuatuoGPT, where each begins with 问： or 答：."""
+    texts = [as_text(text, "data") for text in row.items("data")]
+    marks = [(ASKED, ANSWERED)[number % 2] for number in range(len(texts))]
+    if all(mark.match(text) for mark, text in zip(marks, texts, strict=True)):
+        texts = [mark.sub("", text) for mark, text in zip(marks, texts, strict=True)]
+    return [[Turn(("user", "assistant")[number % 2], text) for number, text in enumerate(texts)]]
+
+
+CORPORA: dict[Shape, Reader] = {
+    frozenset({"question", "human_answers", "chatgpt_answers"}): _many_answers,
+    frozenset({"textbox_question", "textbox_answer"}): _exam,
+    frozenset({"chat", "num_turns"}): _moss,
+    frozenset({"message_tree_id", "prompt"}): _best_thread,
+    frozenset({"dialogue", "reference"}): _dialogue,
+}
+# where the keys are of no other shape
+RARE: dict[Shape, Reader] = {
+    frozenset({"title", "desc", "answer"}): _forum("desc", "answer"),
+    frozenset({"title", "ask", "answer"}): _forum("ask", "answer"),
+    frozenset({"qid", "title", "desc", "content"}): _forum("desc", "content"),
+    frozenset({"data"}): _in_turn,
+}

@@ -90,8 +90,8 @@ MATTERS = [
         r"|reasoning([ _](content|process|steps|details))?|rationales?|思考(过程)?|思维链|推理(过程)?"
         r"|tool_calls|functions|function_calls?",
         "unread",
-        "不读 is not read here and would be lost; join it to what is read (a thought as <think>…</think> before the "
-        "answer), or remove it",
+        "不读 is not read here and would be lost; join it to what is read (a thought under reasoning_content, or as "
+        "<think>…</think> before the answer), or remove it",
     ),
 ]
 # the same of keys of a message or a round

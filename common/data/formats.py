@@ -21,19 +21,17 @@ from common.conversation.turns import (
     marked,
     teaches,
 )
-from common.data.corpora import best_thread, dialogue, exam, many_answers, moss, spoken
+from common.data.corpora import CORPORA, RARE, Reader, Shape, spoken
 from common.data.defects import matter_of
 from common.data.fields import SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
 from common.data.tools import opened
-from common.data.utterances import thought_of_file, utterances
+from common.data.utterances import thought_in, thought_of_file, utterances
 
 if TYPE_CHECKING:
     from common.config import SFTConfig
     from common.data.sources import Record
 
 Row = dict[str, Any]
-Reader = Callable[[Fields], list[list[Turn]]]  # a row's conversations
-Shape = frozenset[str]  # the keys a row of it has
 OPENING = {"system", "system_prompt", "tools", "history"}
 
 
@@ -96,7 +94,7 @@ def read_row(row: object, asked: bool = False) -> Reading:
         row = {"messages": row}
     if not isinstance(row, dict):
         raise FormatError("not-an-object", f"应为对象 an object expected, found {type(row).__name__}")
-    shape, read = _shape_of(row)
+    row, shape, read = _shape_of(row)
     fields = Fields(row)
     repaired: list[str] = []
     conversations = [[thought_of_file(turn, repaired) for turn in turns] for turns in read(fields)]
@@ -123,8 +121,11 @@ def _check_asked(row: Row, unused: list[str], conversations: list[list[Turn]]) -
             )
 
 
-def _shape_of(row: Row) -> tuple[Shape, Reader]:
-    """The one shape whose keys the row has; a shape within another (input+output in alpaca) gives way to it."""
+def _shape_of(row: Row) -> tuple[Row, Shape, Reader]:
+    """The row and the one shape whose keys it has; a shape within another (input+output in alpaca) gives way to it.
+
+    The keys are in small letters where only so they are those of a shape.
+    """
     keys = {key for key, value in row.items() if value is not None}
     if {"A", "B"} <= keys:
         raise FormatError(
@@ -142,7 +143,7 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
     if len(widest) == 1:
         if str(row.get("label")).lower() in ("true", "false"):
             raise FormatError("preference", "label: KTO 的标记 whether the answer is good; keep the good ones")
-        return widest[0], READERS[widest[0]]
+        return row, widest[0], READERS[widest[0]]
     if widest:
         raise FormatError(
             "ambiguous-keys",
@@ -156,6 +157,12 @@ def _shape_of(row: Row) -> tuple[Shape, Reader]:
         )
     if len(row) > 1 and all(isinstance(value, dict) for value in row.values()):
         raise FormatError("a-whole-file", "每个值是一行 each value is a row: write the values as a list")
+    for shape, read in RARE.items():
+        if shape <= keys:
+            return row, shape, read
+    small = {str(key).lower(): value for key, value in row.items()}
+    if len(small) == len(row) and small.keys() != row.keys() and any(shape <= small.keys() for shape in SHAPES):
+        return _shape_of(small)
     null = sorted(key for key in row if key not in keys)
     found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
     raise FormatError("unknown-keys", f"无法识别的字段 unknown keys: {found}; {_nearest(frozenset(row))}")
@@ -221,7 +228,8 @@ def _question_answer(question_keys: tuple[str, ...], answer_key: str) -> Reader:
         question = "\n".join(part for part in parts if part.strip())
         if not question:
             raise FormatError("empty", f"{_names(question_keys)} 是空的 is empty")
-        return [[*_opening(row), *spoken(question), Turn("assistant", row.text(answer_key))]]
+        answer = Turn("assistant", row.text(answer_key), thought=thought_in(row))
+        return [[*_opening(row), *spoken(question), answer]]
 
     return read
 
@@ -279,8 +287,9 @@ SHAPES: dict[Shape, Reader] = {
     frozenset({"instruct", "query", "answer"}): _question_answer(("instruct", "query"), "answer"),
     frozenset({"query", "response"}): _question_answer(("query",), "response"),
     frozenset({"question", "answer"}): _question_answer(("question",), "answer"),
+    frozenset({"question", "response"}): _question_answer(("question",), "response"),
+    frozenset({"input", "reasoning_content", "content"}): _question_answer(("input",), "content"),
     frozenset({"question", "std_answer"}): _question_answer(("question",), "std_answer"),
-    frozenset({"question", "human_answers", "chatgpt_answers"}): many_answers,
     frozenset({"input", "target"}): _question_answer(("input",), "target"),
     frozenset({"prompt", "response"}): _question_answer(("prompt",), "response"),
     frozenset({"prompt", "completion"}): _prompt_completion,
@@ -289,11 +298,7 @@ SHAPES: dict[Shape, Reader] = {
     frozenset({"指令", "输出"}): _question_answer(("指令", "输入"), "输出"),
     frozenset({"输入", "输出"}): _question_answer(("输入",), "输出"),
     frozenset({"指令", "输入", "输出"}): _question_answer(("指令", "输入"), "输出"),
-    frozenset({"textbox_question", "textbox_answer"}): exam,
-    frozenset({"chat", "num_turns"}): moss,
-    frozenset({"message_tree_id", "prompt"}): best_thread,
-    frozenset({"dialogue", "reference"}): dialogue,
-}
+} | CORPORA
 # pre-training text, unless the row has a key of ASKING
 TEXT_SHAPES: dict[Shape, Reader] = {frozenset({key}): _plain_text(key) for key in ("response", "text")}
 READERS = SHAPES | TEXT_SHAPES

@@ -11,7 +11,7 @@ from common.data.defects import matter_of
 from common.data.fields import ROLES, SAID, SPEAKERS, SPOKEN, Fields, as_text, holds_something, role_of
 from common.data.tools import calls_in, calls_of
 
-THOUGHT = ("reasoning_content", "reasoning", "thinking")  # keys of a message that hold what was thought
+THOUGHT = ("reasoning_content", "reasoning", "thinking", "complex_cot")  # keys that hold what was thought
 OPEN, CLOSE = "<think>", "</think>"  # around a thought at the start of an answer
 ENDS = re.compile(rf"^{CLOSE}\s*$", re.MULTILINE)
 BEGUN = f"{CLOSE} 前没有 no {OPEN} before it: 之前的文字当作思考 what stands before it is read as the thought"
@@ -111,14 +111,16 @@ def _uttered(message: Fields) -> Uttered:
     if role != "assistant":
         return Uttered(Turn(role, text, learn))
     calls, ids = calls_of(message)
-    return Uttered(Turn(role, text, learn, _thought(message), calls), ids)
+    return Uttered(Turn(role, text, learn, thought_in(message), calls), ids)
 
 
-def _thought(message: Fields) -> str:
-    """What was thought before an answer, under any of its keys; FormatError where two of them differ."""
-    thoughts = {message.text(key) for key in THOUGHT if isinstance(message.row.get(key), str) and message.row[key]}
+def thought_in(said: Fields) -> str:
+    """What was thought before the answer in a message or a row, under any of its keys; FormatError where two differ."""
+    if said.row.keys().isdisjoint(THOUGHT):
+        return ""  # most
+    thoughts = {said.text(key) for key in THOUGHT if isinstance(said.row.get(key), str) and said.row[key]}
     if len(thoughts) > 1:
-        raise FormatError("thought", f"{message.name}: {', '.join(THOUGHT)} 不同 hold two thoughts; keep one")
+        raise FormatError("thought", f"{said.name or 'row'}: {', '.join(THOUGHT)} 不同 hold two thoughts; keep one")
     return next(iter(thoughts), "")
 
 
