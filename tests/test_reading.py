@@ -324,7 +324,7 @@ WORSE, BETTER = said("assistant", "差", rank=1), said("assistant", "好", said(
         ({"INSTRUCTION": "一？", "RESPONSE": "二", "SOURCE": "Zhihu", "METADATA": "{}"}, talk("一？", "二")),
         ({"qid": "1", "category": "x", "title": "一？", "desc": "详情", "answer": "二"}, talk("一？\n详情", "二")),
         (
-            {"qid": "1", "title": "一？", "desc": "", "topic": "x", "star": 3, "content": "二", "answer_id": "2"},
+            {"qid": "1", "title": "一？", "desc": None, "topic": "x", "star": 3, "content": "二", "answer_id": "2"},
             talk("一？", "二"),
         ),
         ({"department": "x", "title": "一？", "ask": "请问一？", "answer": "二"}, talk("请问一？", "二")),

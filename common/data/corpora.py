@@ -95,12 +95,14 @@ def _dialogue(row: Fields) -> list[list[Turn]]:
     return [[Turn(ROLES[who.lower()], as_text(text.strip(), "dialogue")) for who, text in said]]
 
 
-def _forum(more: str, answer: str) -> Reader:
+def _forum(answer: str) -> Reader:
     """A reader of forums' rows: a title and more of the question, which often says the title again; an answer."""
 
     def read(row: Fields) -> list[list[Turn]]:
-        title, rest = row.text("title").strip(), row.text(more, required=False).strip()
-        question = rest if title in rest else title if rest in title else f"{title}\n{rest}"
+        question = row.text("title").strip()
+        for key in ("desc", "ask"):
+            more = row.text(key, required=False).strip()
+            question = more if question in more else question if more in question else f"{question}\n{more}"
         return [[Turn("user", question), Turn("assistant", row.text(answer))]]
 
     return read
@@ -124,8 +126,7 @@ CORPORA: dict[Shape, Reader] = {
 }
 # where the keys are of no other shape
 RARE: dict[Shape, Reader] = {
-    frozenset({"title", "desc", "answer"}): _forum("desc", "answer"),
-    frozenset({"title", "ask", "answer"}): _forum("ask", "answer"),
-    frozenset({"qid", "title", "desc", "content"}): _forum("desc", "content"),
+    frozenset({"title", "answer"}): _forum("answer"),
+    frozenset({"qid", "title", "content"}): _forum("content"),
     frozenset({"data"}): _in_turn,
 }
