@@ -338,6 +338,12 @@ def test_shapes_of_public_sets(row, turns):
     assert formats.read_row(row).conversations == [turns]
 
 
+@pytest.mark.parametrize("header", ["问,答", "Question,Answer", "title,ask,answer", "用户,助手", "prompt,reply"])
+def test_a_table_with_any_names_of_question_and_answer_is_read(tmp_path, header):
+    cells = "一？,请问一？,二" if header.count(",") == 2 else "请问一？,二"
+    assert read(write(tmp_path, "a.csv", f"{header}\n{cells}\n")) == ([(2, talk("请问一？", "二"))], [])
+
+
 def test_hc3_is_a_conversation_an_answer(tmp_path):
     rows = [
         {"question": "问", "human_answers": ["甲", "乙"], "chatgpt_answers": ["丙"]},
@@ -353,7 +359,7 @@ def test_hc3_is_a_conversation_an_answer(tmp_path):
 @pytest.mark.parametrize(
     "row",
     [
-        {"instruct": "问", "response": "答"},
+        {"instructs": "问", "response": "答"},
         {"prompt": "问", "text": "答"},
         {"questions": "问", "response": "答"},
         {"instruction": "问", "text": "答"},
@@ -405,7 +411,9 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ({"data": ["问", {"答": "答"}]}, ["data", "must be text", "dict"]),
         ({"data": "问答"}, ["data", "must be a list"]),
         ({"甲": "问", "乙": "答"}, ["unknown keys", "甲", "乙", "no nearest known shape; name the keys question and"]),
-        ({"user": "问", "assistant": "答"}, ["unknown keys", "no nearest known shape"]),
+        ({"甲方": "问", "assistant": "答"}, ["unknown keys", "no nearest known shape"]),
+        ({"input": "问", "prompt": "再问", "answer": "答"}, ["unknown keys: answer+input+prompt"]),
+        ({"prompt": "问", "answer": "答", "reply": "再答"}, ["unknown keys: answer+prompt+reply"]),
         ({"translation": "问"}, ["unknown keys", "no nearest known shape"]),
         ({"INSTRUCTIONS": "问", "OUTPUT": "答"}, ["INSTRUCTIONS+OUTPUT", "nearest known shape: instruction+output"]),
         ('{"question": "问", "answer": "甲", "answer": "乙"}', ["'answer'", "occurs twice in an object", "remove one"]),
@@ -639,8 +647,8 @@ def test_a_file_that_breaks_off_is_named_with_its_line(tmp_path, name, content, 
         ("a.xlsx", b"PK\x03\x04" + bytes(50), ["Excel", "CSV"]),
         ("a.csv", "// 第一批\nquestion,answer\n".encode(), ["comment line", "//"]),
         ("a.json", f"# 第一批\n[{QA}]".encode(), ["comment line", "#"]),
-        ("a.csv", "问,答\n再问,再答\n".encode(), [":1: ", "only unknown keys", "问, 答", "instruction,output"]),
-        ("a.csv", '问,"一行\n二行"\n再问,再答\n'.encode(), [":1: ", "only unknown keys", "问, 一行 二行;"]),
+        ("a.csv", "早上,好\n再问,再答\n".encode(), [":1: ", "only unknown keys", "早上, 好", "instruction,output"]),
+        ("a.csv", '早上,"一行\n二行"\n再问,再答\n'.encode(), [":1: ", "only unknown keys", "早上, 一行 二行;"]),
         ("a.csv", "# 第一批\nquestion,answer\n".encode(), [":1: ", "only unknown keys", "# 第一批"]),
         (
             "a.csv",

@@ -87,6 +87,14 @@ BOILING = talk("水的沸点？", "一百度。")
         ({"system_prompt": "简短", "query": "一", "response": "二"}, talk("一", "二", system="简短")),
         ({"system": "甲", "system_prompt": "乙", "query": "一", "response": "二"}, talk("一", "二", system="甲\n乙")),
         ({"question": "水的沸点？", "response": "一百度。"}, BOILING),
+        ({"user": "水的沸点？", "assistant": "一百度。"}, BOILING),
+        ({"user": "水的沸点？", "response": "一百度。"}, BOILING),
+        (
+            {"prompt": "水的沸点？", "answer": "一百度。", "system": "简短"},
+            talk("水的沸点？", "一百度。", system="简短"),
+        ),
+        ({"问": "水的沸点？", "答": "一百度。"}, BOILING),
+        ({"用户": "水的沸点？", "助手": "一百度。", "编号": 1}, BOILING),
         ({"INSTRUCTION": "译", "RESPONSE": "sky", "SOURCE": "x"}, talk("译", "sky")),
         (
             {"Question": "水的沸点？", "Answer": "一百度。", "History": [["一", "二"]]},

@@ -53,6 +53,9 @@ SYNONYMS = (
     | dict.fromkeys(("背景", "上下文"), "context")
     | dict.fromkeys(("历史", "历史对话"), "history")
 )
+# what people call a question and its answer
+QUESTIONS = frozenset("question query prompt instruction instruct input user human 问题 提问 问 输入 指令 用户".split())
+ANSWERS = frozenset("answer response output completion target reply assistant 答案 回答 答复 回复 答 输出 助手".split())
 
 
 def role_of(said: object) -> str | None:
@@ -113,6 +116,12 @@ def meant_by(key: str, known: frozenset[str]) -> str:
         return SYNONYMS[key]
     near = difflib.get_close_matches(key.strip().lower(), known, n=1, cutoff=0.85)
     return near[0] if near and abs(len(near[0]) - len(key)) <= 2 else ""
+
+
+def question_and_answer(keys: Collection[str]) -> tuple[str, str] | None:
+    """The key of a question and that of its answer; None unless there is one of each."""
+    asked, answered = QUESTIONS.intersection(keys), ANSWERS.intersection(keys)
+    return (*asked, *answered) if len(asked) == len(answered) == 1 else None  # type: ignore[return-value]  # two
 
 
 def nearest(keys: Collection[str], shapes: Iterable[frozenset[str]]) -> str:

@@ -23,7 +23,16 @@ from common.conversation.turns import (
 )
 from common.data.corpora import CORPORA, RARE, Reader, Shape, spoken
 from common.data.defects import matter_of
-from common.data.fields import SPEAKERS, Fields, as_text, holds_something, mark_of, nearest
+from common.data.fields import (
+    QUESTIONS,
+    SPEAKERS,
+    Fields,
+    as_text,
+    holds_something,
+    mark_of,
+    nearest,
+    question_and_answer,
+)
 from common.data.tools import opened
 from common.data.utterances import thought_in, thought_of_file, utterances
 
@@ -160,8 +169,11 @@ def _shape_of(row: Row) -> tuple[Row, Shape, Reader]:
     for shape, read in RARE.items():
         if shape <= keys:
             return row, shape, read
+    if named := question_and_answer(keys):
+        return row, frozenset(named), _question_answer(named[:1], named[1])
     small = {str(key).lower(): value for key, value in row.items()}
-    if len(small) == len(row) and small.keys() != row.keys() and any(shape <= small.keys() for shape in SHAPES):
+    known = question_and_answer(small) or any(shape <= small.keys() for shape in SHAPES | RARE)
+    if known and len(small) == len(row) and small.keys() != row.keys():
         return _shape_of(small)
     null = sorted(key for key in row if key not in keys)
     found = f"{_names(row)}{' (null: ' + _names(null) + ')' if null else ''}"
@@ -185,7 +197,7 @@ def _widest(keys: Shape, asks: bool) -> list[Shape]:
 def _asks(keys: Shape) -> bool:
     """Whether a key says, or beside a response seems to be meant to say (quary), that the row is more than a text."""
     meant = "response" in keys and any(difflib.get_close_matches(str(key), ASKING, cutoff=0.75) for key in keys)
-    return bool(keys & ASKING) or meant or "text" in keys and bool(keys & BESIDE_TEXT)
+    return bool(keys & (ASKING | QUESTIONS)) or meant or "text" in keys and bool(keys & BESIDE_TEXT)
 
 
 @lru_cache(maxsize=256)
@@ -287,16 +299,12 @@ SHAPES: dict[Shape, Reader] = {
     frozenset({"instruct", "query", "answer"}): _question_answer(("instruct", "query"), "answer"),
     frozenset({"query", "response"}): _question_answer(("query",), "response"),
     frozenset({"question", "answer"}): _question_answer(("question",), "answer"),
-    frozenset({"question", "response"}): _question_answer(("question",), "response"),
     frozenset({"input", "reasoning_content", "content"}): _question_answer(("input",), "content"),
     frozenset({"question", "std_answer"}): _question_answer(("question",), "std_answer"),
     frozenset({"input", "target"}): _question_answer(("input",), "target"),
     frozenset({"prompt", "response"}): _question_answer(("prompt",), "response"),
     frozenset({"prompt", "completion"}): _prompt_completion,
     frozenset({"问题", "答案"}): _question_answer(("问题",), "答案"),
-    frozenset({"问题", "回答"}): _question_answer(("问题",), "回答"),
-    frozenset({"指令", "输出"}): _question_answer(("指令", "输入"), "输出"),
-    frozenset({"输入", "输出"}): _question_answer(("输入",), "输出"),
     frozenset({"指令", "输入", "输出"}): _question_answer(("指令", "输入"), "输出"),
 } | CORPORA
 # pre-training text, unless the row has a key of ASKING

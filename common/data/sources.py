@@ -11,8 +11,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from common.data import formats
 from common.data.arrays import BLOCK, DECODER, decoded, json_array
+from common.data.corpora import RARE
 from common.data.defects import matter_of
-from common.data.fields import SPOKEN, literal
+from common.data.fields import ANSWERS, QUESTIONS, SPOKEN, literal
 from common.errors import UserError
 from common.opened import COMMENT, COMMENT_LINE, HEAD, encoding_of, opened, said_of
 
@@ -20,7 +21,7 @@ LINE_ENDS = ("\n", "\r\n", "")
 BETWEEN = re.compile(r"(?:\s*,)?\s*")  # two objects
 UTF_16 = re.compile(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]", re.DOTALL)  # of ASCII, without a BOM
 QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""")
-KNOWN = frozenset().union(*formats.READERS)  # keys that a header line has
+KNOWN = QUESTIONS.union(ANSWERS, *formats.READERS, *RARE)  # keys that a header line has
 SEPARATOR = re.compile(r"""["']?sep=(.)["']?\s*$""", re.IGNORECASE)
 BATCH = 1000  # rows of a Parquet file read at a time
 OTHER_DELIMITERS = re.compile("[|，；:、]")
