@@ -12,6 +12,7 @@ Beside one busy process on two cores a training step takes half the time by it, 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import os
 import threading
@@ -36,7 +37,12 @@ def apart(function: Callable[[], Any]) -> Any:
     product waits for a sleeper. A small model answers in a third of the time without the first team.
     """
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result()
+        ident = pool.submit(threading.get_ident).result()
+        try:
+            return pool.submit(function).result()
+        except KeyboardInterrupt:  # raised there too: else Ctrl-C would wait until all weights are read
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(KeyboardInterrupt))
+            raise
 
 
 @functools.cache  # once a process

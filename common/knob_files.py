@@ -26,6 +26,7 @@ Fail = Callable[[str], NoReturn]  # ends the program with one line
 
 def read_file(flag: str, path: str, kinds: dict[str, Any], error: Fail) -> dict[str, Any]:
     """Knobs from the YAML or JSON file that `flag` names, their types, of `kinds`, checked as flags' are."""
+    written: dict[str, Any] = {}  # what stands in a YAML file as a value
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith((".yaml", ".yml")):
@@ -33,7 +34,8 @@ def read_file(flag: str, path: str, kinds: dict[str, Any], error: Fail) -> dict[
 
             loaded = yaml.safe_load(text)
             node = yaml.compose(text, yaml.SafeLoader)
-            _once((key.value, None) for key, _ in (node.value if isinstance(node, yaml.MappingNode) else ()))
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            written = _once((key.value, value.value) for key, value in pairs)
         else:
             loaded = json.loads(text, object_pairs_hook=_once)
     except (OSError, ValueError) as problem:
@@ -51,6 +53,8 @@ def read_file(flag: str, path: str, kinds: dict[str, Any], error: Fail) -> dict[
             error(f"{flag} {path}: 未知参数 unknown knob {key}{nearest(str(key), kinds)}")
         if name in values:
             error(f"{flag} {path}: {key} 就是 is {name}, 已经给出 which is given too; remove one")
+        if kinds[name] is str and type(value) is int:
+            value = written.get(key, str(value))  # YAML reads 0612 in base 8, and 2026_11 without the _
         try:
             values[name] = _typed(value, kinds[name])
         except TypeError as problem:
@@ -69,7 +73,7 @@ def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """`value` from a file as a knob of type `kind`: an int may be a float or a text, and 1e-4 in YAML is a string.
+    """`value` from a file as a knob of type `kind`; an int is a good float, and 1e-4 in YAML is a string.
 
     Raises TypeError, whose text ends a line.
     """
@@ -89,8 +93,8 @@ def _typed(value: Any, kind: Any) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
-    elif type(value) is kind or kind is str and type(value) is int:
-        return kind(value)
+    elif type(value) is kind:
+        return value
     raise TypeError(f"{value!r} 类型不符 is not {getattr(kind, '__name__', kind)}")
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -52,7 +53,8 @@ def _by_processes(
     names = [argument.__name__ if isinstance(argument, type(os)) else None for argument in arguments]
     values = pickle.dumps([None if name else argument for name, argument in zip(names, arguments, strict=True)])
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker, (names, values))
-    started = [pool.submit(os.getpid) for _ in range(count)]
+    with _deaf():
+        started = [pool.submit(os.getpid) for _ in range(count)]
     waiting: deque[Future] = deque()
     try:
         for chunk in chunks:
@@ -68,6 +70,18 @@ def _by_processes(
         raise UserError("编码进程意外结束 a tokenising process died; is there too little memory? Run again") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # one that has not started by now is not waited for
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Within, processes are started that do not hear Ctrl-C: until they import they would each show a traceback."""
+    if hasattr(signal, "pthread_sigmask"):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def any_ready(started: Iterable[Future]) -> bool:

@@ -292,6 +292,41 @@ def test_a_request_that_fails_harms_no_other(batcher_of):
     assert len({tuple(ids_and_stop(ticket)[0][0]) for ticket in good}) == 1 and batcher.alive
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_logits_that_are_no_numbers_harm_no_other(batcher_of, monkeypatch, drawn):
+    """As float16 overflows on some prompt: the whole service ended, or gave an answer of the first id."""
+    batcher = batcher_of()
+    forward, others = batcher.net.forward, [ask(batcher, "有", 6, sampling={"do_sample": drawn}, seed=1)] * 2
+
+    def overflown(*args, input_ids, **kwargs):
+        output = forward(*args, input_ids=input_ids, **kwargs)
+        output.logits[(input_ids == 9).any(1)] = float("nan")
+        return output
+
+    expected = text_of(batcher.submit("base", others[:1], seconds=30))
+    monkeypatch.setattr(batcher.net, "forward", overflown)
+    bad = batcher.submit("base", [replace(others[0], ids=[9, 9, 9], logprobs=1)], seconds=30)
+    good = [batcher.submit("base", [one], seconds=30) for one in others]
+    with pytest.raises(ModelFailedError):
+        list(bad.parts())
+    assert [text_of(ticket) for ticket in good] == [expected] * 2 and batcher.alive
+
+
+def test_no_memory_to_draw_ends_no_service(batcher_of, monkeypatch):
+    """A request waited for ever for a thread that had ended."""
+    batcher, draw = batcher_of(), engine_sampling.draw
+
+    def short(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    asked = ask(batcher, "有", 6, sampling={"do_sample": True})
+    monkeypatch.setattr(engine_sampling, "draw", short)
+    with pytest.raises(ModelFailedError):
+        text_of(batcher.submit("base", [asked], seconds=30))
+    monkeypatch.setattr(engine_sampling, "draw", draw)
+    assert text_of(batcher.submit("base", [asked], seconds=30)) and batcher.alive
+
+
 def test_a_model_that_is_broken_is_not_alive(batcher_of, monkeypatch):
     batcher = batcher_of()
 

@@ -252,6 +252,8 @@ def test_booleans(words, value):
         ("\ufeffseed: 5", "seed", 5),  # as Windows editors write it
         ("modules_to_save: []", "modules_to_save", ()),
         ("model_save_dir: 7", "model_save_dir", str(Path("7").absolute())),  # no text to YAML
+        ("model_save_dir: 0612", "model_save_dir", str(Path("0612").absolute())),  # in base 8
+        ("output_dir: 2026_11", "model_save_dir", str(Path("2026_11").absolute())),
     ],
 )
 def test_values_in_yaml(tmp_path, text, name, value):

@@ -53,6 +53,23 @@ cores.share()
 inside.wait()
 """
 
+STOPPED = """
+import os
+import signal
+import threading
+import time
+from common.cores import apart
+from common.errors import run_main
+
+def load():
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    for _ in range(3000):
+        time.sleep(0.01)
+    print("loaded")
+
+run_main(lambda: apart(load))
+"""
+
 
 @pytest.fixture
 def waiting(monkeypatch):
@@ -122,6 +139,13 @@ def test_a_process_may_end_while_it_looks():
     """Not with "terminate called without an active exception" and exit code 134."""
     found = subprocess.run([sys.executable, "-c", ENDS_MEANWHILE], capture_output=True, text=True, cwd=ROOT)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no Ctrl-C is sent like this")
+def test_ctrl_c_ends_what_is_computed_apart():
+    """A large model was read to its end first."""
+    found = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, cwd=ROOT)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
 
 
 def test_the_kernel_is_asked_in_the_order_it_answers():

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -572,6 +573,17 @@ def test_a_process_that_dies_is_told(processes):
     found = workers.map_chunks(die, [[0], [1], [3], [2], [4]])
     with pytest.raises(UserError, match="a tokenising process died"):
         list(found)
+
+
+def is_deaf(chunk):
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows")
+def test_processes_that_start_do_not_hear_ctrl_c(processes):
+    """Each showed a traceback of its imports."""
+    assert all(workers.map_chunks(is_deaf, [[0], [1], [2]])) and not is_deaf([0])
 
 
 def whose(chunk):

@@ -240,6 +240,23 @@ def test_the_overlap_is_shown(manifest, cfg, capsys):
     assert "overlap with training data: 1 / 2 rows" in (folder / "eval_report.md").read_text(encoding="utf-8")
 
 
+def test_the_bits_of_a_run_are_not_another_way_to_draw(manifest, cfg):
+    """The base's scores beside a QLoRA run's own were dropped by a later call, which needs not give the bits."""
+    folder = Path(cfg.model_save_dir)
+    folder.mkdir()
+    manifest["config"] |= {"prompt_style": "chat", "max_length_q": 512, "tuning": "qlora", "quantization_bit": 4}
+    (folder / "run_manifest.json").write_text(json.dumps(manifest | {"base": {"path": "x", "sha256": ""}}))
+    for bits, flags, models in (
+        ({}, BASE, {"base"}),
+        ({"quantization_bit": 4, "tuning": "qlora"}, EvaluationFlags(), {"base", "tuned"}),
+        ({"quantization_bit": 8}, EvaluationFlags(), {"tuned"}),
+    ):
+        evaluate.report(fake, rows_of(*PAIRS), dataclasses.replace(cfg, **bits, given=frozenset(bits)), flags)
+        results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+        assert results.keys() & {"base", "tuned"} == models
+    assert results["held_out"]["decoding"] == "greedy, at most 256 tokens, quantised to 8 bits"
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 

@@ -809,8 +809,8 @@ def test_columns_without_a_name_are_told_by_their_place(tmp_path):
 
 @pytest.mark.parametrize("joint", ["", "\ufeff"])
 def test_the_header_of_a_table_joined_by_cat_is_no_row(tmp_path, joint):
-    table = "question,answer\n问,答\n"
-    assert read(write(tmp_path, "a.csv", table + joint + table)) == ([(2, ASKED), (4, ASKED)], [])
+    for table in ("question,answer\n问,答\n", "question, answer\n问,答\n", ",question,answer\n,问,答\n"):
+        assert read(write(tmp_path, "a.csv", table + joint + table)) == ([(2, ASKED), (4, ASKED)], [])
 
 
 def test_files_joined_by_cat(tmp_path):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -434,6 +435,21 @@ def test_early_stopping_counts_on_after_a_resume(flags, tmp_path, validations, m
     train.main(flags("out", *more))
     results = results_of(tmp_path / "out")
     assert results["best_step"] == 2 == results["adapter_of_step"] and results["steps"] == 5
+
+
+def test_early_stopping_says_so_where_the_best_checkpoint_is_gone(flags, tmp_path, validations, capsys):
+    """The last step was saved, and called the best one."""
+    more = [*EVERY_STEP, "--early_stopping_patience", 2]
+    validations(5.0, 3.0, 4.0)
+    train.main(flags("out", *more, "--max_steps", 3))
+    kept = shutil.copytree(tmp_path / "out" / "checkpoint-3", tmp_path / "kept" / "checkpoint-3")
+    shutil.rmtree(tmp_path / "out")
+    validations(4.5)
+    train.main(flags("again", *more, "--max_steps", 6, "--resume", kept))
+    assert "of step 2, is gone" in capsys.readouterr().out
+    results = results_of(tmp_path / "again")
+    assert results["adapter_of_step"] == results["best_step"] == 4 and results["best_eval_loss"] == 4.5
+    assert same_adapter(tmp_path / "again", tmp_path / "again" / "checkpoint-4")
 
 
 def fail_at(state, step):

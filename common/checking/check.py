@@ -181,7 +181,7 @@ def _left_out(row: Unusable) -> Finding:
 
 
 def _mended(repair: Repair) -> Finding:
-    expected = "user, assistant, user, assistant, …"
+    expected = "user, assistant, user, assistant, …; a thought within <think>…</think>"
     return Finding(repair.where, "repaired", repair.reason, expected, "none if it is meant so", bad=False)
 
 

@@ -253,11 +253,12 @@ def _table(lines: _Lines) -> Iterator[Record]:
     above = line = lines.number  # lines before the header
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        header = _header(next(reader, []), f"{lines.path}:{line + 1}")
+        names = next(reader, [])
+        header, again = _header(names, f"{lines.path}:{line + 1}"), _bare(names)
         line = above + reader.line_num
         for cells in reader:
             where, line = line + 1, above + reader.line_num
-            if cells == header or not any(map(str.strip, cells)):
+            if _bare(cells) in (again, [""] * len(cells)):
                 continue  # files are joined by cat; Excel leaves rows of commas alone behind a table
             if len(cells) == len(header):
                 yield Record(where, dict(zip(header, cells, strict=True)))
@@ -268,6 +269,10 @@ def _table(lines: _Lines) -> Iterator[Record]:
         old = "new-line character" in str(problem)
         why = "行尾是 CR lines that end with CR alone; convert them: tr '\\r' '\\n'" if old else problem
         raise UserError(f"{lines.path}:{line + 1}: CSV 有误 broken CSV: {why}") from None
+
+
+def _bare(cells: list[str]) -> list[str]:
+    return [cell.strip() for cell in cells]
 
 
 def _delimiter(line: str) -> str:

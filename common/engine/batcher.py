@@ -276,8 +276,12 @@ class Batcher:
         self.forwards += 1
         wanted = [row.ask.logprobs for row in rows]
         given = logits.clone() if any(count is not None for count in wanted) else logits
-        ids = sampling.next_ids(logits, rows)
-        for row, id_, logprob in zip(rows, ids, sampling.logprobs(given, ids, wanted), strict=True):
+        try:
+            ids = sampling.next_ids(logits, rows)
+            told = sampling.logprobs(given, ids, wanted)
+        except Exception as error:
+            return self._failure(rows, error)
+        for row, id_, logprob in zip(rows, ids, told, strict=True):
             try:
                 row.take(id_, logprob)
             except Exception as error:

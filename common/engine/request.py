@@ -189,8 +189,13 @@ class Row:
         """All that was given out so far; where thought and calls are apart, the answer as it is written."""
         return decode(self.words.tokenizer, self.ids, self.kept) if self.words.reading else self.words.shown
 
-    def take(self, id_: int, logprob: tuple[float, TopIds] | None = None) -> None:
-        """Add the next id (with its log probability and alternatives); `over` where the answer ends with it."""
+    def take(self, id_: int | None, logprob: tuple[float, TopIds] | None = None) -> None:
+        """Add the next id (with its log probability and alternatives); `over` where the answer ends with it.
+
+        FloatingPointError where there is none, the model's logits being no numbers.
+        """
+        if id_ is None:
+            raise FloatingPointError("logits are no numbers; with float16 the model may need bfloat16 or float32")
         self.ticket.first = self.ticket.first or time.monotonic()
         if id_ in self.stop_ids:
             return self.end("stop")

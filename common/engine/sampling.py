@@ -32,12 +32,13 @@ def penalised(logits: torch.Tensor, row: Row) -> torch.Tensor:
     return logits
 
 
-def next_ids(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
-    """The next id of each row; logits [B, V] are changed."""
+def next_ids(logits: torch.Tensor, rows: Sequence[Row]) -> list[int | None]:
+    """The next id of each row, None where its logits are no numbers; logits [B, V] are changed."""
     for number, row in enumerate(rows):
         penalised(logits[number], row)
-    chosen = logits.argmax(-1)
-    drawn = [number for number, row in enumerate(rows) if row.ask.sampling.do_sample]
+    highest, chosen = logits.max(-1)  # nan where one is
+    known = highest.isfinite().tolist()
+    drawn = [number for number, row in enumerate(rows) if known[number] and row.ask.sampling.do_sample]
     if drawn:
         found = draw(
             logits[drawn],
@@ -45,7 +46,7 @@ def next_ids(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
             [rows[number].random.random() for number in drawn],
         )
         chosen[drawn] = found.to(chosen.device)
-    return chosen.tolist()
+    return [id_ if is_known else None for id_, is_known in zip(chosen.tolist(), known, strict=True)]
 
 
 def draw(logits: torch.Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> torch.Tensor:
@@ -94,17 +95,17 @@ def _draw(
 
 
 def logprobs(
-    logits: torch.Tensor, chosen: Sequence[int], alternatives: Sequence[int | None]
+    logits: torch.Tensor, chosen: Sequence[int | None], alternatives: Sequence[int | None]
 ) -> list[tuple[float, TopIds] | None]:
     """Per row None or (log probability of the chosen id, [(id, log probability)] of the most probable ones).
 
     logits [B, V] as the model gave them; alternatives: how many a row wants, None for no log probabilities at all.
     """
     found: list[tuple[float, TopIds] | None] = [None] * len(chosen)
-    for number, count in enumerate(alternatives):
-        if count is not None:
+    for number, (id_, count) in enumerate(zip(chosen, alternatives, strict=True)):
+        if id_ is not None and count is not None:
             scores = logits[number].log_softmax(-1)
             best = scores.topk(count)
             top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            found[number] = (scores[chosen[number]].item(), top)
+            found[number] = (scores[id_].item(), top)
     return found

@@ -14,6 +14,7 @@ from common.conversation.turns import Turn, said
 from common.evaluation import intervals, metrics, overlap
 from common.evaluation.records import predictions
 from common.inference.answerer import Sampling
+from common.inference.tuned import bits_of
 from common.runs.adopted import find_manifest
 
 
@@ -40,15 +41,15 @@ def add_scores(
     predictions are gone. held_out: number and hash of the rows, and how many of them were trained on.
     apart: as in overlap.count.
     """
-    results = had = read_results(cfg)
+    results, manifest = read_results(cfg), find_manifest(cfg.model_save_dir)
+    had, decoding = results, _decoding(cfg, manifest)
     digest = hashlib.sha256(json.dumps([(where, said(turns)) for where, turns in rows]).encode()).hexdigest()
     earlier = results.get("held_out", {})
     before = earlier.get("sha256"), earlier.get("decoding"), results.get("signature")
-    if before != (digest, _decoding(cfg), metrics.signature()):
+    if before != (digest, decoding, metrics.signature()):
         results = {name: value for name, value in had.items() if name not in ("base", "tuned")}
-    manifest = find_manifest(cfg.model_save_dir)
     trained_on = overlap.count(manifest, rows, apart) if manifest else None
-    held_out = {"rows": len(rows), "sha256": digest, "decoding": _decoding(cfg), "overlap": trained_on}
+    held_out = {"rows": len(rows), "sha256": digest, "decoding": decoding, "overlap": trained_on}
     results |= {**scores, "held_out": held_out, "signature": metrics.signature()}
     by_model: dict[str, list[dict[str, Any]]] = {}
     for name in [name for name in ("base", "tuned") if name in results]:
@@ -74,15 +75,16 @@ def sampling_of(cfg: SFTConfig) -> Sampling:
     return Sampling.of(cfg, do_sample="do_sample" in cfg.given and cfg.do_sample)
 
 
-def _decoding(cfg: SFTConfig) -> str:
-    """How the answers were drawn, in words."""
+def _decoding(cfg: SFTConfig, manifest: dict[str, Any] | None) -> str:
+    """How the answers were drawn, in words; bits are told where they are others than those of the run."""
     sampling = sampling_of(cfg)
     drawn = f"sampled, temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}"
     drawn += f", min_p {sampling.min_p}" if sampling.min_p else ""
     how = drawn if sampling.do_sample else "greedy"
     beams = f", {sampling.num_beams} beams" if sampling.num_beams > 1 else ""
     penalty = f", repetition penalty {sampling.repetition_penalty}" if sampling.repetition_penalty != 1 else ""
-    asked = f", quantised to {cfg.quantization_bit} bits" if "quantization_bit" in cfg.given else ""
+    is_other = "quantization_bit" in cfg.given and cfg.bits != bits_of((manifest or {}).get("config", {}))
+    asked = f", quantised to {cfg.bits} bits" if is_other else ""
     return f"{how}{beams}{penalty}, at most {sampling.max_new_tokens} tokens{asked}"
 
 

@@ -79,9 +79,9 @@ def context_of(cfg: SFTConfig, trained: TrainedWith) -> int:
     return 0 if "max_length_q" in cfg.given else loading.context_of(trained.path_model_pretrain)
 
 
-def _bits_of(config: dict[str, Any]) -> int:
+def bits_of(config: dict[str, Any]) -> int:
     """Bits of the quantised base that a manifest's config tells of, 0 where it is not quantised."""
-    return config["quantization_bit"] if config["tuning"] == "qlora" else 0
+    return config["quantization_bit"] if config.get("tuning") == "qlora" else 0
 
 
 def _says_bits(name: str, cfg: SFTConfig) -> bool:
@@ -109,7 +109,7 @@ def trained_with(cfg: SFTConfig, manifest: dict[str, Any] | None, base: bool) ->
         max_length_q=config["max_length_q"],
         path_model_pretrain=cfg.base if same_weights else stored["path"],
         tuning=config["tuning"],
-        bits=cfg.bits if "quantization_bit" in cfg.given else _bits_of(config),
+        bits=cfg.bits if "quantization_bit" in cfg.given else bits_of(config),
         thinking=config["thinking"],
     )
     for name in ("path_model_pretrain", "prompt_style", "thinking", "tuning"):

@@ -77,8 +77,8 @@ class NothingLeftError(Exception):
 class EarlyStop(TrainerCallback):
     """Stops when `patience` validation losses in a row were no new best; with 0 it never does.
 
-    The losses of before a resume count too. Raises NothingLeftError where the run that is resumed had stopped early, or
-    has made its last step.
+    The losses of before a resume count too; where the best checkpoint of before is gone, the best one from there on is
+    kept. Raises NothingLeftError where the run that is resumed had stopped early, or has made its last step.
     """
 
     def __init__(self, patience: int) -> None:
@@ -87,6 +87,13 @@ class EarlyStop(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        found = [state.best_model_checkpoint, Path(args.output_dir) / f"checkpoint-{state.best_global_step}"]
+        if self.patience and state.best_global_step and not any(path and Path(path).is_dir() for path in found):
+            print(
+                f"最好的检查点不在了 the best checkpoint so far, of step {state.best_global_step}, is gone: "
+                "the best one from here on is kept"
+            )
+            state.best_global_step = state.best_metric = state.best_model_checkpoint = None
         if state.global_step >= state.max_steps or self._over(_validation_losses(state)):
             raise NothingLeftError
 
