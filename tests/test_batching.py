@@ -14,6 +14,7 @@ from transformers.generation import logits_process
 from common.conversation.turns import Turn
 from common.engine import sampling as engine_sampling
 from common.engine.batcher import Batcher, QueueFullError
+from common.engine.kv_batch import KVBatch
 from common.engine.request import Ask, ClientGoneError, ModelFailedError, Part, RequestTimeoutError, Ticket
 from common.inference.answerer import Sampling
 from common.inference.text import Wording, decode
@@ -312,6 +313,25 @@ def test_logits_that_are_no_numbers_harm_no_other(batcher_of, monkeypatch, drawn
     assert [text_of(ticket) for ticket in good] == [expected] * 2 and batcher.alive
 
 
+def test_no_memory_to_join_two_batches_ends_no_service(batcher_of, monkeypatch):
+    """A request waited for ever for a thread that had ended, and the service took no other."""
+    batcher, join = batcher_of(), KVBatch.join
+
+    def short(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(KVBatch, "join", short)
+    first = batcher.submit("base", [Ask([9, 9, 9], Sampling(max_new_tokens=400), live=True)], seconds=30)
+    parts = first.parts()
+    next(parts)
+    second = batcher.submit("base", [ask(batcher, "有", 6)], seconds=30)
+    for answer in (parts, second.parts()):
+        with pytest.raises(ModelFailedError):
+            list(answer)
+    monkeypatch.setattr(KVBatch, "join", join)
+    assert ids_and_stop(batcher.submit("base", [ask(batcher, "有", 6)], seconds=30)) and batcher.alive
+
+
 def test_no_memory_to_draw_ends_no_service(batcher_of, monkeypatch):
     """A request waited for ever for a thread that had ended."""
     batcher, draw = batcher_of(), engine_sampling.draw
@@ -324,7 +344,7 @@ def test_no_memory_to_draw_ends_no_service(batcher_of, monkeypatch):
     with pytest.raises(ModelFailedError):
         text_of(batcher.submit("base", [asked], seconds=30))
     monkeypatch.setattr(engine_sampling, "draw", draw)
-    assert text_of(batcher.submit("base", [asked], seconds=30)) and batcher.alive
+    assert ids_and_stop(batcher.submit("base", [asked], seconds=30)) and batcher.alive
 
 
 def test_a_model_that_is_broken_is_not_alive(batcher_of, monkeypatch):

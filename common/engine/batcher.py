@@ -78,8 +78,7 @@ class Batcher:
         self.active_count = 0
         self.forwards = 0
         self.rested = 0  # forwards until memory was handed back
-        self.broken = False
-        self.closed = False
+        self.broken = self.closed = False
         self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self.thread.start()
 
@@ -207,10 +206,13 @@ class Batcher:
         short = group.next_prompts(self.prefixes, CHUNK)
         if short:
             group.prefills.append(self._prefill_of(short))
-        if group.prefills:
-            self._read(group, group.prefills.popleft())
-        if group.batch:
-            self._step(group, group.batch)
+        try:
+            if group.prefills:
+                self._read(group, group.prefills[0])
+            if group.batch:
+                self._step(group, group.batch)
+        except Exception as error:  # no memory to join their caches, or to cut them
+            self._failure(group.give_up(), error)
 
     def _prefill_of(self, rows: list[Row]) -> KVBatch:
         return KVBatch(self.net, rows, [row.ask.ids for row in rows], self.answer.pad_id)
@@ -222,6 +224,7 @@ class Batcher:
                 prefill.resume(self.prefixes)
             logits = prefill.prefill(CHUNK)
         except Exception as error:
+            group.prefills.popleft()
             if len(prefill.rows) > 1 or prefill.rows[0].cached:  # one of them, or what is kept: each alone, without it
                 self.prefixes = self._nothing_kept()
                 group.prefills += [self._prefill_of([row]) for row in prefill.rows]
@@ -229,28 +232,25 @@ class Batcher:
                 self._failure(prefill.rows, error)
             return
         if logits is None:
-            group.prefills.append(prefill)
-            return
+            return group.prefills.rotate(-1)
         self._take(prefill.rows, logits)
         self._offer(prefill, range(len(prefill.rows)))
         going = [number for number, row in enumerate(prefill.rows) if not row.over]
-        if not going:
-            return
-        if len(going) < len(prefill.rows):
+        if going and len(going) < len(prefill.rows):
             prefill.keep(going)
-        if group.batch:
+        if going and group.batch:
             group.batch.join(prefill)
-        else:
+        elif going:
             group.batch = prefill
+        group.prefills.popleft()
 
     def _step(self, group: Group, batch: KVBatch) -> None:
         """Give every row of the group's batch one more id."""
         try:
             logits = batch.step([row.ids[-1] for row in batch.rows], self.switch.replay())
         except Exception as error:
-            self._failure(batch.rows, error)
             group.batch = None
-            return
+            return self._failure(batch.rows, error)
         self._take(batch.rows, logits)
         self._sieve(group, lambda row: not row.over)
 

@@ -27,6 +27,12 @@ class Group:
         reading = [row for prefill in self.prefills for row in prefill.rows]
         return [*self.pending, *reading, *(self.batch.rows if self.batch else [])]
 
+    def give_up(self) -> list[Row]:
+        """Let go of the rows whose prompts are read, or being read: these Rows."""
+        gone = [row for row in self.rows() if row not in self.pending]
+        self.prefills, self.batch = deque(), None
+        return gone
+
     def next_prompts(self, prefixes: PrefixCache, most: int) -> list[Row]:
         """Take pending rows to be read together: `most` columns that are not kept yet, pads included, or one row.
 
