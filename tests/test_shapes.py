@@ -199,6 +199,10 @@ TALK = asked("user", "assistant", "role", "content")
             ["prompt", "prompt_id"],
         ),  # said once more
         ({"text": "长文", "title": "题", "url": "u"}, ["title", "url"]),
+        ({"text": "短文", "user": "u1"}, ["user"]),  # who wrote it
+        ({"问题": "水的沸点？", "回答": "一百度。", "用户": "张三"}, ["用户"]),
+        ({"输入": "水的沸点？", "输出": "一百度。", "助手": "小王"}, ["助手"]),
+        ({"指令": "水的沸点？", "输出": "一百度。", "用户": "张三"}, ["用户"]),
         (BOIL | {"label": "物理", "thinking": False}, ["label", "thinking"]),
     ],
 )

@@ -196,8 +196,9 @@ def _widest(keys: Shape, asks: bool) -> list[Shape]:
 @lru_cache(maxsize=256)
 def _asks(keys: Shape) -> bool:
     """Whether a key says, or beside a response seems to be meant to say (quary), that the row is more than a text."""
-    meant = "response" in keys and any(difflib.get_close_matches(str(key), ASKING, cutoff=0.75) for key in keys)
-    return bool(keys & (ASKING | QUESTIONS)) or meant or "text" in keys and bool(keys & BESIDE_TEXT)
+    near = (difflib.get_close_matches(str(key), ASKING, cutoff=0.75) for key in keys)
+    meant = "response" in keys and (not keys.isdisjoint(QUESTIONS) or any(near))
+    return bool(keys & ASKING) or meant or "text" in keys and bool(keys & BESIDE_TEXT)
 
 
 @lru_cache(maxsize=256)
@@ -286,6 +287,7 @@ def _plain_text(key: str) -> Reader:
     return lambda row: [[Turn("text", row.text(key))]]
 
 
+PAIRS = "query,response question,answer question,std_answer input,target prompt,response 问题,答案 问题,回答 输入,输出"
 SHAPES: dict[Shape, Reader] = {
     frozenset({"messages"}): _messages("messages"),
     frozenset({"conversations"}): _messages("conversations"),
@@ -297,16 +299,14 @@ SHAPES: dict[Shape, Reader] = {
     frozenset({"instruction", "response"}): _question_answer(("instruction", "input"), "response"),
     frozenset({"content", "summary"}): _question_answer(("content",), "summary"),
     frozenset({"instruct", "query", "answer"}): _question_answer(("instruct", "query"), "answer"),
-    frozenset({"query", "response"}): _question_answer(("query",), "response"),
-    frozenset({"question", "answer"}): _question_answer(("question",), "answer"),
     frozenset({"input", "reasoning_content", "content"}): _question_answer(("input",), "content"),
-    frozenset({"question", "std_answer"}): _question_answer(("question",), "std_answer"),
-    frozenset({"input", "target"}): _question_answer(("input",), "target"),
-    frozenset({"prompt", "response"}): _question_answer(("prompt",), "response"),
     frozenset({"prompt", "completion"}): _prompt_completion,
-    frozenset({"问题", "答案"}): _question_answer(("问题",), "答案"),
+    frozenset({"指令", "输出"}): _question_answer(("指令", "输入"), "输出"),
     frozenset({"指令", "输入", "输出"}): _question_answer(("指令", "输入"), "输出"),
-} | CORPORA
+}
+for question, _, answer in (pair.partition(",") for pair in PAIRS.split()):
+    SHAPES[frozenset({question, answer})] = _question_answer((question,), answer)
+SHAPES |= CORPORA
 # pre-training text, unless the row has a key of ASKING
 TEXT_SHAPES: dict[Shape, Reader] = {frozenset({key}): _plain_text(key) for key in ("response", "text")}
 READERS = SHAPES | TEXT_SHAPES
