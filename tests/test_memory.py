@@ -146,6 +146,15 @@ def test_recomputing_is_decided_by_the_memory(net, monkeypatch, capsys, tokenize
     assert printed in out and ("the heaviest step needs about" in out) == (knob == "auto")
 
 
+def test_what_is_free_is_looked_at_without_the_copies_of_the_trial(net, monkeypatch, tokenizer):
+    """The copies in bfloat16 were counted twice."""
+    dtypes = set()
+    monkeypatch.setattr(memory, "free", lambda: dtypes.update(p.dtype for p in net.parameters()) or 1 << 40)
+    ids = [*range(7, 37)]
+    rows = SimpleNamespace(train=fake_dataset([ROW | {"input_ids": ids, "labels": ids, "length": 30}] * 4))
+    assert memory.step_memory(Config(dtype="bfloat16"), net, rows, tokenizer, (2, 8)) and dtypes == {torch.float32}
+
+
 def fake_dataset(rows):
     from datasets import Dataset
 

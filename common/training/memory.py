@@ -226,7 +226,8 @@ def step_memory(
     moments, kind = OPTIMIZERS[cfg.optim].moments, resolve_dtype(cfg.dtype)
     with _computed_in(net, kind):
         copied = 0 if kind == torch.float32 else kind.itemsize  # what autocast makes of each trained weight
-        needs, available = estimate_memory(net.train(), rows, tokenizer, heaviest, moments + copied), free()
+        needs = estimate_memory(net.train(), rows, tokenizer, heaviest, moments + copied)
+    available = free()  # now that the copies are gone, which `needs` counts
     too_much = needs.total(False) > SPARE * available
     asked = cfg.gradient_checkpointing
     return StepMemory(needs, available, too_much if asked == "auto" else asked == "true")
