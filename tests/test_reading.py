@@ -328,11 +328,12 @@ WORSE, BETTER = said("assistant", "差", rank=1), said("assistant", "好", said(
             talk("一？", "二"),
         ),
         ({"department": "x", "title": "一？", "ask": "请问一？", "answer": "二"}, talk("请问一？", "二")),
+        ({"title": "一？", "content": "详情", "answer": "二", "votes": 3}, talk("一？\n详情", "二")),
         ({"id": "1", "data": ["问：一？", "二", "三", "四"]}, talk("问：一？", "二", "三", "四")),
         ({"data": ["问：一？", "答：二", "问：三", "答：四"]}, talk("一？", "二", "三", "四")),
     ],
     ids="Safety-Prompts,COIG,MOSS,MOSS system,OpenAssistant,OpenAssistant rank,RefGPT,R1 110k,medical-o1,Zhihu-KOL,"
-    "baike,webtext,medical dialogue,UltraChat,HuatuoGPT".split(","),
+    "baike,webtext,medical dialogue,a forum's,UltraChat,HuatuoGPT".split(","),
 )
 def test_shapes_of_public_sets(row, turns):
     assert formats.read_row(row).conversations == [turns]

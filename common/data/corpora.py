@@ -100,7 +100,7 @@ def _forum(answer: str) -> Reader:
 
     def read(row: Fields) -> list[list[Turn]]:
         question = row.text("title").strip()
-        for key in ("desc", "ask"):
+        for key in [key for key in ("desc", "ask", "content") if key != answer]:
             more = row.text(key, required=False).strip()
             question = more if question in more else question if more in question else f"{question}\n{more}"
         return [[Turn("user", question), Turn("assistant", row.text(answer))]]
