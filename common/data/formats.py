@@ -287,14 +287,15 @@ def _plain_text(key: str) -> Reader:
     return lambda row: [[Turn("text", row.text(key))]]
 
 
-PAIRS = "query,response question,answer question,std_answer input,target prompt,response 问题,答案 问题,回答 输入,输出"
+# a question and its answer alone
+ASKED = "query question question input input prompt 问题 问题 输入".split()
+ANSWERED = "response answer std_answer output target response 答案 回答 输出".split()
 SHAPES: dict[Shape, Reader] = {
     frozenset({"messages"}): _messages("messages"),
     frozenset({"conversations"}): _messages("conversations"),
     frozenset({"conversation"}): _rounds,
     frozenset({"dialog"}): _messages("dialog"),
     frozenset({"instruction", "output"}): _question_answer(("instruction", "input"), "output"),
-    frozenset({"input", "output"}): _question_answer(("input",), "output"),
     frozenset({"instruction", "input", "output"}): _question_answer(("instruction", "input"), "output"),
     frozenset({"instruction", "response"}): _question_answer(("instruction", "input"), "response"),
     frozenset({"content", "summary"}): _question_answer(("content",), "summary"),
@@ -303,10 +304,9 @@ SHAPES: dict[Shape, Reader] = {
     frozenset({"prompt", "completion"}): _prompt_completion,
     frozenset({"指令", "输出"}): _question_answer(("指令", "输入"), "输出"),
     frozenset({"指令", "输入", "输出"}): _question_answer(("指令", "输入"), "输出"),
+    **{frozenset(pair): _question_answer(pair[:1], pair[1]) for pair in zip(ASKED, ANSWERED, strict=True)},
+    **CORPORA,
 }
-for question, _, answer in (pair.partition(",") for pair in PAIRS.split()):
-    SHAPES[frozenset({question, answer})] = _question_answer((question,), answer)
-SHAPES |= CORPORA
 # pre-training text, unless the row has a key of ASKING
 TEXT_SHAPES: dict[Shape, Reader] = {frozenset({key}): _plain_text(key) for key in ("response", "text")}
 READERS = SHAPES | TEXT_SHAPES

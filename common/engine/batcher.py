@@ -232,7 +232,8 @@ class Batcher:
                 self._failure(prefill.rows, error)
             return
         if logits is None:
-            return group.prefills.rotate(-1)
+            group.prefills.rotate(-1)
+            return
         self._take(prefill.rows, logits)
         self._offer(prefill, range(len(prefill.rows)))
         going = [number for number, row in enumerate(prefill.rows) if not row.over]
