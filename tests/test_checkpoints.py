@@ -471,4 +471,4 @@ def test_a_run_answers_with_the_penalty_it_was_trained_by(gemma):
     merged = gemma.parent / "penalised_whole"
     gemma.recipe("export").main(["--model_save_dir", str(folder), "--output_dir", str(merged)])
     assert json.loads((merged / "generation_config.json").read_text())["repetition_penalty"] == 1.25
-    assert "PARAMETER repeat_penalty 1.25\n" in (merged / "Modelfile").read_text()
+    assert "PARAMETER repeat_penalty 1.25\nPARAMETER repeat_last_n 65536\n" in (merged / "Modelfile").read_text()

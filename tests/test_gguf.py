@@ -95,6 +95,35 @@ def test_llama_cpp_gives_the_models_text(made, tmp_path, name, rough):
     assert len(set(map(tuple, expected.answers))) > 5, "the answers must tell something"
 
 
+def penalised(expected, penalty):
+    tuned = expected.tuned
+    manifest = tuned.manifest | {"config": tuned.manifest["config"] | {"repetition_penalty": penalty}}
+    return expected._replace(tuned=tuned._replace(manifest=manifest))
+
+
+def test_a_file_has_the_runs_penalty(expected, tmp_path):
+    for penalty in (1.0, 1.5):
+        gguf_file.write(expected.tuned.net, penalised(expected, penalty), tmp_path / f"{penalty}", "f32", gemma_prompt)
+    found = values(tmp_path / "1.5")
+    assert found["general.sampling.penalty_repeat"] == 1.5 and found["general.sampling.penalty_last_n"] == 65536
+    assert not any(name.startswith("general.sampling") for name in values(tmp_path / "1.0"))
+
+
+def test_llama_cpp_answers_with_the_runs_penalty(expected, tmp_path):
+    """And of the whole text, as transformers does; the file is proven without it."""
+    pytest.importorskip("xllamacpp")
+    tuned, file = expected.tuned, tmp_path / "x.gguf"
+    gguf_file.write(tuned.net, penalised(expected, 1.5), file, "f32", gemma_prompt)
+    ids = [number for one in tuned.prompts for number in one]  # many further back than the 64 that llama.cpp looks at
+    given, size = torch.tensor([ids]), {"max_new_tokens": 48, "eos_token_id": None, "do_sample": False}
+    asked = {"prompt": ids, "n_predict": 48, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+    with llama_cpp._served(file, 512) as ask:
+        found = ask("/completion", asked)["tokens"]
+    answers = [tuned.net.generate(given, repetition_penalty=one, **size)[0, len(ids) :].tolist() for one in (1.5, 1.0)]
+    assert len(ids) > 100 and found == answers[0] != answers[1]
+    assert "equal 8/8" in llama_cpp.prove(file, expected, proof.TOLERANCE[torch.float32])
+
+
 WRONG = {"rope_freq_base": 100.0, "layer_norm_rms_eps": 0.1, "sliding_window": 3, "expert_used_count": 1}
 NEEDS = {"sliding_window": "sliding_window", "expert_used_count": "num_experts"}  # what a Kind must have
 

@@ -190,8 +190,8 @@ def llama_cpp(folder: Path, scratch: Path, asked: dict[str, Any]) -> Engine:
             return json.load(response)
 
     def answer(ids: Ids) -> Ids:
-        given = {"prompt": ids, "n_predict": asked["new_tokens"], "temperature": 0, "cache_prompt": False}
-        return ask("/completion", return_tokens=True, **given)["tokens"]
+        given = {"prompt": ids, "n_predict": asked["new_tokens"], "temperature": 0, "repeat_penalty": 1}
+        return ask("/completion", return_tokens=True, cache_prompt=False, **given)["tokens"]
 
     def prompt(messages: Messages) -> Ids:
         text = ask("/apply-template", messages=messages)["prompt"]

@@ -18,6 +18,7 @@ from common.device import device
 from common.errors import UserError
 from common.export import merging, older, proof
 from common.export.proof import say
+from common.inference.remote import LONGEST
 from common.model.layers import causal_of
 from common.model.loading import load_whole, pad_id_of
 from common.runs.checkpoints import step_of
@@ -154,7 +155,7 @@ def save(net: PreTrainedModel, tuned: Tuned, draft: Path, prompt: Family) -> Non
 
     What older readers need is there too: see `older`.
     """
-    tokenizer, penalty = tuned.tokenizer, _penalty(tuned.manifest)
+    tokenizer, penalty = tuned.tokenizer, tuned.penalty
     net.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tuned.stop_ids,
@@ -191,13 +192,9 @@ def write_modelfile(draft: Path, tuned: Tuned, prompt: Family) -> None:
     style = tuned.manifest["template"]["style"]
     text = templates.modelfile(tuned.tokenizer, prompt, style, f"./{draft.name}.gguf")
     if text:
-        text += f"PARAMETER repeat_penalty {_penalty(tuned.manifest)}\n"  # also 1: Ollama has another one of its own
+        text += f"PARAMETER repeat_penalty {tuned.penalty}\n"  # also 1: Ollama has another one of its own
+        text += f"PARAMETER repeat_last_n {LONGEST}\n" * (tuned.penalty != 1)  # else of the last 64 ids only
         (draft / "Modelfile").write_text(text, encoding="utf-8")
-
-
-def _penalty(manifest: dict[str, Any]) -> float:
-    """The run's own repetition penalty, 1 for none."""
-    return manifest["config"].get("repetition_penalty", 1.0)
 
 
 def _dtype(cfg: SFTConfig, manifest: dict[str, Any]) -> torch.dtype:

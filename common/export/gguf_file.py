@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.export import gguf_tokenizer, older, proof
 from common.export.gguf_tensors import Part, head_sizes, of_layers, parts
 from common.export.proof import say
+from common.inference.remote import LONGEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -125,6 +126,9 @@ def write(whole: PreTrainedModel, expected: Expected, file: Path, name: str, pro
     writer.add_name(file.stem)
     _add_shape(writer, whole.config.to_dict(), kind)
     _add_tokenizer(writer, whole, tuned, prompt)
+    if tuned.penalty != 1:  # what llama.cpp answers with unless a request says otherwise
+        writer.add_sampling_penalty_repeat(tuned.penalty)
+        writer.add_sampling_penalty_last_n(LONGEST)  # else of the last 64 ids only
     tensors = dict(parts(whole, kind))
     _write_tensors(writer, tensors, TYPES[name])
     say("读回 reading back: 与训练后的模型比较 and comparing with the tuned model")

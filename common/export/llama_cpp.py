@@ -90,6 +90,7 @@ def greedy(ask: Ask, ids: list[int]) -> list[int]:
         "prompt": ids,
         "n_predict": proof.NEW_TOKENS,
         "temperature": 0,
+        "repeat_penalty": 1,  # a file may have another of its own
         "return_tokens": True,
         "cache_prompt": False,
     }

@@ -51,6 +51,11 @@ class Tuned(NamedTuple):
     rank: int  # of the adapter; 0 where the run tuned the weights themselves
     merge_reasons: list[str]  # why the adapter alone cannot be served, see adapter.merge_reasons
 
+    @property
+    def penalty(self) -> float:
+        """The run's own repetition penalty, 1 for none."""
+        return self.manifest["config"].get("repetition_penalty", 1.0)
+
 
 class Expected(NamedTuple):
     """How the run answers: for each prompt the greedy ids, and the fp32 logits [ids + 1, vocabulary] they came from."""
