@@ -117,7 +117,7 @@ def test_llama_cpp_answers_with_the_runs_penalty(expected, tmp_path):
     ids = [number for one in tuned.prompts for number in one]  # many further back than the 64 that llama.cpp looks at
     given, size = torch.tensor([ids]), {"max_new_tokens": 48, "eos_token_id": None, "do_sample": False}
     asked = {"prompt": ids, "n_predict": 48, "temperature": 0, "ignore_eos": True, "return_tokens": True}
-    with llama_cpp._served(file, 512) as ask:
+    with llama_cpp.served(file, 512) as ask:
         found = ask("/completion", asked)["tokens"]
     answers = [tuned.net.generate(given, repetition_penalty=one, **size)[0, len(ids) :].tolist() for one in (1.5, 1.0)]
     assert len(ids) > 100 and found == answers[0] != answers[1]

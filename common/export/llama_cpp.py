@@ -73,7 +73,7 @@ def prove(file: Path, expected: Expected, limit: float) -> str:
     """
     tuned = expected.tuned
     longest = max(map(len, tuned.prompts)) + proof.NEW_TOKENS
-    with _served(file, longest + 8) as ask:
+    with served(file, longest + 8) as ask:
         _check_tokenizer(ask, tuned)
         _check_template(ask, tuned)
         same = 0
@@ -135,7 +135,7 @@ def _check_template(ask: Ask, tuned: Tuned) -> None:
 
 
 @contextmanager
-def _served(file: Path, context: int) -> Iterator[Ask]:
+def served(file: Path, context: int) -> Iterator[Ask]:
     """A function that asks a llama.cpp server with the file, by path and body; UserError where it does not open."""
     words = [sys.executable, asking.LLAMA_SERVER, file, context, torch.get_num_threads()]
     pipe, limit = subprocess.PIPE, asking.limit_for(file.stat().st_size)
