@@ -1,6 +1,7 @@
 """A few validation rows are answered at each validation; the run learns the same with and without."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,8 @@ def test_a_run_ends_with_a_word_on_answers_that_do_not(gemma, tmp_path, capsys, 
         assert f"回答不停止 answers do not stop: {told}" in said and said.count("\n") == 1
         assert ("--repetition_penalty 1.05" in said) == ends[-1].get("looping", False)
         assert ("--train_template_tokens true" in said) != ends[-1].get("looping", False)
+        samples.conclude(SimpleNamespace(folder=tmp_path), {"adapter_of_step": 4}, replace(cfg, repetition_penalty=1.1))
+        assert "--repetition_penalty" not in capsys.readouterr().out  # it has one
 
 
 def test_a_run_ends_with_a_word_on_answers_that_are_all_thought(gemma, tmp_path, capsys):

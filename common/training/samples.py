@@ -145,7 +145,8 @@ def _score(prediction: str, reference: str, question: str) -> dict[str, Any]:
 def _remedy(cfg: SFTConfig, looping: list[dict[str, Any]]) -> str:
     longer = "更多轮次或数据 more --epochs or rows"
     if looping:
-        return f"{longer}, a higher --learning_rate; 回答时 when answering: --repetition_penalty 1.05"
+        answering = "; 回答时 when answering: --repetition_penalty 1.05" if cfg.repetition_penalty == 1 else ""
+        return f"{longer}, a higher --learning_rate{answering}"
     more = f"a --max_new_tokens above the longest reference, {longer}"
     return more if cfg.tuning not in LORA else f"{more}, --train_template_tokens true"
 
