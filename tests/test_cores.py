@@ -61,6 +61,8 @@ import time
 from common.cores import apart
 from common.errors import run_main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it deaf to Ctrl-C
+
 def load():
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     for _ in range(3000):
