@@ -80,7 +80,8 @@ def _draw(
     scores = scores.masked_fill(torch.arange(width, device=device) >= top_k, float("-inf"))
     chances = scores.double().exp()
     totals = chances.sum(-1, keepdim=True)
-    totals[of_all] = ((logits - highest) / temperature)[of_all].double().exp().sum(-1, keepdim=True)
+    rest = (logits[of_all] - highest[of_all]) / temperature[of_all]
+    totals[of_all] = rest.exp_().sum(-1, keepdim=True, dtype=torch.float64)
     chances /= totals
     sums = chances.cumsum(-1)
     chances = chances.masked_fill((sums - chances >= top_p) & (sums > chances), 0)  # the first always stays
